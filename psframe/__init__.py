@@ -1,0 +1,45 @@
+"""psframe: a parameter server for MPI clusters, in Python."""
+
+from psframe import optim
+from psframe.client import Params, Pending, PendingPull, Receipt, Task, Worker
+from psframe.consistency import BSP, SSP, Async
+from psframe.errors import (
+    ArgumentError,
+    Diverged,
+    LaunchError,
+    MessageError,
+    PsframeError,
+    RankLost,
+    RunDirError,
+    Stopped,
+    WaitTimeout,
+    WorkerFailed,
+)
+from psframe.ledger import Ledger
+from psframe.runtime import Result, run
+
+__all__ = [
+    "BSP",
+    "SSP",
+    "ArgumentError",
+    "Async",
+    "Diverged",
+    "LaunchError",
+    "Ledger",
+    "MessageError",
+    "Params",
+    "Pending",
+    "PendingPull",
+    "PsframeError",
+    "RankLost",
+    "Receipt",
+    "Result",
+    "RunDirError",
+    "Stopped",
+    "Task",
+    "WaitTimeout",
+    "Worker",
+    "WorkerFailed",
+    "optim",
+    "run",
+]

@@ -1,0 +1,260 @@
+"""Who may go on, and which pushes make an update: asynchronous, SSP and BSP.
+
+A *clock* counts the steps that a worker has finished. "Live" workers are those not lost whose
+`work` has not returned. A policy is pure bookkeeping over clocks; it never sees a gradient.
+
+    Async   nobody waits.
+    SSP     a worker that has finished c steps may start its next one only when every live
+            worker has finished at least c - s. Just after a step the gap is at most s + 1.
+            (Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel
+            Parameter Server, 2013.)
+    BSP     rounds: one push of each worker, applied as their mean. With b backup workers a
+            round closes b pushes early and the laggards' pushes are dropped.
+            (Chen et al., Revisiting Distributed Synchronous SGD, 2016.)
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["BSP", "SSP", "Async", "Mode", "Policy", "Verdict"]
+
+
+class Verdict(enum.Enum):
+    """What a policy says of the push at the head of a worker's queue."""
+
+    WAIT = "wait"
+    TAKE = "take"
+    LATE = "late"
+
+
+class Policy:
+    """The asynchronous policy, and the bookkeeping that all policies share.
+
+    Attributes:
+        clocks: steps finished, by worker.
+        live: whether each worker is live.
+        aggregates: whether several pushes make one update (then `due` says which).
+    """
+
+    aggregates = False
+
+    def __init__(self, workers: int) -> None:
+        self.clocks = [0] * workers
+        self.live = [True] * workers
+
+    def may_start(self, worker: int) -> bool:
+        """Say whether the worker may start its next step (be answered a pull)."""
+        return True
+
+    def offer(self, worker: int) -> Verdict:
+        """Judge the push at the head of the worker's queue; TAKE makes it part of a round."""
+        return Verdict.TAKE if self.may_start(worker) else Verdict.WAIT
+
+    def finish(self, worker: int) -> bool:
+        """Count a finished step; True if others may be able to go on for it."""
+        self.clocks[worker] += 1
+        return False
+
+    def refuse(self, worker: int) -> bool:
+        """Count a step whose push was refused; True if others may be able to go on."""
+        return self.finish(worker)
+
+    def join(self, worker: int) -> None:
+        """Bring a late worker to the current round (BSP)."""
+
+    def due(self) -> list[int] | None:
+        """Close the round if it is complete: its members in worker order, else None."""
+        return None
+
+    def close(self, members: list[int]) -> None:
+        """Close a round as another server decided it (BSP followers)."""
+
+    def leave(self, worker: int) -> bool:
+        """Count the worker no longer; True if others may be able to go on for it."""
+        self.live[worker] = False
+        return False
+
+    def park(self, worker: int) -> None:
+        """Note that the worker waits for a lease and cannot push before it has one."""
+
+    def unpark(self, worker: int) -> None:
+        """Note that the worker has been answered."""
+
+
+class _SSPPolicy(Policy):
+    def __init__(self, workers: int, staleness: int) -> None:
+        super().__init__(workers)
+        self._staleness = staleness
+        self._slowest = 0
+        self._at_clock = {0: workers}  # live workers by clock: the minimum in O(1) a step
+
+    def may_start(self, worker: int) -> bool:
+        return self.clocks[worker] - self._staleness <= self._slowest
+
+    def finish(self, worker: int) -> bool:
+        clock = self.clocks[worker]
+        self.clocks[worker] = clock + 1
+        self._at_clock[clock + 1] = self._at_clock.get(clock + 1, 0) + 1
+        return self._remove(clock)
+
+    def leave(self, worker: int) -> bool:
+        if not self.live[worker]:
+            return False
+        self.live[worker] = False
+        return self._remove(self.clocks[worker])
+
+    def _remove(self, clock: int) -> bool:
+        self._at_clock[clock] -= 1
+        if self._at_clock[clock]:
+            return False
+        del self._at_clock[clock]
+        if clock != self._slowest or not self._at_clock:
+            return False
+        # Clocks of live workers lie within s + 1 of each other, so this walk is short.
+        while self._slowest not in self._at_clock:
+            self._slowest += 1
+        return True
+
+
+class _BSPPolicy(Policy):
+    aggregates = True
+
+    def __init__(self, workers: int, backup: int) -> None:
+        super().__init__(workers)
+        self._backup = backup
+        self._round = 0
+        self._taken: set[int] = set()
+        self._refused: set[int] = set()
+        self._parked: set[int] = set()
+        self._n_live = workers
+
+    def may_start(self, worker: int) -> bool:
+        return self.clocks[worker] <= self._round
+
+    def offer(self, worker: int) -> Verdict:
+        clock = self.clocks[worker]
+        if clock < self._round:
+            return Verdict.LATE
+        if clock > self._round or worker in self._taken:
+            return Verdict.WAIT
+        self._taken.add(worker)
+        return Verdict.TAKE
+
+    def finish(self, worker: int) -> bool:
+        raise AssertionError("a BSP step finishes when its round closes")
+
+    def refuse(self, worker: int) -> bool:
+        self._taken.discard(worker)
+        self._refused.add(worker)
+        self.clocks[worker] += 1
+        return True
+
+    def join(self, worker: int) -> None:
+        self.clocks[worker] = self._round
+
+    def due(self) -> list[int] | None:
+        done = len(self._taken) + len(self._refused)
+        if not done or done < self._n_live - len(self._parked) - self._backup:
+            return None
+        members = sorted(self._taken)
+        self.close(members)
+        return members
+
+    def close(self, members: list[int]) -> None:
+        self._round += 1
+        for worker in members:
+            self.clocks[worker] = self._round
+        self._taken.clear()
+        self._refused.clear()
+
+    def leave(self, worker: int) -> bool:
+        if not self.live[worker]:
+            return False
+        self.live[worker] = False
+        self._n_live -= 1
+        self._taken.discard(worker)
+        self._refused.discard(worker)
+        self._parked.discard(worker)
+        return True
+
+    def park(self, worker: int) -> None:
+        # It has no block and cannot push, and the others' blocks are completed by pushes:
+        # waiting for it would be for ever.
+        self._parked.add(worker)
+
+    def unpark(self, worker: int) -> None:
+        if worker in self._parked:
+            self._parked.discard(worker)
+            self.clocks[worker] = max(self.clocks[worker], self._round)
+
+
+class Mode(Protocol):
+    """What `run(mode=...)` takes."""
+
+    def policy(self, workers: int) -> Policy:
+        """Make the bookkeeping for so many workers."""
+
+
+@dataclass(frozen=True)
+class Async:
+    """Apply every gradient the moment it arrives; nobody waits for anybody."""
+
+    def policy(self, workers: int) -> Policy:
+        """Make the bookkeeping for `workers` workers."""
+        return Policy(workers)
+
+
+@dataclass(frozen=True)
+class SSP:
+    """Stale synchronous parallel: bound how far workers' clocks may lie apart.
+
+    Args:
+        staleness: s >= 0. A worker starts a step only when every live worker has finished at
+            least its own count of steps minus s. 0 keeps the pace of BSP.
+
+    Raises:
+        ValueError: staleness is negative.
+        TypeError: it is not an integer.
+    """
+
+    staleness: int
+
+    def __post_init__(self) -> None:
+        _check_count("SSP: staleness", self.staleness)
+
+    def policy(self, workers: int) -> Policy:
+        """Make the bookkeeping for `workers` workers."""
+        return _SSPPolicy(workers, self.staleness)
+
+
+@dataclass(frozen=True)
+class BSP:
+    """Bulk synchronous parallel: one update a round, the mean of its pushes.
+
+    Args:
+        backup: b >= 0. A round closes at W - b pushes; a later one is dropped and its worker
+            joins the round that is current then. At least one push makes a round.
+
+    Raises:
+        ValueError: backup is negative.
+        TypeError: it is not an integer.
+    """
+
+    backup: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("BSP: backup", self.backup)
+
+    def policy(self, workers: int) -> Policy:
+        """Make the bookkeeping for `workers` workers."""
+        return _BSPPolicy(workers, self.backup)
+
+
+def _check_count(what: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{what}: expected an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{what}: expected 0 or more, got {value}")

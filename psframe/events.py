@@ -1,0 +1,365 @@
+"""What a server and a worker can say to each other, and a leader to its host.
+
+Server 0 is the *leader*: it decides what becomes of every push, from the message's header
+alone, and tells the other servers, the *followers*. Events carry handles of buffers (a slot, a
+snapshot buffer), never the bytes. They are slotted dataclasses, not frozen: building a frozen
+one costs half a microsecond, and these are made for every message. Whoever receives an event
+owns it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+__all__ = [
+    "ALL_REQUESTS",
+    "COPIED",
+    "NO_BUFFER",
+    "Answer",
+    "Decision",
+    "End",
+    "EpochDone",
+    "Evaluated",
+    "Failure",
+    "FromWorker",
+    "Gone",
+    "HostEvent",
+    "Lease",
+    "LeaseKind",
+    "LeaseRequest",
+    "Leave",
+    "Log",
+    "Logged",
+    "Lost",
+    "Output",
+    "Pin",
+    "Pull",
+    "Push",
+    "PushHandled",
+    "RELEASE_COPY",
+    "RELEASE_HOLD",
+    "RELEASE_NONE",
+    "Reason",
+    "Report",
+    "Sent",
+    "Stop",
+    "TaskSpec",
+    "ToServer",
+    "Withheld",
+]
+
+# `Answer.seq` of an answer that ends every request of the worker.
+ALL_REQUESTS = -1
+
+# Values of `Answer.buffer` beside the index of a snapshot buffer.
+NO_BUFFER = -1
+COPIED = -2  # the snapshot was copied into the worker's landing area
+
+# Bits of `release`: what the worker no longer uses.
+RELEASE_NONE = 0
+RELEASE_HOLD = 1  # the snapshot buffer that it held
+RELEASE_COPY = 2  # its landing area
+
+
+class Reason(enum.IntEnum):
+    """Why a push was not applied. The text is what `Receipt.reason` shows."""
+
+    NONE = 0
+    NON_FINITE = 1
+    NON_FINITE_UPDATE = 2
+    BAD_VERSION = 3
+    LATE = 4
+    STOPPED = 5
+    LOST = 6
+
+    @property
+    def text(self) -> str:
+        """The reason in words; empty for a push that was applied."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    Reason.NONE: "",
+    Reason.NON_FINITE: "non-finite gradient",
+    Reason.NON_FINITE_UPDATE: "non-finite update",
+    Reason.BAD_VERSION: "unknown version",
+    Reason.LATE: "late",
+    Reason.STOPPED: "stopped",
+    Reason.LOST: "lost",
+}
+
+
+class LeaseKind(enum.IntEnum):
+    """What a lease asks the worker to do."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    EXHAUSTED = 2
+    STOPPED = 3
+    CONFLICT = 4  # this worker asks for other leases than the first one that asked
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What all workers agree on when they ask for leases; equal on all of them.
+
+    Attributes:
+        n_samples: samples in one epoch.
+        batch_size: samples in a block; the epoch's last block may have fewer.
+        epochs: how often each sample is leased.
+        shuffle: whether an epoch's order is a permutation that depends on the seed.
+        eval_samples: samples evaluated after each epoch, 0 for none.
+        eval_batch_size: samples in an evaluation block.
+    """
+
+    n_samples: int
+    batch_size: int
+    epochs: int
+    shuffle: bool
+    eval_samples: int = 0
+    eval_batch_size: int = 1
+
+
+@dataclass(slots=True)
+class Failure:
+    """An exception that left a worker's `work`, as text."""
+
+    type: str
+    message: str
+    traceback: str
+
+
+# ---- worker to server ------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Push:
+    """A gradient, in the slot `slot` of the worker.
+
+    Attributes:
+        version: the version of this server's shard that it was computed on.
+        finite: whether the whole gradient is, as the worker's copy pass found.
+        norm: Euclidean norm of the whole gradient.
+        want_params: answer with the parameters as well (push_pull).
+        release: what the worker no longer uses, as RELEASE_* bits.
+        receipt: filled in by the server between deciding the push and granting the pull.
+    """
+
+    worker: int
+    seq: int
+    slot: int
+    version: int
+    finite: bool
+    norm: float
+    want_params: bool
+    release: int
+    receipt: Answer | None = None
+
+
+@dataclass(slots=True)
+class Pull:
+    """A wish for the current parameters, or for the pinned ones."""
+
+    worker: int
+    seq: int
+    pinned: bool
+    release: int
+
+
+@dataclass(slots=True)
+class LeaseRequest:
+    """A wish for the next block of samples of the worker's `plan`-th call of leases."""
+
+    worker: int
+    seq: int
+    plan: int
+    spec: TaskSpec
+
+
+@dataclass(slots=True)
+class Report:
+    """Sums over the evaluation block that the worker has in hand."""
+
+    worker: int
+    sums: dict[str, float]
+
+
+@dataclass(slots=True)
+class Log:
+    """Numbers that the user logged: sum and count of each since the last such message."""
+
+    worker: int
+    sums: dict[str, tuple[float, int]]
+
+
+@dataclass(slots=True)
+class Stop:
+    """The worker asks that the run end."""
+
+    worker: int
+
+
+@dataclass(slots=True)
+class Leave:
+    """The worker's `work` has returned, or raised `failure`."""
+
+    worker: int
+    failure: Failure | None = None
+
+
+FromWorker = Push | Pull | LeaseRequest | Report | Log | Stop | Leave
+
+# ---- a transport to its server -----------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Lost:
+    """The worker is dead, or counts as dead. Nothing more of it will be believed."""
+
+    worker: int
+
+
+@dataclass(slots=True)
+class Sent:
+    """The bytes of the snapshot answered to this worker have left; its hold can go."""
+
+    worker: int
+
+
+# ---- server to worker --------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Answer:
+    """What became of a push, or the parameters, or both.
+
+    Attributes:
+        stopped: the run is over; there are no parameters.
+        applied, reason, push_version, staleness: the receipt; push_version is after handling it.
+        buffer: where the parameters are: a snapshot buffer, COPIED, or NO_BUFFER for none.
+        version: the version of the parameters in it.
+    """
+
+    worker: int
+    seq: int
+    stopped: bool = False
+    applied: bool = False
+    reason: Reason = Reason.NONE
+    push_version: int = 0
+    staleness: int = 0
+    buffer: int = NO_BUFFER
+    version: int = 0
+
+
+@dataclass(slots=True)
+class Lease:
+    """A block [begin, end) of the epoch's order, or why there is none."""
+
+    worker: int
+    seq: int
+    kind: LeaseKind
+    epoch: int = 0
+    begin: int = 0
+    end: int = 0
+
+
+# ---- leader to followers, and back -------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Decision:
+    """The leader's verdict on pushes, in the order in which it made them.
+
+    With reason NONE the pushes of `members` ((worker, seq), in worker order) make one update;
+    with another reason each is discarded. `round` marks the close of a BSP round, which may be
+    empty.
+    """
+
+    members: list[tuple[int, int]]
+    reason: Reason = Reason.NONE
+    round: bool = False
+
+
+@dataclass(slots=True)
+class Gone:
+    """The leader counts the worker as lost; what it has not decided of it is discarded."""
+
+    worker: int
+
+
+@dataclass(slots=True)
+class Pin:
+    """Pin the current snapshot for an evaluation (or, with on=False, let it go)."""
+
+    on: bool
+
+
+@dataclass(slots=True)
+class End:
+    """The run is over; pushes that have no decision by now are not applied."""
+
+
+@dataclass(slots=True)
+class Withheld:
+    """A follower could not apply its part of a push that the leader applied.
+
+    `in_a_row` counts non-finite results since its last good update; 0 when the part is missing
+    because the worker died.
+    """
+
+    server: int
+    worker: int
+    seq: int
+    in_a_row: int
+
+
+ToServer = FromWorker | Lost | Sent | Decision | Gone | Pin | End | Withheld
+
+# ---- the leader to its host --------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Logged:
+    """Numbers a worker logged: name -> (sum, count)."""
+
+    worker: int
+    sums: dict[str, tuple[float, int]]
+
+
+@dataclass(slots=True)
+class EpochDone:
+    """Each sample of the epoch has been completed."""
+
+    epoch: int
+    version: int
+    samples: int
+    staleness_mean: float
+
+
+@dataclass(slots=True)
+class Evaluated:
+    """An evaluation of the snapshot pinned when the epoch was done, summed in block order."""
+
+    epoch: int
+    version: int
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PushHandled:
+    """One push has been handled by the leader (made only when a trace is asked for)."""
+
+    worker: int
+    clock: int
+    version_read: int
+    version_applied: int
+    staleness: int
+    applied: bool
+
+
+HostEvent = Logged | EpochDone | Evaluated | PushHandled
+
+# What a server hands to its driver: answers go to the worker they name, decisions to every
+# other server (Withheld and Lost to the leader), host events to the process that the leader runs in.
+Output = Answer | Lease | Decision | Gone | Pin | End | Withheld | Lost | HostEvent

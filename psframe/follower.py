@@ -1,0 +1,231 @@
+"""The servers beside the first: each serves its shard and follows the leader's decisions.
+
+A push is applied when its part is here and the leader's word of it; a pull waits only for the
+worker's own earlier pushes and for what the mode asks of this shard.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from psframe.consistency import Policy
+from psframe.errors import MessageError
+from psframe.events import (
+    Answer,
+    Decision,
+    End,
+    Gone,
+    Leave,
+    Lost,
+    Pin,
+    Pull,
+    Push,
+    Reason,
+    ToServer,
+    Withheld,
+)
+from psframe.server import Queued, Server, ServerMemory
+from psframe.store import Store
+
+__all__ = ["Follower"]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A decision whose parts have not all arrived."""
+
+    decision: Decision
+    waiting: int
+    parts: dict[int, Push] = field(default_factory=dict)
+
+
+class Follower(Server):
+    """Server `index` > 0.
+
+    Args:
+        index: which server this is.
+        workers, store, policy, memory: as for `Server`.
+        clip_norm: as for `Server`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        workers: int,
+        store: Store,
+        policy: Policy,
+        memory: ServerMemory,
+        *,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(workers, store, policy, memory, clip_norm)
+        self.index = index
+        self._verdicts: list[deque[_Pending]] = [deque() for _ in range(workers)]
+        self._rounds: deque[_Pending] = deque()  # closed in the leader's order
+        self._dead: set[int] = set()  # no part of theirs comes any more
+        self._refusals = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over, every worker has left and every decision is carried out."""
+        return self.stopped and super().finished and not any(self._verdicts)
+
+    # ---- events --------------------------------------------------------------------------
+
+    def _received(self, event: Queued, *, fenced: bool) -> None:
+        """The leader keeps the ledger."""
+
+    def _serve(self, event: Queued) -> bool:
+        if isinstance(event, Push):
+            return self._serve_push(event)
+        if isinstance(event, Pull):
+            return event.worker in self._dead or self._serve_pull(event)
+        if isinstance(event, Leave):
+            self._depart(event.worker)
+            return True
+        raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
+
+    def _other(self, event: ToServer) -> None:
+        if isinstance(event, Decision):
+            self._decide(event)
+        elif isinstance(event, End):
+            self.stopped = self._wake = True
+            self._unpin()
+        elif isinstance(event, Pin):
+            if event.on:
+                self._pin()
+            else:
+                self._unpin()
+        elif isinstance(event, Lost):
+            if not self.gone[event.worker]:
+                self._out.append(event)  # the leader may not have noticed
+                self._mourn(event.worker)
+        elif isinstance(event, Gone):
+            self._lose(event.worker)
+        else:
+            raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
+
+    def _settle_all(self) -> None:
+        super()._settle_all()
+        while self._give_up() or self._close_round():
+            super()._settle_all()
+
+    # ---- pushes --------------------------------------------------------------------------
+
+    def _decide(self, decision: Decision) -> None:
+        pending = _Pending(decision, waiting=len(decision.members))
+        if decision.round:
+            self._rounds.append(pending)
+        for worker, _ in decision.members:
+            self._verdicts[worker].append(pending)
+            if worker in self._blocked:
+                self._wake = True
+
+    def _serve_push(self, push: Push) -> bool:
+        worker = push.worker
+        if push.receipt is not None:
+            return worker in self._dead or self._serve_wanted(push)
+        if not self._verdicts[worker]:
+            if not self.stopped:
+                return False
+            self._settle(push, Reason.STOPPED)
+            return self._serve_wanted(push)
+        pending = self._verdicts[worker][0]
+        if worker in pending.parts:
+            return False  # until the round closes
+        pending.parts[worker] = push
+        pending.waiting -= 1
+        if pending.decision.round:
+            return False
+        self._verdicts[worker].popleft()
+        self._apply(push, pending.decision.reason)
+        return self._serve_wanted(push)
+
+    def _apply(self, push: Push, reason: Reason) -> None:
+        worker = push.worker
+        if reason is Reason.LATE:
+            self.policy.join(worker)
+        elif reason is not Reason.NONE:
+            self._wake |= self.policy.refuse(worker)
+        else:
+            grad = self.memory.gradient(worker, push.slot)
+            if not self.store.update(grad, self._scale(push)):
+                reason = Reason.NON_FINITE_UPDATE
+            self._note(push, reason)
+            self._wake |= self.policy.finish(worker)
+        self._settle(push, reason)
+
+    def _close_round(self) -> bool:
+        """Carry out the leader's next round if all of its parts are here or given up."""
+        if not self._rounds or self._rounds[0].waiting:
+            return False
+        pending = self._rounds.popleft()
+        reason = pending.decision.reason
+        members = [worker for worker, _ in pending.decision.members]
+        pushes = [pending.parts[w] for w in members if w in pending.parts]
+        if pushes and reason is Reason.NONE:
+            grads = [self.memory.gradient(p.worker, p.slot) for p in pushes]
+            if not self.store.update_mean(grads, [self._scale(p) for p in pushes]):
+                reason = Reason.NON_FINITE_UPDATE
+            for push in pushes:
+                self._note(push, reason)
+        self.policy.close(members)
+        for push in pushes:
+            self._verdicts[push.worker].popleft()
+            self._settle(push, reason)
+        self._wake = True
+        return True
+
+    def _note(self, push: Push, reason: Reason) -> None:
+        """Tell the leader of a part that could not be applied here."""
+        if reason is Reason.NONE:
+            self._refusals = 0
+        else:
+            self._refusals += 1
+            self._out.append(Withheld(self.index, push.worker, push.seq, self._refusals))
+
+    def _settle(self, push: Push, reason: Reason) -> None:
+        push.receipt = Answer(
+            push.worker,
+            push.seq,
+            applied=reason is Reason.NONE,
+            reason=reason,
+            push_version=self.store.version,
+        )
+
+    # ---- losses --------------------------------------------------------------------------
+
+    def _mourn(self, worker: int) -> None:
+        """Note that nothing more will come of the worker."""
+        self._dead.add(worker)
+        self._wake = True
+
+    def _give_up(self) -> bool:
+        """Carry out, without their parts, the decisions whose parts will never come."""
+        found = False
+        for worker in sorted(self._dead):
+            verdicts = self._verdicts[worker]
+            while verdicts and not self._inbox[worker] and worker not in verdicts[0].parts:
+                found = True
+                pending = verdicts.popleft()
+                pending.waiting -= 1
+                seq = dict(pending.decision.members)[worker]
+                if pending.decision.reason is Reason.NONE:
+                    self._out.append(Withheld(self.index, worker, seq, 0))
+                if not pending.decision.round and self.policy.live[worker]:
+                    self._wake |= self.policy.finish(worker)
+        return found
+
+    def _lose(self, worker: int) -> None:
+        if self.gone[worker]:
+            return
+        self.lost[worker] = True
+        self._mourn(worker)
+        # What the leader decided of it is carried out with the parts that are here; what it
+        # did not decide is discarded, and what is decided of it without a part is given up.
+        self._advance(worker)
+        self._inbox[worker].clear()
+        self._blocked.discard(worker)
+        self._depart(worker)
+        self._dismiss(worker)

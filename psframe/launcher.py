@@ -1,0 +1,60 @@
+"""Which launcher started this process, as its environment tells; it starts no MPI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+__all__ = ["Launcher", "find_launcher", "lone_process_message"]
+
+
+class Launcher(NamedTuple):
+    """What the environment says.
+
+    Attributes:
+        name: the launcher, for messages.
+        rank: this process's rank.
+        size: the number of ranks; None if the environment does not tell.
+    """
+
+    name: str
+    rank: int
+    size: int | None
+
+
+# Name, rank and size, the most specific first: under mpirun inside a Slurm job the variables of
+# both are set. SLURM_STEP_NUM_TASKS and not SLURM_NTASKS, which a batch script sees as well.
+_VARIABLES = (
+    ("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("srun or prun (PMIx)", "PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+    ("mpiexec (PMI)", "PMI_RANK", "PMI_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+def find_launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
+    """Find the launcher of this process; None if it was started on its own."""
+    for name, rank, size in _VARIABLES:
+        if environ.get(rank, "").isdigit():
+            count = environ.get(size, "")
+            if name == "srun" and not count.isdigit():
+                continue  # a batch script: it has a rank, but srun did not start it
+            return Launcher(name, int(environ[rank]), int(count) if count.isdigit() else None)
+    return None
+
+
+def lone_process_message(launcher: Launcher, library: str, prefix: str) -> str:
+    """Say what is wrong when N processes were started and each is alone, and what to do.
+
+    Args:
+        launcher: as found.
+        library: the MPI library's name and version.
+        prefix: the Python environment's folder.
+    """
+    return (
+        f"{launcher.name} started {launcher.size} processes, but to this process's MPI library"
+        f" ({library}) it is alone: the launcher and the library do not belong together."
+        f" Start with the mpirun of the same installation (perhaps {prefix}/bin/mpirun), or under"
+        " Slurm choose what the library speaks: srun --mpi=pmix or --mpi=pmi2"
+    )

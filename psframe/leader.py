@@ -1,0 +1,334 @@
+"""Server 0: it serves its shard, decides what becomes of every push, and owns the work."""
+
+from __future__ import annotations
+
+from psframe.consistency import Policy, Verdict
+from psframe.errors import MessageError
+from psframe.events import (
+    Answer,
+    Decision,
+    End,
+    EpochDone,
+    Failure,
+    Gone,
+    Lease,
+    LeaseKind,
+    LeaseRequest,
+    Log,
+    Logged,
+    Lost,
+    Output,
+    Pin,
+    Pull,
+    Push,
+    PushHandled,
+    Reason,
+    Report,
+    Stop,
+    ToServer,
+    Withheld,
+)
+from psframe.leases import LeaseBook
+from psframe.ledger import LedgerBook
+from psframe.server import Queued, Server, ServerMemory
+from psframe.store import Store
+
+__all__ = ["Leader"]
+
+# Refused pushes in a row, as a multiple of W, after which the run has diverged.
+_REFUSALS_PER_WORKER = 10
+
+
+class Leader(Server):
+    """The first server.
+
+    Args:
+        workers, store, policy, memory: as for `Server`.
+        servers: S; decisions are made for followers only if there are some.
+        clip_norm: as for `Server`.
+        max_updates: the run is over at this version.
+        trace: make a `PushHandled` for every push.
+
+    Attributes:
+        ledger: the account of every push.
+        staleness: count of applied pushes by staleness.
+        diverged: whether 10 W pushes in a row were refused.
+        failure: (worker, failure) of the worker whose `work` raised first.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        store: Store,
+        policy: Policy,
+        memory: ServerMemory,
+        *,
+        servers: int = 1,
+        clip_norm: float | None = None,
+        max_updates: int | None = None,
+        trace: bool = False,
+    ) -> None:
+        super().__init__(workers, store, policy, memory, clip_norm)
+        self.ledger = LedgerBook()
+        self.staleness: dict[int, int] = {}
+        self.diverged = False
+        self.failure: tuple[int, Failure] | None = None
+        self._followers = servers > 1
+        self._max_updates = max_updates
+        self._trace = trace
+        self._book = LeaseBook(workers, policy.live, waves=policy.aggregates)
+        self._round: dict[int, Push] = {}
+        self._refusals = 0
+        self._ended = False
+        # Staleness since the last epoch was done: sum and count.
+        self._epoch_staleness = [0, 0]
+        if max_updates == 0:
+            self._stop()
+
+    # ---- events --------------------------------------------------------------------------
+
+    def _received(self, event: Queued, *, fenced: bool) -> None:
+        if isinstance(event, Push):
+            if fenced:
+                self.ledger.count_fenced()
+            else:
+                self.ledger.received += 1
+
+    def _serve(self, event: Queued) -> bool:
+        if isinstance(event, Push):
+            return self._serve_push(event)
+        if isinstance(event, Pull):
+            return self._serve_pull(event)
+        if isinstance(event, LeaseRequest):
+            return self._serve_lease(event)
+        if isinstance(event, Report):
+            self._report(event.worker, event.sums)
+            return True
+        if event.failure is not None and self.failure is None:
+            self.failure = (event.worker, event.failure)
+            self._stop()
+        self._depart(event.worker)
+        return True
+
+    def _other(self, event: ToServer) -> None:
+        if isinstance(event, Log):
+            self._out.append(Logged(event.worker, event.sums))
+        elif isinstance(event, Stop):
+            self._stop()
+        elif isinstance(event, Lost):
+            self._lose(event.worker)
+        elif isinstance(event, Withheld):
+            self.ledger.count_partial(event.worker, event.seq)
+            self._diverge_at(event.in_a_row)
+        else:
+            raise MessageError(f"the first server cannot take {type(event).__name__}")
+
+    def _settle_all(self) -> None:
+        super()._settle_all()
+        while self.policy.aggregates and not self.stopped:
+            members = self.policy.due()
+            if members is None:
+                break
+            self._close_round(members)
+            super()._settle_all()
+        if self.finished:
+            self._stop()
+
+    def end(self) -> list[Output]:
+        """End the run from outside, as if a worker had called stop."""
+        self._stop()
+        self._settle_all()
+        out, self._out = self._out, []
+        return out
+
+    # ---- pushes --------------------------------------------------------------------------
+
+    def _serve_push(self, push: Push) -> bool:
+        worker = push.worker
+        if push.receipt is not None:
+            return self._serve_wanted(push)
+        clock = self.policy.clocks[worker]
+        if self.stopped:
+            self._round.pop(worker, None)
+            self._settle(push, Reason.STOPPED, clock)
+            return self._serve_wanted(push)
+        verdict = self.policy.offer(worker)
+        if verdict is Verdict.WAIT:
+            return False
+        if verdict is Verdict.LATE:
+            self.policy.join(worker)
+            self._refuse(push, Reason.LATE, clock)
+            return self._serve_wanted(push)
+        reason = self._judge(push)
+        if reason is not Reason.NONE:
+            self._wake |= self.policy.refuse(worker)
+            self._refuse(push, reason, clock)
+            return self._serve_wanted(push)
+        if self.policy.aggregates:
+            self._round[worker] = push
+            return False  # until the round closes
+        self._apply(push, clock)
+        return self._serve_wanted(push)
+
+    def _judge(self, push: Push) -> Reason:
+        if not push.finite:
+            return Reason.NON_FINITE
+        if not 0 <= push.version <= self.store.version:
+            return Reason.BAD_VERSION
+        return Reason.NONE
+
+    def _apply(self, push: Push, clock: int) -> None:
+        worker = push.worker
+        staleness = self.store.version - push.version
+        grad = self.memory.gradient(worker, push.slot)
+        if not self.store.update(grad, self._scale(push)):
+            self._wake |= self.policy.refuse(worker)
+            self._refuse(push, Reason.NON_FINITE_UPDATE, clock)
+            return
+        if self._followers:
+            self._out.append(Decision([(worker, push.seq)]))
+        self._wake |= self.policy.finish(worker)
+        self._settle(push, Reason.NONE, clock, staleness)
+
+    def _close_round(self, members: list[int]) -> None:
+        pushes = [self._round.pop(worker) for worker in members]
+        reason = Reason.NONE
+        if pushes:
+            grads = [self.memory.gradient(p.worker, p.slot) for p in pushes]
+            if not self.store.update_mean(grads, [self._scale(p) for p in pushes]):
+                reason = Reason.NON_FINITE_UPDATE
+        if self._followers:
+            self._out.append(Decision([(p.worker, p.seq) for p in pushes], reason, round=True))
+        for push in pushes:
+            # The policy has closed the round: a member had one step fewer before it.
+            clock = self.policy.clocks[push.worker] - 1
+            if reason is not Reason.NONE:
+                self._count_refusal(reason)
+            self._settle(push, reason, clock)
+        self._wake = True
+
+    def _refuse(self, push: Push, reason: Reason, clock: int) -> None:
+        """Settle a push alone that makes no update, and tell the followers."""
+        if self._followers:
+            self._out.append(Decision([(push.worker, push.seq)], reason))
+        self._count_refusal(reason)
+        self._settle(push, reason, clock, self.store.version - push.version)
+
+    def _count_refusal(self, reason: Reason) -> None:
+        if reason is not Reason.LATE:
+            self._refusals += 1
+            self._diverge_at(self._refusals)
+
+    def _diverge_at(self, refusals: int) -> None:
+        if refusals >= _REFUSALS_PER_WORKER * self.workers:
+            self.diverged = True
+            self._stop()
+
+    def _settle(self, push: Push, reason: Reason, clock: int, staleness: int = 0) -> None:
+        """Put what became of a push into the ledger and into its receipt."""
+        worker = push.worker
+        applied = reason is Reason.NONE
+        version = self.store.version
+        self.ledger.count(reason)
+        if applied:
+            self._refusals = 0
+            self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
+            self._epoch_staleness[0] += staleness
+            self._epoch_staleness[1] += 1
+        push.receipt = Answer(
+            worker,
+            push.seq,
+            applied=applied,
+            reason=reason,
+            push_version=version,
+            staleness=staleness,
+        )
+        if self._trace and reason is not Reason.STOPPED:
+            self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
+        if reason is not Reason.STOPPED:
+            self._lease_done(worker)
+            if self._book.expire(worker, self.policy.clocks[worker]):
+                self._wake = True
+        if applied and version == self._max_updates:
+            self._stop()
+
+    # ---- leases and evaluations ----------------------------------------------------------
+
+    def _serve_lease(self, event: LeaseRequest) -> bool:
+        worker, seq = event.worker, event.seq
+        if self.stopped:
+            self._out.append(Lease(worker, seq, LeaseKind.STOPPED))
+            return True
+        if not self._book.open(event.plan, event.spec):
+            self._out.append(Lease(worker, seq, LeaseKind.CONFLICT))
+            return True
+        self._lease_done(worker)
+        self._report(worker, {})
+        may_start = self.policy.may_start(worker)
+        lease = self._book.request(
+            worker, seq, event.plan, clock=self.policy.clocks[worker], may_start=may_start
+        )
+        if lease is None:
+            if may_start:
+                self.policy.park(worker)
+            return False
+        self.policy.unpark(worker)
+        self._out.append(lease)
+        return True
+
+    def _lease_done(self, worker: int) -> None:
+        done = self._book.complete(worker)
+        if done is not None:
+            epoch, samples = done
+            total, count = self._epoch_staleness
+            self._epoch_staleness = [0, 0]
+            mean = total / count if count else 0.0
+            self._out.append(EpochDone(epoch, self.store.version, samples, mean))
+            self._start_evaluation()
+            self._wake = True  # who waits for a lease may have one, or be done
+
+    def _report(self, worker: int, sums: dict[str, float]) -> None:
+        evaluated = self._book.report(worker, sums)
+        if evaluated is not None:
+            self._out.append(evaluated)
+            self._unpin()
+            if self._followers:
+                self._out.append(Pin(on=False))
+            self._start_evaluation()
+            self._wake = True
+
+    def _start_evaluation(self) -> None:
+        if self.stopped:
+            return
+        if self._book.start_evaluation(self._pin) and self._followers:
+            self._out.append(Pin(on=True))
+
+    # ---- the end -------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        if self._ended:
+            return
+        self._ended = self.stopped = self._wake = True
+        self._unpin()
+        if self._followers:
+            self._out.append(End())
+
+    def _depart(self, worker: int) -> None:
+        if self._book.give_back(worker):
+            self._wake = True
+        super()._depart(worker)
+
+    def _lose(self, worker: int) -> None:
+        if self.gone[worker]:
+            return
+        self.lost[worker] = True
+        self._round.pop(worker, None)
+        for event in self._inbox[worker]:
+            if isinstance(event, Push) and event.receipt is None:
+                self.ledger.count(Reason.LOST)
+        self._inbox[worker].clear()
+        self._blocked.discard(worker)
+        if self._followers:
+            self._out.append(Gone(worker))
+        self._depart(worker)
+        self._dismiss(worker)

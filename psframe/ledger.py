@@ -1,0 +1,88 @@
+"""The account of every push: what was received, and what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from psframe.events import Reason
+
+__all__ = ["Ledger", "LedgerBook"]
+
+_REFUSED = (Reason.NON_FINITE, Reason.NON_FINITE_UPDATE, Reason.BAD_VERSION)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """received = applied + refused + dropped + lost + stopped, always.
+
+    Attributes:
+        received: pushes that reached server 0.
+        applied: pushes that made, or were part of, an update.
+        refused: not finite, or of an unknown version, or from a worker that counts as lost.
+        dropped: left out by a rule (BSP's late ones).
+        lost: received, but their worker was lost before they were applied.
+        stopped: came after the end of the run.
+        partial: applied by server 0 but not by every other server.
+        reasons: count by reason, of the pushes that were not applied.
+    """
+
+    received: int = 0
+    applied: int = 0
+    refused: int = 0
+    dropped: int = 0
+    lost: int = 0
+    stopped: int = 0
+    partial: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the counts as plain data."""
+        return {**vars(self), "reasons": dict(self.reasons)}
+
+
+class LedgerBook:
+    """Counts while the run goes on."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._by_reason: Counter[Reason] = Counter()
+        self._fenced = 0
+        self._partial: set[tuple[int, int]] = set()
+
+    def count(self, reason: Reason) -> None:
+        """Count what became of one received push."""
+        self._by_reason[reason] += 1
+
+    def count_fenced(self) -> None:
+        """Count a push received from a worker that counts as lost."""
+        self.received += 1
+        self._fenced += 1
+
+    def count_partial(self, worker: int, seq: int) -> None:
+        """Note that a push is missing in some shard; twice the same push counts once."""
+        self._partial.add((worker, seq))
+
+    @property
+    def settled(self) -> int:
+        """Pushes whose fate is decided."""
+        return sum(self._by_reason.values()) + self._fenced
+
+    def ledger(self) -> Ledger:
+        """Close the account as it stands."""
+        by_reason = self._by_reason
+        reasons = {r.text: n for r, n in sorted(by_reason.items()) if r is not Reason.NONE}
+        if self._fenced:
+            reasons["fenced"] = self._fenced
+        return Ledger(
+            received=self.received,
+            applied=by_reason[Reason.NONE],
+            refused=sum(by_reason[r] for r in _REFUSED) + self._fenced,
+            dropped=by_reason[Reason.LATE],
+            lost=by_reason[Reason.LOST],
+            stopped=by_reason[Reason.STOPPED],
+            partial=len(self._partial),
+            reasons=reasons,
+        )

@@ -1,0 +1,16 @@
+"""The update rules, their learning rates, and clipping."""
+
+from psframe.optim import schedules
+from psframe.optim.clipping import clip_scale
+from psframe.optim.rules import SGD, Adagrad, Adam, AdamW, Optimizer, RMSProp
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Optimizer",
+    "RMSProp",
+    "clip_scale",
+    "schedules",
+]

@@ -1,0 +1,207 @@
+"""The arguments of a run, checked; and the servers that they describe.
+
+All three drivers (MPI, threads, the simulator) build their servers here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from psframe.consistency import Async, Mode
+from psframe.events import HostEvent
+from psframe.follower import Follower
+from psframe.layout import Array, Layout
+from psframe.leader import Leader
+from psframe.ledger import Ledger
+from psframe.server import Server, ServerMemory
+from psframe.store import Buffers, Store, UpdateRule
+
+__all__ = ["Observer", "OptimizerLike", "Plan", "Result", "check_count", "staleness_counts"]
+
+Observer = Callable[[HostEvent], None]
+
+# A count of steps or a seed that does not fit a message is a mistake.
+_COUNT_MAX = 2**62
+
+
+class OptimizerLike(Protocol):
+    """What `run(optimizer=...)` takes; `psframe.optim` has them."""
+
+    def updater(self, layout: Layout, begin: int, end: int) -> UpdateRule:
+        """Bind the rule to the shard [begin, end)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind.
+
+    Attributes:
+        params: names to NumPy arrays on the root, None on the other ranks.
+        version: updates applied, by server 0.
+        staleness: 1-D int64 counts; entry i is the number of pushes applied with staleness i.
+        is_root: whether this process has the parameters.
+        ledger: the account of every push.
+        run_dir: the run directory on the root, if one was asked for.
+    """
+
+    params: dict[str, Array] | None
+    version: int
+    staleness: Array
+    is_root: bool
+    ledger: Ledger
+    run_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked arguments of a run, equal on every rank but for the values of `initial`."""
+
+    layout: Layout
+    initial: Array
+    optimizer: OptimizerLike
+    mode: Mode
+    servers: int
+    device: str
+    seed: int
+    max_updates: int | None
+    clip_norm: float | None
+
+    @classmethod
+    def check(
+        cls,
+        work: object,
+        params: Mapping[str, Any],
+        *,
+        optimizer: OptimizerLike,
+        mode: Mode | None,
+        servers: int,
+        device: str = "cpu",
+        seed: int = 0,
+        max_updates: int | None = None,
+        clip_norm: float | None = None,
+    ) -> Plan:
+        """Check the arguments.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it.
+        """
+        if not callable(work):
+            raise TypeError(f"work: expected a function of one worker, got {work!r}")
+        layout = Layout.of(params)
+        if not callable(getattr(optimizer, "updater", None)):
+            raise TypeError(
+                f"optimizer: expected one of psframe.optim, such as psframe.optim.SGD(lr=0.1),"
+                f" got {optimizer!r}"
+            )
+        mode = Async() if mode is None else mode
+        if not callable(getattr(mode, "policy", None)) or isinstance(mode, type):
+            raise TypeError(
+                f"mode: expected psframe.Async(), psframe.SSP(staleness=...) or psframe.BSP(),"
+                f" got {mode!r}"
+            )
+        check_count("servers", servers, 1)
+        check_count("seed", seed, 0)
+        if max_updates is not None:
+            check_count("max_updates", max_updates, 0)
+        if not isinstance(device, str):
+            raise TypeError(f"device: expected a string such as 'auto', got {device!r}")
+        if clip_norm is not None and not (
+            isinstance(clip_norm, (int, float)) and 0 < clip_norm < float("inf")
+        ):
+            raise ValueError(f"clip_norm: expected a number above 0 or None, got {clip_norm!r}")
+        host = {name: to_numpy(value) for name, value in params.items()}
+        return cls(
+            layout,
+            layout.flatten(host),
+            optimizer,
+            mode,
+            int(servers),
+            device,
+            int(seed),
+            None if max_updates is None else int(max_updates),
+            None if clip_norm is None else float(clip_norm),
+        )
+
+    def digests(self, **more: object) -> dict[str, bytes]:
+        """Give a 16-byte digest of each argument that must be equal on every rank."""
+        arguments: dict[str, object] = {
+            "params": self.layout.describe(),
+            "optimizer": self.optimizer,
+            "mode": self.mode,
+            "servers": self.servers,
+            "device": self.device,
+            "seed": self.seed,
+            "max_updates": self.max_updates,
+            "clip_norm": self.clip_norm,
+            **more,
+        }
+        return {name: _digest(value) for name, value in arguments.items()}
+
+    def build_server(
+        self,
+        index: int,
+        workers: int,
+        buffers: Buffers,
+        memory: ServerMemory,
+        *,
+        trace: bool = False,
+    ) -> Server:
+        """Make server `index` of this run.
+
+        Args:
+            index: 0 makes the leader.
+            workers: W.
+            buffers: memory for the snapshots of its shard.
+            memory: where gradients lie and copied pulls go.
+            trace: whether the leader tells of every push.
+        """
+        begin, end = self.layout.shards(self.servers)[index]
+        rule = self.optimizer.updater(self.layout, begin, end)
+        store = Store(buffers, self.initial[begin:end], rule)
+        policy = self.mode.policy(workers)
+        if index:
+            return Follower(index, workers, store, policy, memory, clip_norm=self.clip_norm)
+        return Leader(
+            workers,
+            store,
+            policy,
+            memory,
+            servers=self.servers,
+            clip_norm=self.clip_norm,
+            max_updates=self.max_updates,
+            trace=trace,
+        )
+
+
+def staleness_counts(counts: Mapping[int, int]) -> Array:
+    """Turn counts by staleness into a dense array; entry i counts staleness i."""
+    dense = np.zeros(max(counts, default=-1) + 1, np.int64)
+    for staleness, count in counts.items():
+        dense[staleness] = count
+    return dense
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if not least <= value <= _COUNT_MAX:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def to_numpy(value: Any) -> Array:
+    """Bring an array to the host (CuPy's have `get`)."""
+    return np.asarray(value.get() if hasattr(value, "get") else value)
+
+
+def _digest(value: object) -> bytes:
+    # A function in it is told by its name: its address differs between processes.
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return hashlib.sha256(text.encode()).digest()[:16]

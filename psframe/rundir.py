@@ -1,0 +1,348 @@
+"""The folder that a run leaves behind: config.toml, metrics.jsonl, status.json, checkpoints/.
+
+Files only: no MPI. One process writes it, rank 0 or, should that be lost, the lowest survivor.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from psframe import toml
+from psframe.errors import RunDirError
+from psframe.events import EpochDone, Evaluated, Logged
+
+__all__ = ["STATES", "Recorder", "RunDir"]
+
+STATES = ("running", "completed", "failed", "interrupted")
+CONFIG, METRICS, STATUS, CHECKPOINTS = "config.toml", "metrics.jsonl", "status.json", "checkpoints"
+# What a run writes into checkpoints/. Overwriting removes these and nothing else.
+CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.tmp")
+# A run claims a fresh name for "{time}" in at most this many tries.
+_NAMES_MAX = 10_000
+
+_REMEDIES = {
+    errno.EACCES: "choose a folder that you may write",
+    errno.EROFS: "choose a folder that you may write",
+    errno.EEXIST: "a file is in the way; choose another folder",
+    errno.ENOTDIR: "a file is in the way; choose another folder",
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some space, or choose a folder on another disk",
+}
+
+_log = logging.getLogger("psframe")
+
+
+class RunDir:
+    """One run's folder, open for writing.
+
+    Attributes:
+        path: the folder, with "{time}" replaced.
+        metrics_lost: lines of metrics that could not be written, 0 in all but bad days.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Attach to the folder of a run that exists (`create` makes one)."""
+        self.path = Path(path)
+        self.metrics_lost = 0
+        self._metrics_error = ""
+        self._metrics_fd = -1
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ) -> RunDir:
+        """Make the folder, write its configuration, and say in it that a run is running.
+
+        Args:
+            path: the folder; "{time}" in it becomes YYYYmmdd-HHMMSS, with "-2", "-3", ... after
+                it where that is taken.
+            overwrite: remove what an earlier run wrote there (config.toml, metrics.jsonl,
+                status.json and the checkpoints); other files are never touched.
+            config: mapping for config.toml.
+
+        Raises:
+            RunDirError: it holds another run, is not a folder, or cannot be written.
+        """
+        try:
+            folder = _claim(str(path)) if "{time}" in str(path) else Path(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            _make_room(folder, overwrite)
+            run_dir = cls(folder)
+            (folder / CHECKPOINTS).mkdir(exist_ok=True)
+            (folder / CONFIG).write_text(toml.dumps(config or {}), encoding="utf-8")
+            run_dir._open_metrics()
+            _replace(folder / STATUS, _status("running", 0, None, ""))
+        except OSError as error:
+            raise RunDirError(_explain(path, error)) from error
+        return run_dir
+
+    @staticmethod
+    def read_status(path: str | Path) -> dict[str, Any] | None:
+        """Read the status of the run in a folder; None if there is none.
+
+        Raises:
+            RunDirError: there is a status.json, but it cannot be read or is not a run's.
+        """
+        file = Path(path) / STATUS
+        try:
+            status = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise RunDirError(f"{file}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise RunDirError(f"{file}: is not a run's status: {error}") from error
+        if not isinstance(status, dict) or status.get("state") not in STATES:
+            raise RunDirError(f"{file}: is not a run's status: expected a 'state' of {STATES}")
+        return status
+
+    def status(
+        self, state: str, *, updates: int, test_accuracy: float | None = None, reason: str = ""
+    ) -> bool:
+        """Replace status.json; a reader sees the old one or the new one, whole.
+
+        Should no new file fit on the disk, the old one is written over, for it has room. A status
+        that cannot be written at all is logged as an error: a finished run is worth more than its
+        label, so that is no exception.
+
+        Args:
+            state: one of `STATES`.
+            updates: updates applied.
+            test_accuracy: in [0, 1], where known.
+            reason: why it failed or was interrupted. Lost lines of metrics are added to it.
+
+        Returns:
+            True if it was written.
+        """
+        if state not in STATES:
+            raise ValueError(f"status: expected a state of {STATES}, got {state!r}")
+        if self.metrics_lost:
+            lost = f"{METRICS} lacks {self.metrics_lost} lines: {self._metrics_error}"
+            reason = f"{reason}; {lost}" if reason else lost
+        text = _status(state, updates, test_accuracy, reason)
+        try:
+            try:
+                _replace(self.path / STATUS, text)
+            except OSError:
+                (self.path / STATUS).write_text(text, encoding="utf-8")
+        except OSError as error:
+            _log.error("%s", _explain(self.path / STATUS, error))
+            return False
+        return True
+
+    def metrics(self, **fields: Any) -> bool:
+        """Append one JSON object to metrics.jsonl and flush it; NaN and infinities become null.
+
+        A line that the disk refuses is taken back whole, counted, and warned of once; the run
+        goes on, the next line is tried again, and the last status tells how many are missing.
+
+        Returns:
+            True if the line was written.
+        """
+        line = json.dumps({key: _plain(value) for key, value in fields.items()}, allow_nan=False)
+        data = line.encode() + b"\n"
+        try:
+            if self._metrics_fd < 0:
+                self._open_metrics()
+            size = os.fstat(self._metrics_fd).st_size
+            written = os.write(self._metrics_fd, data)
+            if written < len(data):
+                os.ftruncate(self._metrics_fd, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._metrics_error = error.strerror or str(error)
+            if not self.metrics_lost:
+                _log.warning("%s", _explain(self.path / METRICS, error) + "; the run goes on")
+            self.metrics_lost += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close metrics.jsonl; a later line opens it again."""
+        if self._metrics_fd >= 0:
+            os.close(self._metrics_fd)
+            self._metrics_fd = -1
+
+    def _open_metrics(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._metrics_fd = os.open(self.path / METRICS, flags, 0o666)
+
+
+class Recorder:
+    """Writes the leader's events as lines of metrics.jsonl; call it with each event.
+
+    A line is written an epoch: at its end or, while evaluations arrive, when its evaluation has
+    been merged. Fields that are not known are left out.
+
+    Args:
+        run_dir: the folder.
+        clock: seconds that only grow; time_s counts from the construction.
+        evaluations: True, wait for an epoch's evaluation; False, do not; None, find out from
+            the first epoch.
+
+    Attributes:
+        test_accuracy: of the latest evaluation, or None.
+        updates: the latest version heard of.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        evaluations: bool | None = None,
+    ) -> None:
+        self.test_accuracy: float | None = None
+        self.updates = 0
+        self._run_dir = run_dir
+        self._clock = clock
+        self._waits = evaluations is not False
+        self._fixed = evaluations is not None
+        self._start = self._epoch_start = clock()
+        self._loss_sum = 0.0
+        self._loss_count = 0
+        self._held: list[dict[str, Any]] = []
+
+    def __call__(self, event: Any) -> None:
+        """Take one event; events that concern no metric are ignored."""
+        if isinstance(event, Logged):
+            self._logged(event)
+        elif isinstance(event, EpochDone):
+            self._epoch_done(event)
+        elif isinstance(event, Evaluated):
+            self._evaluated(event)
+
+    def close(self) -> None:
+        """Write the lines still held back, and a last one if losses came after the last epoch."""
+        self._release()
+        if self._loss_count:
+            self._run_dir.metrics(time_s=self._time_s(), update=self.updates, **self._train_loss())
+        self._run_dir.close()
+
+    def _logged(self, event: Logged) -> None:
+        for key in ("loss", "train_loss"):
+            total, count = event.sums.get(key, (0.0, 0))
+            self._loss_sum += total
+            self._loss_count += count
+
+    def _epoch_done(self, event: EpochDone) -> None:
+        now = self._clock()
+        if self._held and not self._fixed:
+            self._waits = False  # The epoch before ended without an evaluation: none are made.
+        self._release()
+        self.updates = max(self.updates, event.version)
+        fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
+        fields.update(self._train_loss())
+        if now > self._epoch_start:
+            fields["samples_per_s"] = event.samples / (now - self._epoch_start)
+        fields["staleness_mean"] = event.staleness_mean
+        self._epoch_start = now
+        self._held.append(fields)
+        if not self._waits:
+            self._release()
+
+    def _evaluated(self, event: Evaluated) -> None:
+        fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
+        if self._held and self._held[0]["epoch"] == event.epoch:
+            fields = self._held.pop()
+        count = event.sums.get("count", 0)
+        if count:
+            if "loss" in event.sums:
+                fields["test_loss"] = event.sums["loss"] / count
+            if "correct" in event.sums:
+                self.test_accuracy = event.sums["correct"] / count
+                fields["test_accuracy"] = self.test_accuracy
+        self._waits = self._waits or not self._fixed
+        self._run_dir.metrics(time_s=self._time_s(), **fields)
+
+    def _release(self) -> None:
+        while self._held:
+            self._run_dir.metrics(time_s=self._time_s(), **self._held.pop(0))
+
+    def _train_loss(self) -> dict[str, float]:
+        if not self._loss_count:
+            return {}
+        mean = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = 0.0, 0
+        return {"train_loss": mean}
+
+    def _time_s(self) -> float:
+        return round(self._clock() - self._start, 6)
+
+
+def _claim(pattern: str) -> Path:
+    """Make a new folder for a pattern with "{time}" in it; two runs never get the same one."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1, _NAMES_MAX):
+        name = stamp if number == 1 else f"{stamp}-{number}"
+        folder = Path(pattern.replace("{time}", name))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise RunDirError(f"run directory {pattern!r}: {_NAMES_MAX} names are taken; choose another")
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Remove an earlier run's files, if `overwrite`; refuse to touch them otherwise."""
+    found = [folder / name for name in (CONFIG, METRICS, STATUS) if (folder / name).exists()]
+    for pattern in CHECKPOINT_PATTERNS:
+        found.extend(sorted((folder / CHECKPOINTS).glob(pattern)))
+    if found and not overwrite:
+        raise RunDirError(
+            f"run directory {str(folder)!r}: holds another run's {found[0].name}; continue that "
+            "run with --resume, replace it with --overwrite, or choose another folder"
+        )
+    for file in found:
+        file.unlink()
+
+
+def _status(state: str, updates: int, test_accuracy: float | None, reason: str) -> str:
+    accuracy = _plain(test_accuracy)
+    fields = {"state": state, "updates": int(updates), "test_accuracy": accuracy, "reason": reason}
+    return json.dumps(fields, allow_nan=False) + "\n"
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that whoever reads it, and whenever the machine dies, finds it whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _plain(value: Any) -> Any:
+    """Make a number fit for JSON: NumPy scalars become Python's, NaN and infinities None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _explain(path: str | Path, error: OSError) -> str:
+    remedy = _REMEDIES.get(error.errno or 0, "choose another folder")
+    return f"run directory {str(path)!r}: {error.strerror or error}; {remedy}"

@@ -1,0 +1,277 @@
+"""A server as a state machine without I/O: events in, events out.
+
+What leader and followers share: one queue a worker, so that a worker's requests are handled in
+the order in which it made them; pulls, and the holds that they take; fencing. A driver (MPI,
+threads, the simulator) calls `handle` with each event and delivers what it returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from psframe.consistency import Policy
+from psframe.errors import MessageError
+from psframe.events import (
+    ALL_REQUESTS,
+    COPIED,
+    NO_BUFFER,
+    RELEASE_COPY,
+    RELEASE_HOLD,
+    Answer,
+    LeaseRequest,
+    Leave,
+    Output,
+    Pull,
+    Push,
+    Reason,
+    Report,
+    Sent,
+    ToServer,
+)
+from psframe.layout import Array
+from psframe.store import Store
+
+__all__ = ["Queued", "Server", "ServerMemory"]
+
+# A worker has at most two pushes, two pulls and a lease request under way, a report and its
+# leave behind them; more is no worker of ours.
+_QUEUE_MAX = 8
+_SLOTS = 2
+
+Queued = Push | Pull | LeaseRequest | Report | Leave
+
+
+class ServerMemory:
+    """Where the machine finds the bytes that events speak of.
+
+    Attributes:
+        gradient: (worker, slot) -> this shard's part of the gradient in that slot.
+        landing: worker -> this shard's part of the worker's landing area, for copied pulls.
+        in_place: by worker, whether it computes on snapshots in place (else its answers are
+            sent, and a `Sent` gives the hold back).
+    """
+
+    def __init__(
+        self,
+        gradient: Callable[[int, int], Array],
+        landing: Callable[[int], Array],
+        in_place: Sequence[bool],
+    ) -> None:
+        self.gradient = gradient
+        self.landing = landing
+        self.in_place = in_place
+
+
+class Server(ABC):
+    """The part of a server that leader and followers share.
+
+    Args:
+        workers: W.
+        store: the snapshots of this shard.
+        policy: who may go on.
+        memory: where gradients lie and copied pulls go.
+        clip_norm: a push whose gradient has a larger norm is scaled down to it.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        store: Store,
+        policy: Policy,
+        memory: ServerMemory,
+        clip_norm: float | None,
+    ) -> None:
+        self.workers = workers
+        self.store = store
+        self.policy = policy
+        self.memory = memory
+        self._clip_norm = clip_norm
+        self.stopped = False
+        self.gone = [False] * workers  # left or lost
+        self.lost = [False] * workers
+        self._n_gone = 0
+        self._inbox: list[deque[Queued]] = [deque() for _ in range(workers)]
+        self._blocked: set[int] = set()  # workers whose first request must wait
+        self._wake = False  # whether some of them may be able to go on
+        self._last_seq = [-1] * workers
+        self._hold = [NO_BUFFER] * workers
+        self._landed = [False] * workers
+        self._pinned = NO_BUFFER
+        self._pinned_version = 0
+        self._out: list[Output] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether every worker has left or is lost, and all is decided."""
+        return self._n_gone == self.workers
+
+    def handle(self, event: ToServer) -> list[Output]:
+        """Take one event and return what follows from it, in order.
+
+        Raises:
+            MessageError: the event is not legal now; nothing has been changed by it.
+        """
+        if isinstance(event, (Push, Pull, LeaseRequest, Report, Leave)):
+            self._queue(event)
+        elif isinstance(event, Sent):
+            self._release(event.worker, RELEASE_HOLD)
+        else:
+            self._other(event)
+        self._settle_all()
+        out, self._out = self._out, []
+        return out
+
+    # ---- for leader and follower to fill in ----------------------------------------------
+
+    @abstractmethod
+    def _serve(self, event: Queued) -> bool:
+        """Handle the first request of its worker; False if it must wait."""
+
+    @abstractmethod
+    def _other(self, event: ToServer) -> None:
+        """Handle an event that does not queue."""
+
+    @abstractmethod
+    def _received(self, event: Queued, *, fenced: bool) -> None:
+        """Note that a request has arrived; fenced if its worker has left or is lost."""
+
+    # ---- queues --------------------------------------------------------------------------
+
+    def _queue(self, event: Queued) -> None:
+        worker = event.worker
+        if self.gone[worker]:
+            self._received(event, fenced=True)
+            self._dismiss(worker)
+            return
+        inbox = self._inbox[worker]
+        self._check(event, len(inbox))
+        if isinstance(event, (Push, Pull)) and event.release:
+            # Released on arrival, not on handling: a waiting pull holds nothing up.
+            self._release(worker, event.release)
+        self._received(event, fenced=False)
+        if inbox:
+            inbox.append(event)
+        elif not self._serve(event):
+            inbox.append(event)
+            self._blocked.add(worker)
+
+    def _check(self, event: Queued, queued: int) -> None:
+        worker = event.worker
+        if queued >= _QUEUE_MAX:
+            raise MessageError(f"worker {worker} has more than {_QUEUE_MAX} requests under way")
+        if isinstance(event, (Push, Pull)):
+            has = (self._hold[worker] != NO_BUFFER) * RELEASE_HOLD
+            has |= self._landed[worker] * RELEASE_COPY
+            if event.release & ~has:
+                raise MessageError(f"worker {worker} releases what it does not hold")
+            if isinstance(event, Push) and not 0 <= event.slot < _SLOTS:
+                raise MessageError(f"push from worker {worker}: slot {event.slot} is not 0 or 1")
+        if isinstance(event, (Push, Pull, LeaseRequest)):
+            if event.seq <= self._last_seq[worker]:
+                raise MessageError(
+                    f"worker {worker} sent request {event.seq} after {self._last_seq[worker]}"
+                )
+            self._last_seq[worker] = event.seq
+
+    def _settle_all(self) -> None:
+        while self._wake:
+            self._wake = False
+            for worker in sorted(self._blocked):
+                self._advance(worker)
+
+    def _advance(self, worker: int) -> None:
+        inbox = self._inbox[worker]
+        while inbox and self._serve(inbox[0]):
+            inbox.popleft()
+        if not inbox:
+            self._blocked.discard(worker)
+
+    def _scale(self, push: Push) -> float:
+        """The factor on a gradient; it follows from the header, so all shards agree."""
+        clip = self._clip_norm
+        return 1.0 if clip is None or push.norm <= clip else clip / push.norm
+
+    # ---- pulls and holds -----------------------------------------------------------------
+
+    def _serve_pull(self, event: Pull) -> bool:
+        answer = Answer(event.worker, event.seq)
+        if self.stopped:
+            answer.stopped = True
+            self._out.append(answer)
+            return True
+        return self._grant(answer, pinned=event.pinned)
+
+    def _serve_wanted(self, event: Push) -> bool:
+        """Answer a push that has its receipt, with the parameters if it wants them."""
+        receipt = event.receipt
+        assert receipt is not None
+        if event.want_params and not self.stopped:
+            return self._grant(receipt, pinned=False)
+        receipt.stopped = self.stopped
+        self._out.append(receipt)
+        return True
+
+    def _grant(self, answer: Answer, *, pinned: bool) -> bool:
+        """Answer with the parameters; False if the worker may not have them yet."""
+        worker = answer.worker
+        if pinned and self._pinned == NO_BUFFER:
+            return False
+        if not pinned and not self.policy.may_start(worker):
+            return False
+        answer.version = self._pinned_version if pinned else self.store.version
+        if self._hold[worker] == NO_BUFFER:
+            index = self.store.hold_again(self._pinned) if pinned else self.store.hold()
+            assert index is not None, "a buffer a worker, two for updates and one for a pin"
+            self._hold[worker] = answer.buffer = index
+        elif not self.memory.in_place[worker]:
+            return False  # until what it was answered before has left
+        elif not self._landed[worker]:
+            # It still computes on a snapshot in place (a prefetch): one hold a worker.
+            source = self.store.buffer(self._pinned) if pinned else self.store.params
+            self.memory.landing(worker)[:] = source
+            self._landed[worker] = True
+            answer.buffer = COPIED
+        else:
+            return False  # both are in use: it releases one first
+        self._out.append(answer)
+        return True
+
+    def _release(self, worker: int, release: int) -> None:
+        if release & RELEASE_COPY:
+            self._landed[worker] = False
+        if release & RELEASE_HOLD and self._hold[worker] != NO_BUFFER:
+            self.store.release(self._hold[worker])
+            self._hold[worker] = NO_BUFFER
+        if worker in self._blocked:
+            self._wake = True
+
+    def _pin(self) -> int:
+        index = self.store.hold()
+        assert index is not None, "one buffer is there for a pin"
+        self._pinned = index
+        self._pinned_version = self.store.version
+        self._wake = True
+        return self._pinned_version
+
+    def _unpin(self) -> None:
+        if self._pinned != NO_BUFFER:
+            self.store.release(self._pinned)
+            self._pinned = NO_BUFFER
+
+    # ---- leaving -------------------------------------------------------------------------
+
+    def _depart(self, worker: int) -> None:
+        """Count the worker no longer, and give back what it holds."""
+        if self.gone[worker]:
+            return
+        self.gone[worker] = True
+        self._n_gone += 1
+        self._release(worker, RELEASE_HOLD | RELEASE_COPY)
+        self._wake |= self.policy.leave(worker)
+
+    def _dismiss(self, worker: int) -> None:
+        """Tell a worker that counts as lost to end."""
+        reason = Reason.LOST if self.lost[worker] else Reason.STOPPED
+        self._out.append(Answer(worker, ALL_REQUESTS, stopped=True, reason=reason))

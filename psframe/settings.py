@@ -1,0 +1,272 @@
+"""What `psframe.train` is told, by defaults, a TOML file and flags; and whether it makes sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from psframe import optim, toml
+from psframe.consistency import BSP, SSP, Async, Mode
+from psframe.errors import ArgumentError
+
+__all__ = ["Settings", "from_file"]
+
+# Safe for stale gradients: without momentum, digits and its MLP stay above 97.5% with 1 to 16
+# workers; what ruins asynchronous training first is momentum in the server.
+_LR = {"sgd": 0.2, "adagrad": 0.02, "rmsprop": 0.0005, "adam": 0.001, "adamw": 0.001}
+_RULES: dict[str, Any] = {
+    "sgd": optim.SGD,
+    "adagrad": optim.Adagrad,
+    "rmsprop": optim.RMSProp,
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+}
+_STALENESS = 3
+# They say how one start was meant, not what the run is.
+_NOT_STORED = ("resume", "overwrite", "config")
+_LIMITS = {
+    "staleness": 0,
+    "backup": 0,
+    "warmup": 0,
+    "epochs": 1,
+    "batch_size": 1,
+    "servers": 1,
+    "workers": 1,
+    "seed": 0,
+    "split_seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one training; each is a flag of the command and a key of its TOML file."""
+
+    model: str = "mlp"
+    """mlp, softmax, or package.module:Class for a class of your own"""
+
+    data: str = "digits"
+    """digits, or the path of an .npz file with arrays x (samples) and y (labels 0, 1, ...)"""
+
+    test_fraction: float = 0.2
+    """part of the samples that is held out for testing"""
+
+    split_seed: int = 1
+    """chooses the held-out samples; not tied to --seed, so that seeds compare on the same ones"""
+
+    mode: Literal["async", "ssp", "bsp"] = "async"
+    """async: nobody waits; ssp: bounded clock lag; bsp: all workers in step"""
+
+    staleness: int | None = None
+    """with --mode ssp: steps that a worker may be ahead of the slowest; else 3"""
+
+    backup: int | None = None
+    """with --mode bsp: workers that a round does not wait for; else 0"""
+
+    optimizer: Literal["sgd", "adagrad", "rmsprop", "adam", "adamw"] = "sgd"
+    """update rule, applied by the servers"""
+
+    lr: float | None = None
+    """learning rate; else sgd 0.2 (1 - momentum), adagrad 0.02, rmsprop 0.0005, adam(w) 0.001"""
+
+    momentum: float = 0.0
+    """with sgd; on stale gradients, from 8 asynchronous workers on, 0.9 ruins it: prefer bsp"""
+
+    nesterov: bool = False
+    """Nesterov's momentum, with sgd and --momentum"""
+
+    weight_decay: float | None = None
+    """decay of weights, not of biases (all of one dimension); else 0.01 with adamw and 0"""
+
+    clip_norm: float | None = None
+    """scale gradients of a larger Euclidean norm down to this one"""
+
+    schedule: Literal["constant", "cosine"] = "constant"
+    """learning rate over the run; cosine ends at 0 with the last epoch"""
+
+    warmup: int = 0
+    """updates over which the learning rate rises from 0 first"""
+
+    epochs: int = 30
+    """how often each training sample is used"""
+
+    batch_size: int = 32
+    """samples in a batch of one worker"""
+
+    servers: int = 1
+    """ranks that hold the parameters; the others work"""
+
+    workers: int | None = None
+    """worker threads without mpirun; else 3; under mpirun the ranks decide"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where workers compute; auto takes a GPU if CuPy finds one"""
+
+    seed: int = 0
+    """of the initial parameters and of the order of samples"""
+
+    run_dir: str = "runs/{time}"
+    """folder for configuration, metrics, status and weights; {time} becomes date and time"""
+
+    resume: bool = False
+    """continue the run in --run-dir; if it is completed, do nothing"""
+
+    overwrite: bool = False
+    """replace the run in --run-dir"""
+
+    config: str | None = None
+    """TOML file with these settings, such as a run's config.toml; flags override it"""
+
+    def resolved(self) -> Settings:
+        """Fill in the defaults that depend on other settings, after checking them all.
+
+        Raises:
+            ArgumentError: a number is out of range, or two settings contradict each other.
+        """
+        self._check_ranges()
+        self._check_contradictions()
+        lr = _LR[self.optimizer] * (1.0 - self.momentum) if self.lr is None else self.lr
+        staleness, backup = self.staleness, self.backup
+        if self.mode == "ssp" and staleness is None:
+            staleness = _STALENESS
+        if self.mode == "bsp" and backup is None:
+            backup = 0
+        decay = self.weight_decay
+        if decay is None:
+            decay = 0.01 if self.optimizer == "adamw" else 0.0
+        return dataclasses.replace(
+            self, lr=lr, weight_decay=decay, staleness=staleness, backup=backup
+        )
+
+    def consistency(self) -> Mode:
+        """Make the mode."""
+        if self.mode == "ssp":
+            return SSP(_STALENESS if self.staleness is None else self.staleness)
+        return BSP(self.backup or 0) if self.mode == "bsp" else Async()
+
+    def rule(self, params: Mapping[str, Any], samples: int, workers: int | None) -> Any:
+        """Make the update rule.
+
+        Args:
+            params: the model's; those of at most one dimension are biases, which do not decay.
+            samples: in the training part.
+            workers: their number, None if not known.
+
+        Raises:
+            ArgumentError: the schedule needs the number of workers, and that is not known.
+        """
+        arguments: dict[str, Any] = {
+            "weight_decay": self.weight_decay or 0.0,
+            "no_decay": tuple(glob.escape(name) for name, p in params.items() if p.ndim <= 1),
+        }
+        if self.optimizer == "sgd":
+            arguments.update(momentum=self.momentum, nesterov=self.nesterov)
+        return _RULES[self.optimizer](self._schedule(samples, workers), **arguments)
+
+    def _schedule(self, samples: int, workers: int | None) -> Any:
+        lr = _LR[self.optimizer] if self.lr is None else self.lr
+        after: Any = optim.schedules.Constant(lr)
+        if self.schedule == "cosine":
+            updates = self.epochs * -(-samples // min(self.batch_size, samples))
+            if self.mode == "bsp":
+                if not workers or workers < 1:
+                    raise ArgumentError(
+                        "--schedule cosine with --mode bsp: the launcher does not say how many "
+                        "ranks there are, and so how many rounds; use --schedule constant"
+                    )
+                updates = -(-updates // workers)
+            after = optim.schedules.Cosine(lr, max(1, updates - self.warmup))
+        if not self.warmup:
+            return lr if self.schedule == "constant" else after
+        rise = optim.schedules.LinearWarmup(lr, self.warmup)
+        return optim.schedules.Composed((rise, after), (self.warmup,))
+
+    def as_config(self) -> dict[str, Any]:
+        """Give what belongs into config.toml, which can be given back as --config."""
+        config = dataclasses.asdict(self)
+        return {key: config[key] for key in config if key not in _NOT_STORED}
+
+    def _check_ranges(self) -> None:
+        for name, least in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ArgumentError(f"{_flag(name)}: expected {least} or more, got {value}")
+        if not 0.0 < self.test_fraction < 1.0:
+            raise ArgumentError(
+                f"--test-fraction: expected a number between 0 and 1, got {self.test_fraction}"
+            )
+        if not 0.0 <= self.momentum < 1.0:
+            raise ArgumentError(f"--momentum: expected a number in [0, 1), got {self.momentum}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
+                raise ArgumentError(f"{_flag(name)}: expected 0 or more, got {value}")
+        if self.clip_norm is not None and not 0.0 < self.clip_norm < float("inf"):
+            raise ArgumentError(f"--clip-norm: expected more than 0, got {self.clip_norm}")
+
+    def _check_contradictions(self) -> None:
+        pairs = [
+            (self.staleness is not None, self.mode == "ssp", "staleness", "--mode ssp"),
+            (self.backup is not None, self.mode == "bsp", "backup", "--mode bsp"),
+            (self.momentum > 0, self.optimizer == "sgd", "momentum", "--optimizer sgd"),
+            (self.nesterov, self.momentum > 0, "nesterov", "--momentum above 0"),
+        ]
+        for given, fits, name, other in pairs:
+            if given and not fits:
+                now = f" (the mode is {self.mode})" if "mode" in other else ""
+                raise ArgumentError(f"{_flag(name)} goes with {other} only{now}; drop one of them")
+        if self.resume and self.overwrite:
+            raise ArgumentError("--resume and --overwrite contradict each other; drop one of them")
+        if self.resume and "{time}" in self.run_dir:
+            raise ArgumentError("--resume: which run? give its folder with --run-dir")
+
+
+def from_file(path: str | Path) -> Settings:
+    """Read settings from a TOML file; what it does not mention keeps its default.
+
+    Raises:
+        ArgumentError: it cannot be read, a key is unknown (the nearest is named), or a value is
+            of the wrong type.
+    """
+    try:
+        table = toml.load(path)
+    except ValueError as error:
+        raise ArgumentError(f"--config: {error}") from error
+    hints = get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in hints or name in _NOT_STORED:
+            near = difflib.get_close_matches(name, set(hints) - set(_NOT_STORED), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(f"--config: {path}: unknown key {key!r}{hint}")
+        values[name] = _typed(hints[name], value, f"--config: {path}: {key}")
+    return Settings(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` if it is what `hint` says; an integer may stand for a float."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            extra = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(f"{where}: expected one of {choices}, got {value!r}{extra}")
+        return value
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    expected = " or ".join(o.__name__ for o in options if o is not type(None))
+    raise ArgumentError(f"{where}: expected {expected}, got {value!r}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,170 @@
+"""Versioned snapshots of one shard: pulls are whole and never wait, nor do updates.
+
+The store keeps a few parameter buffers. An update reads the current one and writes the next,
+then the current pointer moves. A pull answers from the current buffer and *holds* it; a held
+buffer is never written. With W + 2 buffers and one hold a worker, two buffers are always free
+of holds: the update's target is one that is neither held nor current. One buffer more is
+there for the pin of an evaluation. Buffers are taken lowest index first, so that no more of
+them are ever touched than were needed at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from psframe.layout import Array
+
+__all__ = ["Buffers", "HeapBuffers", "Store", "UpdateRule", "buffer_count"]
+
+_PINS = 1
+
+
+def buffer_count(workers: int) -> int:
+    """Count the buffers that a store needs: one a worker, two for updates, one for a pin."""
+    return workers + 2 + _PINS
+
+
+class Buffers(Protocol):
+    """The memory of a store: equally long arrays, by index."""
+
+    def __len__(self) -> int:
+        """Count the buffers."""
+
+    def __getitem__(self, index: int) -> Array:
+        """Give buffer `index`; always the same memory for the same index."""
+
+
+class HeapBuffers:
+    """Buffers in this process's own memory, allocated when first used."""
+
+    def __init__(self, count: int, size: int, dtype: np.dtype[Any]) -> None:
+        self._make: Callable[[], Array] = lambda: np.empty(size, dtype)
+        self._arrays: list[Array | None] = [None] * count
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, index: int) -> Array:
+        array = self._arrays[index]
+        if array is None:
+            array = self._arrays[index] = self._make()
+        return array
+
+
+class UpdateRule(Protocol):
+    """An optimizer bound to one shard."""
+
+    def update(self, step: int, params: Array, grad: Array, out: Array, scale: float = 1.0) -> bool:
+        """Write the parameters after update `step` to `out`; False, and nothing else has
+        changed, if a result is not finite."""
+
+
+class Store:
+    """The snapshots of one shard and the only way to change them.
+
+    Args:
+        buffers: the memory; `buffer_count(workers)` of them.
+        initial: the parameters at version 0, copied.
+        rule: the optimizer bound to this shard.
+    """
+
+    def __init__(self, buffers: Buffers, initial: Array, rule: UpdateRule) -> None:
+        self._buffers = buffers
+        self._rule = rule
+        self._holds = [0] * len(buffers)
+        self._n_held = 0  # distinct buffers that are held
+        self._free = list(range(1, len(buffers)))  # a heap: neither held nor current
+        self._mean: Array | None = None
+        self.current = 0
+        self.version = 0
+        buffers[0][:] = initial
+
+    @property
+    def params(self) -> Array:
+        """The current snapshot; valid until the next update."""
+        return self._buffers[self.current]
+
+    @property
+    def held(self) -> int:
+        """Distinct buffers that are held."""
+        return self._n_held
+
+    def hold(self) -> int | None:
+        """Hold the current buffer; None if that would leave updates fewer than two."""
+        index = self.current
+        if not self._holds[index]:
+            if self._n_held >= len(self._holds) - 2:
+                return None
+            self._n_held += 1
+        self._holds[index] += 1
+        return index
+
+    def hold_again(self, index: int) -> int:
+        """Take one more hold of a buffer that is held already."""
+        assert self._holds[index] > 0, f"buffer {index} is not held"
+        self._holds[index] += 1
+        return index
+
+    def buffer(self, index: int) -> Array:
+        """The memory of buffer `index`."""
+        return self._buffers[index]
+
+    def release(self, index: int) -> None:
+        """Give one hold of a buffer back."""
+        holds = self._holds[index]
+        assert holds > 0, f"buffer {index} is not held"
+        self._holds[index] = holds - 1
+        if holds == 1:
+            self._n_held -= 1
+            if index != self.current:
+                heapq.heappush(self._free, index)
+
+    def update(self, grad: Array, scale: float = 1.0) -> bool:
+        """Apply one gradient and publish the result as the next version.
+
+        Args:
+            grad: this shard's part of it; only read.
+            scale: factor on the gradient, from clipping by the global norm.
+
+        Returns:
+            False if a result is not finite: then nothing has been published or changed.
+        """
+        assert self._free, "every buffer is held: two must stay free for updates"
+        target = heapq.heappop(self._free)
+        buffers = self._buffers
+        if not self._rule.update(self.version, buffers[self.current], grad, buffers[target], scale):
+            heapq.heappush(self._free, target)
+            return False
+        if not self._holds[self.current]:
+            heapq.heappush(self._free, self.current)
+        # Reserving the target and publishing it are one transition: no hold is taken or
+        # released in between.
+        self.current = target
+        self.version += 1
+        return True
+
+    def update_mean(self, grads: Sequence[Array], scales: Sequence[float]) -> bool:
+        """Apply the mean of some gradients, summed in the order given; as `update`."""
+        if len(grads) == 1:
+            return self.update(grads[0], scales[0])
+        if self._mean is None:
+            self._mean = np.empty_like(grads[0])
+        mean = self._mean
+        with np.errstate(over="ignore", invalid="ignore"):  # judged by the rule
+            _scaled(grads[0], scales[0], mean)
+            for grad, scale in zip(grads[1:], scales[1:], strict=True):
+                mean += grad if scale == 1.0 else _scaled(grad, scale, np.empty_like(grad))
+            mean /= len(grads)
+        return self.update(mean)
+
+
+def _scaled(grad: Array, scale: float, out: Array) -> Array:
+    if scale == 1.0:
+        np.copyto(out, grad)
+    else:
+        np.multiply(grad, grad.dtype.type(scale), out=out)
+    return out

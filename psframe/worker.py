@@ -1,0 +1,214 @@
+"""The worker's side of the protocol as a state machine without I/O.
+
+It numbers the requests, knows which servers have still to answer each, which gradient slot is
+free, and which snapshots the worker holds on which server. The blocking calls that users make
+are in `client.py`; they send what this returns and feed it what arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from psframe.errors import MessageError
+from psframe.events import (
+    ALL_REQUESTS,
+    COPIED,
+    NO_BUFFER,
+    RELEASE_COPY,
+    RELEASE_HOLD,
+    RELEASE_NONE,
+    Answer,
+    Lease,
+    LeaseKind,
+    LeaseRequest,
+    Pull,
+    Push,
+    TaskSpec,
+)
+
+__all__ = ["Request", "WorkerProtocol"]
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, to one server or to all, until every one of them has answered.
+
+    Attributes:
+        seq: its number.
+        waiting: servers that have still to answer.
+        stopped: whether some server answered that the run is over.
+        receipt: server 0's answer to the push in it.
+        buffers, versions: by server, where the parameters are and which version they have.
+        lease: the block, for a lease request.
+        wants_params: whether it asked for the parameters.
+    """
+
+    seq: int
+    waiting: int
+    wants_params: bool = False
+    stopped: bool = False
+    receipt: Answer | None = None
+    lease: Lease | None = None
+    buffers: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether every server has answered."""
+        return not self.waiting
+
+    @property
+    def has_params(self) -> bool:
+        """Whether it brought the parameters."""
+        return self.wants_params and not self.waiting and not self.stopped
+
+
+class WorkerProtocol:
+    """The worker's state in the protocol.
+
+    Args:
+        index: the worker.
+        servers: S.
+        in_place: by server, whether its snapshots are read in place and so held.
+
+    Attributes:
+        versions: by server, the version of the parameters that the worker has now.
+        stopped: whether the run is known to be over.
+    """
+
+    def __init__(self, index: int, servers: int, in_place: Sequence[bool]) -> None:
+        self.index = index
+        self.servers = servers
+        self.versions = [0] * servers
+        self.stopped = False
+        self._in_place = list(in_place)
+        self._seq = 0
+        self._requests: dict[int, Request] = {}
+        self._slots: list[Request | None] = [None, None]
+        self._next_slot = 0
+        # By server: what the worker's present parameters lie in, and what it no longer uses
+        # and has still to say so.
+        self._using = [NO_BUFFER] * servers
+        self._releases = [RELEASE_NONE] * servers
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that some server has still to answer."""
+        return len(self._requests)
+
+    @property
+    def slot(self) -> int:
+        """The gradient slot that the next push uses."""
+        return self._next_slot
+
+    @property
+    def slot_user(self) -> Request | None:
+        """The unanswered push that still uses the next push's slot; None if it is free."""
+        user = self._slots[self._next_slot]
+        return None if user is None or user.done else user
+
+    def push(self, *, finite: bool, norm: float, want_params: bool) -> tuple[Request, list[Push]]:
+        """Make a push of the gradient in `slot`; its parameters, if wanted, end the present ones.
+
+        Returns:
+            The request, and the message to each server.
+        """
+        assert self.slot_user is None, "the slot is in use"
+        request = self._request(self.servers, want_params)
+        slot = self._next_slot
+        self._slots[slot] = request
+        self._next_slot = 1 - slot
+        if want_params:
+            self.drop_params()
+        messages = [
+            Push(
+                self.index,
+                request.seq,
+                slot,
+                self.versions[server],
+                finite,
+                norm,
+                want_params,
+                self._take_release(server),
+            )
+            for server in range(self.servers)
+        ]
+        return request, messages
+
+    def pull(self, *, pinned: bool = False) -> tuple[Request, list[Pull]]:
+        """Make a pull. Call `drop_params` before if the present parameters end with it."""
+        request = self._request(self.servers, True)
+        messages = [
+            Pull(self.index, request.seq, pinned, self._take_release(server))
+            for server in range(self.servers)
+        ]
+        return request, messages
+
+    def ask_lease(self, plan: int, spec: TaskSpec) -> tuple[Request, LeaseRequest]:
+        """Make a request for a lease, to server 0."""
+        request = self._request(1, False)
+        return request, LeaseRequest(self.index, request.seq, plan, spec)
+
+    def drop_params(self) -> None:
+        """Use the present parameters no longer; the next push or pull says so to the servers."""
+        for server, buffer in enumerate(self._using):
+            if buffer != NO_BUFFER and self._in_place[server]:
+                self._releases[server] |= RELEASE_COPY if buffer == COPIED else RELEASE_HOLD
+            self._using[server] = NO_BUFFER
+
+    def take_params(self, request: Request) -> None:
+        """Make the parameters of an answered request the present ones."""
+        assert request.has_params, "the request brought no parameters"
+        self.drop_params()
+        self._using = list(request.buffers)
+        self.versions = list(request.versions)
+
+    def receive(self, server: int, answer: Answer | Lease) -> None:
+        """Take a server's answer.
+
+        Raises:
+            MessageError: it answers nothing that this worker asked of that server.
+        """
+        if answer.worker != self.index:
+            raise MessageError(f"worker {self.index} got an answer for worker {answer.worker}")
+        if isinstance(answer, Answer) and answer.seq == ALL_REQUESTS:
+            self._end_all()
+            return
+        request = self._requests.get(answer.seq)
+        if request is None:
+            raise MessageError(f"worker {self.index} got an answer to no request: {answer.seq}")
+        request.waiting -= 1
+        if isinstance(answer, Lease):
+            request.lease = answer
+            request.stopped |= answer.kind is LeaseKind.STOPPED
+        else:
+            request.stopped |= answer.stopped
+            request.buffers[server] = answer.buffer
+            request.versions[server] = answer.version
+            if server == 0:
+                request.receipt = answer
+        if request.stopped:
+            self.stopped = True
+        if not request.waiting:
+            del self._requests[request.seq]
+
+    def _end_all(self) -> None:
+        self.stopped = True
+        for request in self._requests.values():
+            request.waiting = 0
+            request.stopped = True
+        self._requests.clear()
+
+    def _request(self, waiting: int, wants_params: bool) -> Request:
+        request = Request(self._seq, waiting, wants_params)
+        request.buffers = [NO_BUFFER] * self.servers
+        request.versions = [0] * self.servers
+        self._requests[self._seq] = request
+        self._seq += 1
+        return request
+
+    def _take_release(self, server: int) -> int:
+        release = self._releases[server]
+        self._releases[server] = RELEASE_NONE
+        return release

@@ -1,0 +1,35 @@
+"""What all tests share: hypothesis' settings, and what becomes of GPU tests without a GPU."""
+
+import functools
+import os
+
+import pytest
+from hypothesis import settings
+
+# Every rank must draw the same examples, and a build server the same ones each time; elsewhere they
+# are new, and a failure prints the blob that repeats it. No deadline: a busy machine is slow.
+_under_launcher = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+settings.register_profile(
+    "psframe",
+    deadline=None,
+    print_blob=True,
+    derandomize=_under_launcher or "CI" in os.environ,
+    database=None if _under_launcher else settings.default.database,
+)
+settings.load_profile("psframe")
+
+
+@functools.cache
+def _why_no_gpu() -> str:
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed"
+    return "" if cupy.is_available() else "CuPy sees no CUDA device"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``gpu``, with the reason, where it cannot run."""
+    if item.get_closest_marker("gpu") is not None and _why_no_gpu():
+        pytest.skip(_why_no_gpu())

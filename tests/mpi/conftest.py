@@ -1,0 +1,42 @@
+"""Tests that need a launcher: run by ``make test`` and by ``tests/mpi/run``."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).parent
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder ``mpi``, so that none is left out of ``-m mpi``."""
+    for item in items:
+        if _HERE in item.path.parents and item.get_closest_marker("mpi") is None:
+            item.add_marker(pytest.mark.mpi)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Remember how the session of this rank ended."""
+    session.config.stash[_failed] = exitstatus in (
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.INTERRUPTED,
+        pytest.ExitCode.INTERNAL_ERROR,
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the job when a test failed here and other ranks may be waiting for this one.
+
+    Without it they would wait in a receive, or in MPI_Finalize, until the timeout, and the rank
+    that timed out would be reported in place of the one that failed.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not config.stash.get(_failed, False):
+        return
+    if mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(1)

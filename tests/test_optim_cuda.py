@@ -1,0 +1,218 @@
+"""The C written from the formulas: its text, and its bits when a C compiler runs it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psframe import optim
+from psframe.layout import Layout
+from psframe.optim import cuda, formulas
+from psframe.optim.formulas import SCALARS_MAX
+
+RULES: dict[str, Any] = {
+    "sgd": optim.SGD(0.1, weight_decay=0.02),
+    "momentum": optim.SGD(0.1, momentum=0.9, weight_decay=0.02),
+    "nesterov": optim.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.02),
+    "adagrad": optim.Adagrad(0.1, weight_decay=0.02),
+    "rmsprop": optim.RMSProp(0.01, weight_decay=0.02),
+    "adam": optim.Adam(0.01, weight_decay=0.02),
+    "adamw": optim.AdamW(0.01, weight_decay=0.1),
+}
+SIZE = 1000
+
+
+def names_of(params: str) -> list[str]:
+    return [param.split()[-1] for param in params.split(", ")]
+
+
+def test_the_text_of_momentum() -> None:
+    text = cuda.translate(formulas.momentum, 1)
+    assert text.in_params == ("T in_w, T in_g, T in_m, T scale, T decay, T lr, T mu, T nesterov")
+    assert text.out_params == "T out_w, T out_m, raw int32 bad"
+    assert text.operation.splitlines() == [
+        "T w = in_w;",
+        "T g = in_g;",
+        "T m = in_m;",
+        "g = ((g * scale) + (decay * w));",
+        "m = ((mu * m) + g);",
+        "T step = (nesterov != (T)0 ? (g + (mu * m)) : m);",
+        "T new_w = (w - (lr * step));",
+        "T new_m = m;",
+        "out_w = new_w;",
+        "out_m = new_m;",
+        "T z = (new_w - new_w) + (new_m - new_m);",
+        "if (z != z) bad[0] = 1;",
+    ]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_formula_becomes_a_whole_kernel(name: str) -> None:
+    rule = RULES[name]
+    text = cuda.translate(rule.formula, len(rule.slots))
+    assert len(names_of(text.in_params)) == 2 + len(rule.slots) + rule.scalar_count
+    assert len(names_of(text.out_params)) == 2 + len(rule.slots)
+    assert rule.scalar_count <= SCALARS_MAX
+    assert len(rule.scalars(0, 0.1, 1.0, 0.0)) == rule.scalar_count
+    assert not re.search(r"[0-9]\.[0-9]", text.operation), "a literal in the arithmetic"
+    assert "--fmad=false" in cuda.OPTIONS
+
+
+def _pow(w: float, g: float, lr: float) -> float:
+    return w - lr * g**2
+
+
+def _literal(w: float, g: float, lr: float) -> float:
+    return w - 0.5 * g
+
+
+def _loop(w: float, g: float, lr: float) -> float:
+    while g > lr:
+        g = g - lr
+    return w
+
+
+def _unknown(w: float, g: float, lr: float) -> float:
+    return w - SIZE
+
+
+def _scalar_written(w: float, g: float, lr: float) -> float:
+    lr = lr * lr
+    return w - lr * g
+
+
+def _too_many(w: float, g: float, lr: float) -> tuple[float, float]:
+    return w, g
+
+
+@pytest.mark.parametrize("formula", [_pow, _literal, _loop, _unknown, _scalar_written, _too_many])
+def test_what_is_not_arithmetic_is_refused(formula: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=f"formula {formula.__name__}: .*cannot be written in C"):
+        cuda.translate(formula, 0)
+
+
+def test_names_that_cupy_reserves_are_refused() -> None:
+    def formula(w: float, g: float, n: float) -> float:
+        return w - n * g
+
+    with pytest.raises(ValueError, match="'n' is a reserved name"):
+        cuda.translate(formula, 0)
+
+
+def c_program(rule: Any, ctype: str) -> str:
+    """Wrap the kernel's text in the loop that CuPy would write around it."""
+    text = cuda.translate(rule.formula, len(rule.slots))
+    inputs, outputs = names_of(text.in_params), names_of(text.out_params)[:-1]
+    arrays, scalars = inputs[: 2 + len(rule.slots)], inputs[2 + len(rule.slots) :]
+    parameters = (
+        ["long size"]
+        + [f"const T *p_{name}" for name in arrays]
+        + ["const T *h"]
+        + [f"T *p_{name}" for name in outputs]
+        + ["int *bad"]
+    )
+    before = [f"const T {name} = h[{k}];" for k, name in enumerate(scalars)]
+    before += [f"const T {name} = p_{name}[k];" for name in arrays]
+    after = [f"p_{name}[k] = {name};" for name in outputs]
+    return "\n".join(
+        [
+            "#include <tgmath.h>",
+            f"typedef {ctype} T;",
+            f"void kernel({', '.join(parameters)}) {{",
+            "for (long k = 0; k < size; ++k) {",
+            *before,
+            *(f"T {name};" for name in outputs),
+            text.operation,
+            *after,
+            "}}",
+        ]
+    )
+
+
+@pytest.fixture
+def compile_c(tmp_path: Path) -> Callable[[str], Any]:
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        pytest.skip("there is no gcc to compile the written C with")
+
+    def build(program: str) -> Any:
+        source, library = tmp_path / "kernel.c", tmp_path / "kernel.so"
+        source.write_text(program)
+        flags = ["-std=c11", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
+        command = [gcc, *flags, str(source), "-o", str(library), "-lm"]
+        subprocess.run(command, check=True, timeout=60)
+        return ctypes.CDLL(str(library)).kernel
+
+    return build
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", RULES)
+def test_the_written_c_has_the_bits_of_the_cpu_loop(
+    name: str, dtype: Any, compile_c: Callable[[str], Any]
+) -> None:
+    rule = RULES[name]
+    kernel = compile_c(c_program(rule, "float" if dtype is np.float32 else "double"))
+    updater = rule.updater(Layout.of({"w": np.zeros(SIZE, dtype)}), 0, SIZE)
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal(SIZE).astype(dtype)
+    slots = [np.zeros(SIZE, dtype) for _ in rule.slots]
+
+    def run(step: int, w: Any, grad: Any) -> tuple[list[Any], int]:
+        scalars = np.array(rule.scalars(step, rule.lr, 0.5, rule.weight_decay), dtype)
+        results = [np.empty(SIZE, dtype) for _ in range(1 + len(slots))]
+        bad = ctypes.c_int(0)
+        arrays = [w, grad, *slots, scalars, *results]
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+        kernel(ctypes.c_long(SIZE), *pointers, ctypes.byref(bad))
+        return results, bad.value
+
+    for step in range(8):
+        grad = rng.standard_normal(SIZE).astype(dtype)
+        out = np.empty(SIZE, dtype)
+        assert updater.update(step, w, grad, out, 0.5)
+        (got, *slots), bad = run(step, w, grad)
+        assert bad == 0
+        assert got.tobytes() == out.tobytes()
+        for slot, want in zip(slots, updater.slots.values(), strict=True):
+            assert slot.tobytes() == want.tobytes()
+        w = out
+    grad = np.zeros(SIZE, dtype)
+    grad[SIZE // 2] = np.inf
+    assert run(8, w, grad)[1] == 1
+    assert not updater.update(8, w, grad, np.empty(SIZE, dtype), 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", RULES)
+def test_the_gpu_has_the_bits_of_the_cpu(name: str, dtype: Any) -> None:
+    cupy = pytest.importorskip("cupy")
+    if not cupy.is_available():
+        pytest.skip("there is no CUDA device")
+    rule = RULES[name]
+    layout = Layout.of({"w": np.zeros(SIZE, dtype)})
+    cpu, gpu = rule.updater(layout, 0, SIZE), rule.updater(layout, 0, SIZE)
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal(SIZE).astype(dtype)
+    for step in range(8):
+        grad = rng.standard_normal(SIZE).astype(dtype)
+        out, device_out = np.empty(SIZE, dtype), cupy.empty(SIZE, dtype)
+        assert cpu.update(step, w, grad, out, 0.5)
+        assert gpu.update(step, cupy.asarray(w), cupy.asarray(grad), device_out, 0.5)
+        assert cupy.asnumpy(device_out).tobytes() == out.tobytes()
+        w = out
+    grad = np.zeros(SIZE, dtype)
+    grad[7] = np.nan
+    before = {name: cupy.asnumpy(slot) for name, slot in gpu.slots.items()}
+    assert not gpu.update(8, cupy.asarray(w), cupy.asarray(grad), cupy.empty(SIZE, dtype))
+    for key, slot in gpu.slots.items():
+        assert cupy.asnumpy(slot).tobytes() == before[key].tobytes()
