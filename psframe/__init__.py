@@ -17,6 +17,7 @@ from psframe.errors import (
 )
 from psframe.ledger import Ledger
 from psframe.runtime import Result, run
+from psframe.simulation import Network, SimResult, simulate
 
 __all__ = [
     "BSP",
@@ -27,6 +28,7 @@ __all__ = [
     "LaunchError",
     "Ledger",
     "MessageError",
+    "Network",
     "Params",
     "Pending",
     "PendingPull",
@@ -35,6 +37,7 @@ __all__ = [
     "Receipt",
     "Result",
     "RunDirError",
+    "SimResult",
     "Stopped",
     "Task",
     "WaitTimeout",
@@ -42,4 +45,5 @@ __all__ = [
     "WorkerFailed",
     "optim",
     "run",
+    "simulate",
 ]

@@ -25,7 +25,7 @@ from psframe.events import (
 from psframe.plan import Observer
 from psframe.server import Server
 
-__all__ = ["ServerPort", "no_host_event", "route", "serve", "take_part"]
+__all__ = ["ServerPort", "handle", "no_host_event", "route", "serve", "take_part"]
 
 # A server looks up from its queue this often, so that no wait is without a bound.
 _POLL_S = 0.5
@@ -84,11 +84,16 @@ def serve(
         if tick is not None:
             tick()
         if event is not None:
-            for out in _handle(machine, event):
+            for out in handle(machine, event):
                 route(out, port, observe)
 
 
-def _handle(machine: Server, event: ToServer) -> list[Output]:
+def handle(machine: Server, event: ToServer) -> list[Output]:
+    """Let a machine handle an event; a worker that sends an illegal one counts as lost.
+
+    Raises:
+        MessageError: another server sent it.
+    """
     try:
         return machine.handle(event)
     except MessageError:

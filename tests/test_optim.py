@@ -6,8 +6,10 @@ import dataclasses
 import doctest
 import importlib
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from psframe import optim
 from psframe.layout import Layout
+from psframe.optim.updater import _slot_pairs
 
 CLASSES: list[Any] = [optim.SGD, optim.Adagrad, optim.RMSProp, optim.Adam, optim.AdamW]
 by_class = pytest.mark.parametrize("cls", CLASSES)
@@ -155,6 +158,54 @@ def test_without_a_folder_for_its_cache_a_loop_is_compiled_all_the_same(
     assert not loop(1, 4, ones, ones, out, scalars)
     assert out.tolist() == [0.0, 0.5, 0.5, 0.5, 0.0]
     assert "compiled anew in every process: cannot cache" in caplog.text
+
+
+def test_the_second_process_finds_the_loops_in_the_cache(tmp_path: Path) -> None:
+    program = (
+        "import numpy as np\n"
+        "from psframe.optim import cpu, formulas\n"
+        "loop = cpu.compile_loop(formulas.momentum, 1, 5, np.dtype(np.float32))\n"
+        "print(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values()))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            check=True,
+            timeout=60,
+            env=environment,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert printed == [["0", "1"], ["1", "0"]]
+
+
+def test_a_changed_formula_is_not_found_in_the_cache() -> None:
+    from psframe.optim import cpu
+
+    def first(w: float, g: float, lr: float) -> float:
+        return w - lr * g
+
+    def second(w: float, g: float, lr: float) -> float:
+        return w + lr * g
+
+    names = {cpu._with_formula(cpu._loop0, None, f, 1).__qualname__ for f in (first, second)}
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 1000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_slots_begin_at_cache_lines_and_do_not_overlap(size: int, dtype: Any) -> None:
+    pairs = _slot_pairs(np, 2, size, np.dtype(dtype))
+    arrays: list[Any] = [array for pair in pairs for array in pair]
+    addresses = [array.ctypes.data for array in arrays]
+    assert [array.size for array in arrays] == [size] * 4
+    assert all(address % 64 == 0 for address in addresses) or size == 0
+    for k, array in enumerate(arrays):
+        array[:] = k + 1
+    assert all((array == k + 1).all() for k, array in enumerate(arrays))
 
 
 def test_importing_and_choosing_a_rule_imports_neither_numba_nor_cupy() -> None:

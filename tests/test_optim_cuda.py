@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import shutil
 import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +192,84 @@ def test_the_written_c_has_the_bits_of_the_cpu_loop(
     grad[SIZE // 2] = np.inf
     assert run(8, w, grad)[1] == 1
     assert not updater.update(8, w, grad, np.empty(SIZE, dtype), 0.5)
+
+
+class FakeArray(np.ndarray[Any, Any]):
+    """A NumPy array that says it is CuPy's."""
+
+    __module__ = "cupy"
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+class FakeElementwiseKernel:
+    """Takes what CuPy's takes, checks what CuPy's would, and applies the formula itself."""
+
+    def __init__(
+        self,
+        in_params: str,
+        out_params: str,
+        operation: str,
+        name: str,
+        *,
+        no_return: bool,
+        options: tuple[str, ...],
+    ) -> None:
+        assert no_return
+        assert isinstance(options, tuple)
+        self.inputs, self.outputs = names_of(in_params), names_of(out_params)
+        self.formula = getattr(formulas, name.removeprefix("psframe_"))
+
+    def __call__(self, *arguments: Any) -> None:
+        given = dict(zip(self.inputs + self.outputs, arguments, strict=True))
+        arrays = [value for value in given.values() if isinstance(value, FakeArray)]
+        assert len({array.dtype for array in arrays if array.dtype.kind == "f"}) == 1
+        assert len({array.size for array in arrays[:-1]}) == 1
+        assert all(arrays[0].dtype == value.dtype for value in given.values() if not value.shape)
+        for k in range(arrays[0].size):
+            inputs = [given[name] for name in self.inputs]
+            values = [v[k] if isinstance(v, FakeArray) else v for v in inputs]
+            results = self.formula(*values)
+            for name, result in zip(self.outputs, np.atleast_1d(results), strict=False):
+                given[name][k] = result
+                if not np.isfinite(result):
+                    given["bad"][0] = 1
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fake: Any = types.ModuleType("cupy")
+    fake.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(FakeArray)
+    fake.int32 = np.int32
+    fake.ElementwiseKernel = FakeElementwiseKernel
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    cuda.compile_kernel.cache_clear()
+    yield fake
+    cuda.compile_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_cupy_arrays_reach_the_kernel_in_the_order_it_declares(name: str, fake_cupy: Any) -> None:
+    size = 9
+    layout = Layout.of({"w": np.zeros(5), "bias": np.zeros(4)})
+    rule = dataclasses.replace(RULES[name], no_decay=("bias",))
+    cpu, gpu = rule.updater(layout, 0, size), rule.updater(layout, 0, size)
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal(size)
+    for step in range(3):
+        grad, out = rng.standard_normal(size), np.empty(size)
+        device_out = fake_cupy.zeros(size, np.float64)
+        assert cpu.update(step, w, grad, out, 0.5)
+        assert gpu.update(step, w.view(FakeArray), grad.view(FakeArray), device_out, 0.5)
+        np.testing.assert_array_equal(device_out, out)
+        w = out
+    grad, device_out = np.full(size, np.nan), fake_cupy.zeros(size, np.float64)
+    before = {key: slot.tobytes() for key, slot in gpu.slots.items()}
+    assert not gpu.update(3, w.view(FakeArray), grad.view(FakeArray), device_out)
+    assert {key: slot.tobytes() for key, slot in gpu.slots.items()} == before
+    assert all(isinstance(slot, FakeArray) for slot in gpu.slots.values())
 
 
 @pytest.mark.gpu

@@ -141,7 +141,7 @@ def compile_loop(
     write = numba.types.Array(number, 1, "C")
     index = numba.types.intp
     signature = numba.types.boolean(index, index, read, read, write, read, *(read, write) * slots)
-    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": True}
     loop = _with_formula(_LOOPS[slots], numba.njit(**options)(rule), rule, scalars)
     compiled: Callable[..., bool]
     try:

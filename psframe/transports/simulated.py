@@ -1,0 +1,289 @@
+"""Servers and workers in virtual time: one heap of events, one greenlet a worker.
+
+An event is (time, worker, order of issue, action); ties are broken in that order, with the
+servers' talk among themselves before any worker's. A message leaves its sender's link when the
+link is free, travels for the latency, and is taken in when the receiver's link is free.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from psframe.events import NO_BUFFER, Answer, FromWorker, Lease, Lost, Output, Push, ToServer
+from psframe.layout import Array, Layout
+from psframe.transports.threads import ProcessMemory
+
+HEADER_BYTES = 64
+
+__all__ = ["ComputeTime", "Network", "SimulatedEndpoint", "SimulatedPort", "VirtualTime"]
+
+ComputeTime = Callable[[np.random.Generator, int, int], float]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What connects the nodes; every server and every worker is a node with one link.
+
+    Args:
+        latency_s: seconds from the end of sending to the beginning of receiving.
+        bandwidth_bytes_per_s: of each link, each way.
+
+    Raises:
+        ValueError: a negative latency, or a bandwidth that is not above 0.
+    """
+
+    latency_s: float = 0.0
+    bandwidth_bytes_per_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not self.latency_s >= 0:
+            raise ValueError(f"Network: latency_s: expected 0 or more, got {self.latency_s}")
+        if not self.bandwidth_bytes_per_s > 0:
+            raise ValueError(
+                "Network: bandwidth_bytes_per_s: expected more than 0,"
+                f" got {self.bandwidth_bytes_per_s}"
+            )
+
+
+class VirtualTime:
+    """The clock, the events to come, the links, and the memory that the nodes share.
+
+    Args:
+        layout: the parameters.
+        servers, workers: S and W.
+        network: latency and bandwidth.
+        compute_time_s: (rng, worker, steps finished) -> seconds.
+        seed: of the generators given to compute_time_s, one a worker.
+        deaths: worker -> number of messages after which it is dead (for tests).
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        servers: int,
+        workers: int,
+        *,
+        network: Network,
+        compute_time_s: ComputeTime,
+        seed: int,
+        deaths: Mapping[int, int] | None = None,
+    ) -> None:
+        self.now = 0.0
+        self.servers = servers
+        self.workers = workers
+        self.memory = ProcessMemory(layout, servers, workers)
+        self.deaths = dict(deaths or {})
+        self._network = network
+        self._compute_time_s = compute_time_s
+        self._seed = seed
+        self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+        nodes = servers + workers
+        self._egress = [0.0] * nodes
+        self._ingress = [0.0] * nodes
+        self._shard_bytes = [
+            (end - begin) * layout.dtype.itemsize for begin, end in layout.shards(servers)
+        ]
+        self.deliver: list[Callable[[ToServer], None]] = []
+        self.endpoints: list[SimulatedEndpoint] = [
+            SimulatedEndpoint(self, index) for index in range(workers)
+        ]
+
+    def at(self, time: float, worker: int, action: Callable[..., None], *args: Any) -> None:
+        """Let something happen at a time."""
+        heapq.heappush(self._heap, (time, worker, next(self._order), action, args))
+
+    def step(self) -> bool:
+        """Let the next thing happen; False if nothing is to come."""
+        if not self._heap:
+            return False
+        self.now, _, _, action, args = heapq.heappop(self._heap)
+        action(*args)
+        return True
+
+    def compute_time_s(self, worker: int, clock: int, rng: np.random.Generator) -> float:
+        """Ask the user how long the worker computes.
+
+        Raises:
+            ValueError: it is negative or not a number.
+        """
+        seconds = float(self._compute_time_s(rng, worker, clock))
+        if not seconds >= 0:
+            raise ValueError(
+                f"compute_time_s: expected 0 or more for worker {worker}, got {seconds}"
+            )
+        return seconds
+
+    def compute_rng(self, worker: int) -> np.random.Generator:
+        """The generator given to compute_time_s for this worker; not `worker.rng`."""
+        sequence = np.random.SeedSequence(self._seed, spawn_key=(2, worker))
+        return np.random.Generator(np.random.PCG64(sequence))
+
+    def arrival(self, source: int, target: int, n_bytes: int) -> float:
+        """Book both links for a message sent now and say when it has been taken in."""
+        network = self._network
+        if math.isinf(network.bandwidth_bytes_per_s):
+            return self.now + network.latency_s
+        seconds = n_bytes / network.bandwidth_bytes_per_s
+        start = max(self.now, self._egress[source])
+        self._egress[source] = start + seconds
+        begin = max(start + network.latency_s, self._ingress[target])
+        self._ingress[target] = begin + seconds
+        return begin + seconds
+
+    def to_server(self, server: int, worker: int, event: Any, *, source: int) -> None:
+        """Send an event to a server; worker is -1 if a server sends it."""
+        n_bytes = HEADER_BYTES
+        if isinstance(event, Push):
+            n_bytes += self._shard_bytes[server]
+        time = self.arrival(source, server, n_bytes)
+        self.at(time, worker, self.deliver[server], event)
+
+    def to_worker(self, server: int, answer: Answer | Lease) -> None:
+        """Send an answer to a worker."""
+        n_bytes = HEADER_BYTES
+        if isinstance(answer, Answer) and answer.buffer != NO_BUFFER:
+            n_bytes += self._shard_bytes[server]
+        worker = answer.worker
+        time = self.arrival(server, self.servers + worker, n_bytes)
+        self.at(time, worker, self.endpoints[worker].take_in, server, answer)
+
+
+class SimulatedPort:
+    """A server's end."""
+
+    def __init__(self, virtual: VirtualTime, index: int) -> None:
+        self._virtual = virtual
+        self._index = index
+
+    def to_worker(self, answer: Answer | Lease) -> None:
+        """Send an answer."""
+        self._virtual.to_worker(self._index, answer)
+
+    def to_leader(self, event: Output) -> None:
+        """Send to server 0."""
+        self._virtual.to_server(0, -1, event, source=self._index)
+
+    def to_followers(self, event: Output) -> None:
+        """Send to every server but server 0."""
+        for server in range(1, self._virtual.servers):
+            self._virtual.to_server(server, -1, event, source=self._index)
+
+
+class SimulatedEndpoint:
+    """A worker's end; see `psframe.client.Endpoint`. Used inside the worker's greenlet."""
+
+    def __init__(self, virtual: VirtualTime, index: int) -> None:
+        self._virtual = virtual
+        self.index = index
+        self.workers = virtual.workers
+        self.servers = virtual.servers
+        self.in_place = [True] * virtual.servers
+        self._inbox: deque[tuple[int, Answer | Lease]] = deque()
+        self._waiting = False
+        self._wait_number = 0
+        self._greenlet: Any = None
+        self._exit: type[BaseException] = BaseException
+        self._dead = False
+        self._messages = 0
+        self._clock = 0
+        self._last_push = -1
+        self._answered_at: float | None = None
+        self._rng: np.random.Generator | None = None
+
+    def start(self, body: Callable[[], None]) -> None:
+        """Run the worker from its beginning until it first waits."""
+        import greenlet  # here, so that importing psframe stays quick
+
+        self._exit = greenlet.GreenletExit
+        self._greenlet = greenlet.greenlet(body)
+        self._greenlet.switch()
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._virtual.now
+
+    def send(self, server: int, message: FromWorker) -> None:
+        """Send; before the first push after an answer, compute for as long as that takes."""
+        self._check_alive()
+        if isinstance(message, Push) and message.seq != self._last_push:
+            self._last_push = message.seq
+            self._compute()
+            self._clock += 1
+        virtual = self._virtual
+        self._messages += 1
+        source = virtual.servers + self.index
+        virtual.to_server(server, self.index, message, source=source)
+        if self._messages == virtual.deaths.get(self.index):
+            self._die()
+
+    def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
+        """Take the next answer; None after `timeout_s` virtual seconds without one."""
+        self._check_alive()
+        if not self._inbox and timeout_s != 0:
+            self._wait(None if timeout_s is None else self._virtual.now + timeout_s)
+        return self._inbox.popleft() if self._inbox else None
+
+    def slot(self, index: int) -> Array:
+        """The worker's gradient slot."""
+        return self._virtual.memory.slot(self.index, index)
+
+    def snapshot(self, server: int, buffer: int) -> Array:
+        """The server's snapshot buffer, or its part of the landing area."""
+        if buffer < 0:
+            return self._virtual.memory.landing(self.index, server)
+        return self._virtual.memory.buffers[server][buffer]
+
+    def take_in(self, server: int, answer: Answer | Lease) -> None:
+        """An answer has arrived (called outside the greenlet)."""
+        if self._dead:
+            return
+        self._inbox.append((server, answer))
+        if isinstance(answer, Answer) and answer.buffer != NO_BUFFER:
+            self._answered_at = self._virtual.now
+        if self._waiting:
+            self._resume(self._wait_number)
+
+    def _check_alive(self) -> None:
+        if self._dead:
+            raise self._exit  # the dead neither clean up nor say good-bye
+
+    def _compute(self) -> None:
+        if self._answered_at is None:
+            return
+        if self._rng is None:
+            self._rng = self._virtual.compute_rng(self.index)
+        seconds = self._virtual.compute_time_s(self.index, self._clock, self._rng)
+        until = self._answered_at + seconds
+        self._answered_at = None
+        if until > self._virtual.now:
+            self._virtual.at(until, self.index, self._greenlet.switch)
+            self._greenlet.parent.switch()
+
+    def _wait(self, until: float | None) -> None:
+        self._waiting = True
+        self._wait_number += 1
+        if until is not None:
+            self._virtual.at(until, self.index, self._resume, self._wait_number)
+        self._greenlet.parent.switch()
+
+    def _resume(self, wait_number: int) -> None:
+        if self._waiting and wait_number == self._wait_number and not self._dead:
+            self._waiting = False
+            self._greenlet.switch()
+
+    def _die(self) -> None:
+        self._dead = True
+        virtual = self._virtual
+        for server in range(virtual.servers):
+            source = virtual.servers + self.index
+            virtual.to_server(server, self.index, Lost(self.index), source=source)
+        raise self._exit
