@@ -73,7 +73,7 @@ class WorkerFailed(PsframeError):
         traceback: text of the traceback, its tail if it was long.
     """
 
-    def __init__(self, worker: int, rank: int, type: str, message: str, traceback: str) -> None:  # noqa: A002
+    def __init__(self, worker: int, rank: int, type: str, message: str, traceback: str) -> None:
         super().__init__(worker, rank, type, message, traceback)
         self.worker = worker
         self.rank = rank

@@ -360,6 +360,6 @@ class PushHandled:
 
 HostEvent = Logged | EpochDone | Evaluated | PushHandled
 
-# What a server hands to its driver: answers go to the worker they name, decisions to every
-# other server (Withheld and Lost to the leader), host events to the process that the leader runs in.
+# What a server hands to its driver: answers go to the worker they name, decisions to every other
+# server (Withheld and Lost to the leader), host events to the process that the leader runs in.
 Output = Answer | Lease | Decision | Gone | Pin | End | Withheld | Lost | HostEvent

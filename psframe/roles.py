@@ -25,7 +25,7 @@ from psframe.events import (
 from psframe.plan import Observer
 from psframe.server import Server
 
-__all__ = ["ServerPort", "handle", "no_host_event", "route", "serve", "take_part"]
+__all__ = ["Outgoing", "ServerPort", "handle", "no_host_event", "route", "serve", "take_part"]
 
 # A server looks up from its queue this often, so that no wait is without a bound.
 _POLL_S = 0.5
@@ -33,11 +33,8 @@ _POLL_S = 0.5
 _HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled)
 
 
-class ServerPort(Protocol):
-    """A server's end of a transport."""
-
-    def receive(self, timeout_s: float) -> ToServer | None:
-        """Take the next event; None after `timeout_s` seconds without one."""
+class Outgoing(Protocol):
+    """Where a server's outputs go."""
 
     def to_worker(self, answer: Answer | Lease) -> None:
         """Send an answer to the worker that it names."""
@@ -49,7 +46,14 @@ class ServerPort(Protocol):
         """Send to every server but server 0."""
 
 
-def route(out: Output, port: ServerPort, observe: Observer) -> None:
+class ServerPort(Outgoing, Protocol):
+    """A server's end of a transport."""
+
+    def receive(self, timeout_s: float) -> ToServer | None:
+        """Take the next event; None after `timeout_s` seconds without one."""
+
+
+def route(out: Output, port: Outgoing, observe: Observer) -> None:
     """Deliver one output of a server's machine."""
     if isinstance(out, (Answer, Lease)):
         port.to_worker(out)
@@ -112,7 +116,7 @@ def take_part(work: Callable[[Worker], Any], worker: Worker) -> BaseException | 
         work(worker)
     except Stopped:
         pass  # the run is over; that is no error of this worker's
-    except BaseException as raised:  # noqa: BLE001 - handed to every rank, and raised again here
+    except BaseException as raised:
         error = raised
         text = "".join(traceback.format_exception(raised))
         failure = Failure(type(raised).__name__, str(raised), text)

@@ -213,6 +213,7 @@ class Recorder:
         self._start = self._epoch_start = clock()
         self._loss_sum = 0.0
         self._loss_count = 0
+        self._epochs = 0
         self._held: list[dict[str, Any]] = []
 
     def __call__(self, event: Any) -> None:
@@ -225,9 +226,9 @@ class Recorder:
             self._evaluated(event)
 
     def close(self) -> None:
-        """Write the lines still held back, and a last one if losses came after the last epoch."""
+        """Write the lines still held back; of a run without epochs, one line in all."""
         self._release()
-        if self._loss_count:
+        if self._loss_count and not self._epochs:
             self._run_dir.metrics(time_s=self._time_s(), update=self.updates, **self._train_loss())
         self._run_dir.close()
 
@@ -239,6 +240,7 @@ class Recorder:
 
     def _epoch_done(self, event: EpochDone) -> None:
         now = self._clock()
+        self._epochs += 1
         if self._held and not self._fixed:
             self._waits = False  # The epoch before ended without an evaluation: none are made.
         self._release()

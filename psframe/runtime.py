@@ -14,12 +14,12 @@ import numpy as np
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import choose_device, make_device
-from psframe.errors import Diverged, RankLost
+from psframe.errors import RankLost
 from psframe.host import Host
 from psframe.launcher import find_launcher
-from psframe.layout import Array
 from psframe.leader import Leader
-from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count, staleness_counts
+from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
+from psframe.results import diverged, make_result, summarise
 from psframe.roles import no_host_event, route, serve, take_part
 from psframe.transports.threads import ThreadEndpoint, ThreadHub, ThreadPort
 
@@ -202,12 +202,12 @@ class _ThreadRun:
         self._join()
         self._raise_failure(leader)
         params = np.concatenate([machine.store.params for machine in self._machines])
-        return make_result(leader, self._plan, params, self._host)
+        return make_result(self._plan, summarise(leader), params, self._host.path)
 
     def _follow(self, server: int) -> None:
         try:
             serve(self._machines[server], self._ports[server], no_host_event)
-        except BaseException as error:  # noqa: BLE001 - raised again by the leader's thread
+        except BaseException as error:
             self._hub.broken = error
 
     def _take_part(self, index: int, device: str) -> None:
@@ -218,7 +218,7 @@ class _ThreadRun:
             self._errors[index] = take_part(self._work, worker)
         except RankLost as error:
             _log.debug("worker %d ends: %s", index, error)  # a server thread has told why
-        except BaseException as error:  # noqa: BLE001 - raised again by the leader's thread
+        except BaseException as error:
             self._errors[index] = error
             self._hub.broken = error
 
@@ -251,24 +251,3 @@ class _ThreadRun:
             raise error
         if leader.diverged:
             raise diverged(leader)
-
-
-def diverged(leader: Leader) -> Diverged:
-    """Say how a run diverged, and what to try."""
-    reasons = ", ".join(f"{n} {reason}" for reason, n in leader.ledger.ledger().reasons.items())
-    return Diverged(
-        f"the last {10 * leader.workers} pushes in a row were refused ({reasons}) at version"
-        f" {leader.store.version}; try a smaller learning rate, less momentum, or clip_norm"
-    )
-
-
-def make_result(leader: Leader, plan: Plan, params: Array, host: Host) -> Result:
-    """Put the root's result together; `params` is the flat vector."""
-    return Result(
-        params=plan.layout.views(params),
-        version=leader.store.version,
-        staleness=staleness_counts(leader.staleness),
-        is_root=True,
-        ledger=leader.ledger.ledger(),
-        run_dir=host.path,
-    )

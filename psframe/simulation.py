@@ -16,8 +16,8 @@ from psframe.events import HostEvent, PushHandled, ToServer
 from psframe.host import Host
 from psframe.leader import Leader
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
+from psframe.results import diverged, make_result, summarise
 from psframe.roles import handle, route, take_part
-from psframe.runtime import diverged, make_result
 from psframe.server import Server
 from psframe.transports.simulated import ComputeTime, Network, SimulatedPort, VirtualTime
 
@@ -176,7 +176,7 @@ class Simulation:
         if leader.diverged:
             raise diverged(leader)
         params = np.concatenate([machine.store.params for machine in self.machines])
-        result = make_result(leader, self._plan, params, self._host)
+        result = make_result(self._plan, summarise(leader), params, None)
         time_s = virtual.now if self._stop_time is None else self._stop_time
         trace = np.array(self._rows, TRACE_DTYPE)
         return SimResult(**vars(result), time_s=time_s, trace=trace)

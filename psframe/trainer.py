@@ -168,7 +168,9 @@ class Trainer:
         sums: dict[str, float] = {}
         for begin in range(0, len(data), _EVAL_BATCH_MAX):
             block = slice(begin, begin + _EVAL_BATCH_MAX)
-            for name, value in self.model.evaluate(params, data.x[block], data.y[block]).items():
+            with np.errstate(over="ignore", invalid="ignore"):
+                part = self.model.evaluate(params, data.x[block], data.y[block])
+            for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         count = sums.pop("count", float(len(data)))
         if "correct" in sums:

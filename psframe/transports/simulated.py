@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ import numpy as np
 from psframe.events import NO_BUFFER, Answer, FromWorker, Lease, Lost, Output, Push, ToServer
 from psframe.layout import Array, Layout
 from psframe.transports.threads import ProcessMemory
-
-HEADER_BYTES = 64
+from psframe.wire import HEADER_BYTES
 
 __all__ = ["ComputeTime", "Network", "SimulatedEndpoint", "SimulatedPort", "VirtualTime"]
 
@@ -186,7 +185,7 @@ class SimulatedEndpoint:
         self.index = index
         self.workers = virtual.workers
         self.servers = virtual.servers
-        self.in_place = [True] * virtual.servers
+        self.in_place: Sequence[bool] = [True] * virtual.servers
         self._inbox: deque[tuple[int, Answer | Lease]] = deque()
         self._waiting = False
         self._wait_number = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ class ThreadEndpoint:
         self.index = index
         self.workers = hub.workers
         self.servers = hub.servers
-        self.in_place = [True] * hub.servers
+        self.in_place: Sequence[bool] = [True] * hub.servers
         self.now = clock
 
     def send(self, server: int, message: FromWorker) -> None:

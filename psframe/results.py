@@ -1,0 +1,54 @@
+"""How a run's outcome is put into words, sent to every rank, and made a Result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from psframe.errors import Diverged
+from psframe.layout import Array
+from psframe.leader import Leader
+from psframe.ledger import Ledger
+from psframe.plan import Plan, Result, staleness_counts
+
+__all__ = ["diverged", "make_result", "summarise"]
+
+
+def summarise(leader: Leader) -> dict[str, Any]:
+    """Describe an outcome in plain data, fit for JSON."""
+    return {
+        "version": leader.store.version,
+        "staleness": sorted(leader.staleness.items()),
+        "ledger": leader.ledger.ledger().as_dict(),
+    }
+
+
+def make_result(
+    plan: Plan, summary: Mapping[str, Any], params: Array | None, run_dir: Path | None
+) -> Result:
+    """Make the Result of a summary.
+
+    Args:
+        plan: the run's plan.
+        summary: as `summarise` made it.
+        params: the flat vector on the root, None elsewhere.
+        run_dir: the run directory on the root.
+    """
+    return Result(
+        params=None if params is None else plan.layout.views(params),
+        version=summary["version"],
+        staleness=staleness_counts(dict(summary["staleness"])),
+        is_root=params is not None,
+        ledger=Ledger(**summary["ledger"]),
+        run_dir=run_dir,
+    )
+
+
+def diverged(leader: Leader) -> Diverged:
+    """Say how a run diverged, and what to try."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in leader.ledger.ledger().reasons.items())
+    return Diverged(
+        f"the last {10 * leader.workers} pushes in a row were refused ({reasons}) at version"
+        f" {leader.store.version}; try a smaller learning rate, less momentum, or clip_norm"
+    )

@@ -1,0 +1,476 @@
+"""The ends of the MPI transport: a server's port, a worker's endpoint, and how they meet.
+
+Between processes of one node arrays stay in shared memory and messages are doorbells; between
+nodes an array goes inside its message if it is small, and in transfers of its own behind the
+message if it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from psframe.errors import MessageError
+from psframe.events import (
+    NO_BUFFER,
+    Answer,
+    FromWorker,
+    Lease,
+    Lost,
+    Output,
+    Push,
+    Sent,
+    ToServer,
+)
+from psframe.layout import Array, Layout
+from psframe.server import ServerMemory
+from psframe.store import Buffers, HeapBuffers, buffer_count
+from psframe.transports.mpi import Mesh, Patience, Post, TooLong, Transfers
+from psframe.transports.shared_memory import Segment, SegmentBuffers, node_id
+from psframe.wire import HEADER_BYTES, Delivery, Limits, Link, decode, payload_limit
+
+__all__ = ["MpiEndpoint", "MpiServerPort", "Neighbours", "meet"]
+
+# An array that fits into this together with the header travels inside the message.
+_MESSAGE_BYTES = 4096
+_INLINE_BYTES_MAX = _MESSAGE_BYTES - HEADER_BYTES
+_HELLO = struct.Struct("<16sqi16s")
+# A worker's segment: two gradient slots and the landing area, each of P elements.
+_SLOTS, _LANDING, _WORKER_ARRAYS = 2, 2, 3
+_CLOSE_BOUND_S = 30.0
+
+_IN_PLACE = frozenset({Delivery.IN_PLACE})
+_SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
+
+_log = logging.getLogger("psframe")
+
+
+@dataclass
+class Neighbours:
+    """What a rank knows of the others after they have met.
+
+    Attributes:
+        servers, workers: S and W; ranks [0, S) serve.
+        own: this rank's segment, None if it could not be made or is not wanted.
+        segments: rank -> segment, of those that share memory with this rank.
+        local_worker: how many workers of this rank's node come before it.
+        crowded: whether the node has more ranks than cores that this process may use.
+    """
+
+    servers: int
+    workers: int
+    own: Segment | None
+    segments: dict[int, Segment]
+    local_worker: int
+    crowded: bool
+
+
+def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neighbours:
+    """Find out who shares this rank's node, and open their memory; every rank calls it.
+
+    A pair shares memory only if both have opened all that they should on their node.
+    """
+    own = _make_segment(mesh, layout, servers) if shared_memory else None
+    node = node_id()
+    nonce, fd = (bytes(16), -1) if own is None else (own.nonce, own.fd)
+    hellos = [
+        _HELLO.unpack(record)
+        for record in mesh.all_gather(_HELLO.pack(node, os.getpid(), fd, nonce), "the hello")
+    ]
+    here = [rank for rank, hello in enumerate(hellos) if hello[0] == node]
+    segments: dict[int, Segment] = {}
+    good = own is not None
+    for rank in here if own is not None else []:
+        if (rank < servers) == (mesh.rank < servers):
+            continue  # servers share nothing with servers, nor workers with workers
+        _, pid, its_fd, its_nonce = hellos[rank]
+        segment = _open_segment(rank, pid, its_fd, its_nonce, mesh, layout, servers)
+        if segment is None:
+            good = False
+        else:
+            segments[rank] = segment
+    can = [bool(flag[0]) for flag in mesh.all_gather(bytes([good]), "the shared memory")]
+    if own is not None:
+        own.close_file()  # everyone has opened it
+    if shared_memory and not good:
+        _log.warning("rank %d cannot share memory on its node; all goes through MPI", mesh.rank)
+    workers_before = [rank for rank in here if servers <= rank < mesh.rank]
+    return Neighbours(
+        servers,
+        mesh.size - servers,
+        own,
+        {rank: segment for rank, segment in segments.items() if good and can[rank]},
+        len(workers_before),
+        len(here) > len(os.sched_getaffinity(0)),
+    )
+
+
+def _shape(rank: int, mesh: Mesh, layout: Layout, servers: int) -> tuple[int, int]:
+    """Count and length of the arrays in a rank's segment."""
+    if rank >= servers:
+        return _WORKER_ARRAYS, layout.size
+    begin, end = layout.shards(servers)[rank]
+    return buffer_count(mesh.size - servers), end - begin
+
+
+def _make_segment(mesh: Mesh, layout: Layout, servers: int) -> Segment | None:
+    count, size = _shape(mesh.rank, mesh, layout, servers)
+    try:
+        return Segment.create(count, size, layout.dtype)
+    except OSError as error:
+        _log.warning("rank %d: no shared memory: %s", mesh.rank, error)
+        return None
+
+
+def _open_segment(
+    rank: int, pid: int, fd: int, nonce: bytes, mesh: Mesh, layout: Layout, servers: int
+) -> Segment | None:
+    if fd < 0:
+        return None
+    count, size = _shape(rank, mesh, layout, servers)
+    return Segment.open(pid, fd, nonce, count, size, layout.dtype)
+
+
+class MpiServerPort:
+    """A server's end.
+
+    Attributes:
+        workers: W.
+        buffers: memory for the store.
+        memory: where the machine finds gradients and landing areas.
+    """
+
+    def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
+        self._mesh = mesh
+        self._neighbours = neighbours
+        self._begin, self._end = layout.shards(neighbours.servers)[mesh.rank]
+        self._dtype = layout.dtype
+        self.workers = neighbours.workers
+        size, count = self._end - self._begin, buffer_count(self.workers)
+        own = neighbours.own
+        self.buffers: Buffers = (
+            HeapBuffers(count, size, layout.dtype) if own is None else SegmentBuffers(own, count)
+        )
+        self._gradients: list[list[Array | None]] = [[None] * _SLOTS for _ in range(self.workers)]
+        self._shared = [
+            neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
+        ]
+        self.memory = ServerMemory(self._gradient, self._landing, self._shared)
+        self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
+        self._patience = Patience(neighbours.crowded)
+        self._transfers = Transfers()
+        self._events: deque[ToServer] = deque()
+        # By rank: messages behind one whose array is on its way, [event, whether it waits].
+        self._held: dict[int, deque[list[ToServer | bool]]] = {}
+        self._distrusted: set[int] = set()
+        self._post: Post = mesh.post(
+            max(_MESSAGE_BYTES, HEADER_BYTES + payload_limit(self.workers))
+        )
+
+    def receive(self, timeout_s: float) -> ToServer | None:
+        """Take the next event; None after `timeout_s` seconds without one."""
+        events, patience = self._events, self._patience
+        patience.reset()
+        deadline = 0.0
+        while not events:
+            if self._take() | self._transfers.progress():
+                patience.reset()
+            elif patience.wait():
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + timeout_s
+                elif now > deadline:
+                    return None
+        return events.popleft()
+
+    def to_worker(self, answer: Answer | Lease) -> None:
+        """Send an answer, and the parameters with it unless the worker reads them in place."""
+        worker = answer.worker
+        rank = self._neighbours.servers + worker
+        if isinstance(answer, Lease) or answer.buffer == NO_BUFFER or self._shared[worker]:
+            self._post.send(rank, answer)
+            return
+        array = self.buffers[answer.buffer]
+        if array.nbytes <= _INLINE_BYTES_MAX:
+            self._post.send(rank, answer, Delivery.INLINE, array)
+            self._events.append(Sent(worker))
+            return
+        self._post.send(rank, answer, Delivery.RANGE, array)
+        requests = self._mesh.start_send(array, rank)
+        self._transfers.add(requests, lambda: self._events.append(Sent(worker)))
+
+    def to_leader(self, event: Output) -> None:
+        """Send to server 0."""
+        self._post.send(0, event)  # type: ignore[arg-type]
+
+    def to_followers(self, event: Output) -> None:
+        """Send to every server but server 0."""
+        for server in range(1, self._neighbours.servers):
+            self._post.send(server, event)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Wait until everything has left, and take the receives back."""
+        _close(self._post, self._transfers, self._patience)
+
+    def _take(self) -> bool:
+        """Take one message; True if there was one."""
+        try:
+            taken = self._post.take()
+        except TooLong as error:
+            self._distrust(error.source, error)
+            return True
+        if taken is None:
+            return False
+        source, n_bytes, buffer = taken
+        try:
+            event, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
+        except MessageError as error:
+            self._post.next()
+            self._distrust(source, error)
+            return True
+        waits = False
+        if isinstance(event, Push) and delivery is not Delivery.IN_PLACE:
+            target = self._gradient(event.worker, event.slot)
+            if delivery is Delivery.INLINE:
+                _copy_inline(target, buffer, payload_bytes)
+            else:
+                waits = True
+                requests = self._mesh.start_receive(target, source)
+                self._transfers.add(requests, lambda: self._arrived(source))
+        self._post.next()
+        self._queue(source, event, waits)  # type: ignore[arg-type]
+        return True
+
+    def _queue(self, source: int, event: ToServer, waits: bool) -> None:
+        held = self._held.get(source)
+        if held is None and not waits:
+            self._events.append(event)
+        elif held is None:
+            self._held[source] = deque([[event, True]])
+        else:
+            held.append([event, waits])
+
+    def _arrived(self, source: int) -> None:
+        held = self._held[source]
+        held[0][1] = False  # arrays of one rank arrive in order
+        while held and not held[0][1]:
+            self._events.append(held.popleft()[0])  # type: ignore[arg-type]
+        if not held:
+            del self._held[source]
+
+    def _distrust(self, source: int, error: MessageError) -> None:
+        """Believe a worker no more that sends what is no message; a server's is fatal."""
+        worker = source - self._neighbours.servers
+        if worker < 0:
+            raise error
+        if source not in self._distrusted:
+            self._distrusted.add(source)
+            _log.error("worker %d (rank %d) counts as lost: %s", worker, source, error)
+            self._events.append(Lost(worker))
+
+    def _gradient(self, worker: int, slot: int) -> Array:
+        array = self._gradients[worker][slot]
+        if array is None:
+            segment = self._neighbours.segments.get(self._neighbours.servers + worker)
+            if segment is None:
+                array = np.empty(self._end - self._begin, self._dtype)
+            else:
+                array = segment.array(slot)[self._begin : self._end]
+            self._gradients[worker][slot] = array
+        return array
+
+    def _landing(self, worker: int) -> Array:
+        segment = self._neighbours.segments[self._neighbours.servers + worker]
+        return segment.array(_LANDING)[self._begin : self._end]
+
+    def _make_limits(self, rank: int, layout: Layout) -> Limits:
+        servers, leads = self._neighbours.servers, self._mesh.rank == 0
+        if rank < servers:
+            link = Link.FOLLOWER_TO_LEADER if leads else Link.LEADER_TO_FOLLOWER
+            return Limits(link, self.workers, servers, server=rank)
+        worker = rank - servers
+        return Limits(
+            Link.WORKER_TO_LEADER if leads else Link.WORKER_TO_FOLLOWER,
+            self.workers,
+            servers,
+            shard_bytes=(self._end - self._begin) * layout.dtype.itemsize,
+            inline_bytes_max=_INLINE_BYTES_MAX,
+            worker=worker,
+            deliveries=_IN_PLACE if self._shared[worker] else _SENT,
+        )
+
+
+class MpiEndpoint:
+    """A worker's end; see `psframe.client.Endpoint`."""
+
+    def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
+        self._mesh = mesh
+        self._layout = layout
+        self._neighbours = neighbours
+        self.servers = neighbours.servers
+        self.workers = neighbours.workers
+        self.index = mesh.rank - neighbours.servers
+        self._shards = layout.shards(self.servers)
+        self.in_place: Sequence[bool] = [
+            rank in neighbours.segments for rank in range(self.servers)
+        ]
+        own = neighbours.own
+        self._slots = [
+            np.empty(layout.size, layout.dtype) if own is None else own.array(index)
+            for index in range(_SLOTS)
+        ]
+        self._landing = None if own is None else own.array(_LANDING)
+        # By server without shared memory: where parameters land, two in turn.
+        self._landings: dict[tuple[int, int], Array] = {}
+        self._turn = [0] * self.servers
+        self._snapshots: dict[tuple[int, int], Array] = {}
+        self._limits = [
+            Limits(
+                Link.SERVER_TO_WORKER,
+                self.workers,
+                self.servers,
+                shard_bytes=(end - begin) * layout.dtype.itemsize,
+                inline_bytes_max=_INLINE_BYTES_MAX,
+                worker=self.index,
+                server=server,
+                deliveries=(_IN_PLACE if self.in_place[server] else frozenset(Delivery)),
+            )
+            for server, (begin, end) in enumerate(self._shards)
+        ]
+        self._patience = Patience(neighbours.crowded)
+        self._transfers = Transfers()
+        self._slot_sends = [0] * _SLOTS
+        self._answers: deque[tuple[int, Answer | Lease]] = deque()
+        self._held: dict[int, deque[list[Answer | Lease | bool]]] = {}
+        self._post: Post = mesh.post(_MESSAGE_BYTES)
+
+    def send(self, server: int, message: FromWorker) -> None:
+        """Send a message, and the gradient with it unless the server reads it in place."""
+        if not isinstance(message, Push) or self.in_place[server]:
+            self._post.send(server, message)
+            return
+        begin, end = self._shards[server]
+        array = self._slots[message.slot][begin:end]
+        if array.nbytes <= _INLINE_BYTES_MAX:
+            self._post.send(server, message, Delivery.INLINE, array)
+            return
+        self._post.send(server, message, Delivery.RANGE, array)
+        slot = message.slot
+        self._slot_sends[slot] += 1
+        self._transfers.add(self._mesh.start_send(array, server), lambda: self._left(slot))
+
+    def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
+        """Take the next (server, answer); None after `timeout_s` seconds without one."""
+        answers, patience = self._answers, self._patience
+        patience.reset()
+        deadline = 0.0
+        while not answers:
+            if self._take() | self._transfers.progress():
+                patience.reset()
+            elif timeout_s == 0:
+                return None
+            elif patience.wait() and timeout_s is not None:
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + timeout_s
+                elif now > deadline:
+                    return None
+        return answers.popleft()
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock."""
+        return time.monotonic()
+
+    def slot(self, index: int) -> Array:
+        """The worker's gradient slot, free to be written."""
+        # Its push has been answered, so its bytes have arrived; MPI has still to say so.
+        while self._slot_sends[index]:
+            self._transfers.progress()
+        return self._slots[index]
+
+    def snapshot(self, server: int, buffer: int) -> Array:
+        """The server's snapshot, in place or where it has landed."""
+        if not self.in_place[server]:
+            return self._landings[server, buffer]
+        array = self._snapshots.get((server, buffer))
+        if array is None:
+            begin, end = self._shards[server]
+            if buffer < 0:
+                assert self._landing is not None, "memory is shared"
+                array = self._landing[begin:end]
+            else:
+                array = self._neighbours.segments[server].array(buffer)
+            self._snapshots[server, buffer] = array
+        return array
+
+    def close(self) -> None:
+        """Wait until everything has left, and take the receives back."""
+        _close(self._post, self._transfers, self._patience)
+
+    def _left(self, slot: int) -> None:
+        self._slot_sends[slot] -= 1
+
+    def _take(self) -> bool:
+        taken = self._post.take()
+        if taken is None:
+            return False
+        source, n_bytes, buffer = taken
+        answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
+        assert isinstance(answer, (Answer, Lease)), "the limits of the link allow no other"
+        waits = False
+        if isinstance(answer, Answer) and delivery is not Delivery.IN_PLACE:
+            target = self._land(source, answer)
+            if delivery is Delivery.INLINE:
+                _copy_inline(target, buffer, payload_bytes)
+            else:
+                waits = True
+                requests = self._mesh.start_receive(target, source)
+                self._transfers.add(requests, lambda: self._arrived(source))
+        self._post.next()
+        held = self._held.get(source)
+        if held is None and not waits:
+            self._answers.append((source, answer))
+        elif held is None:
+            self._held[source] = deque([[answer, True]])
+        else:
+            held.append([answer, waits])
+        return True
+
+    def _land(self, server: int, answer: Answer) -> Array:
+        """Choose where the parameters land: not where the present ones may lie."""
+        turn = self._turn[server] = 1 - self._turn[server]
+        answer.buffer = turn
+        array = self._landings.get((server, turn))
+        if array is None:
+            begin, end = self._shards[server]
+            array = self._landings[server, turn] = np.empty(end - begin, self._layout.dtype)
+        return array
+
+    def _arrived(self, source: int) -> None:
+        held = self._held[source]
+        held[0][1] = False  # arrays of one rank arrive in order
+        while held and not held[0][1]:
+            self._answers.append((source, held.popleft()[0]))  # type: ignore[arg-type]
+        if not held:
+            del self._held[source]
+
+
+def _copy_inline(target: Array, buffer: bytearray, n_bytes: int) -> None:
+    target.view(np.uint8)[:] = np.frombuffer(buffer, np.uint8, n_bytes, HEADER_BYTES)
+
+
+def _close(post: Post, transfers: Transfers, patience: Patience) -> None:
+    deadline = time.monotonic() + _CLOSE_BOUND_S
+    while post.sending or transfers.busy:
+        transfers.progress()
+        post.flush()
+        if patience.wait() and time.monotonic() > deadline:
+            raise MessageError(f"messages have not left within {_CLOSE_BOUND_S:.0f} s")
+    post.close()

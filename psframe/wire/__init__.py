@@ -1,0 +1,58 @@
+"""Turns events into messages and back; validates everything before allocating anything.
+
+A message is a header of 64 bytes, little-endian, the same for all kinds, and a payload:
+
+    magic "PSF1" 4s | kind u8 | flags u8 | reason u16 | worker i32 | slot i32 |
+    seq i64 | version i64 | staleness i64 | norm f64 | payload_bytes i64 | aux i64
+
+    kind               flags              reason  slot    version  staleness  aux           payload
+    1  Push            finite want_params         slot    version             release       array
+    2  Pull            pinned                                                 release
+    3  LeaseRequest                                                                         task
+    4  Report                                                                               sums
+    5  Log                                                                                  sums
+    6  Stop
+    7  Leave           failure                                                              texts
+    8  Answer          stopped applied    reason  buffer  version  staleness  push_version  array
+    9  Lease                              kind            epoch    begin      end
+    10 Decision        round              reason                                            members
+    11 Gone
+    12 Pin             on
+    13 End
+    14 Withheld                                   server                      in_a_row
+    15 Lost
+
+`worker` and `seq` are the event's, where it has them; `norm` is Push's alone. A field that a
+kind does not use is zero. Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own
+begin at bit 2, in the order of the table. Only a Push, or an Answer with parameters, speaks of
+an array. The other payloads follow in the same message:
+
+    task      7 i64: plan, n_samples, batch_size, epochs, shuffle, eval_samples, eval_batch_size
+    sums      u32 count, then for each: text name, f64 sum, and in a Log i64 count
+    texts     if `failure` is set: text type, text message, text traceback
+    members   for each: i32 worker, i64 seq; in worker order
+    text      u16 length in bytes, UTF-8
+
+Every event has one encoding: what `decode` accepts, `encode` gives back bit for bit.
+"""
+
+from psframe.wire.decoding import Message, decode
+from psframe.wire.encoding import encode, encode_into
+from psframe.wire.header import HEADER_BYTES, Delivery, Event, Kind, Limits, Link, payload_limit
+from psframe.wire.payloads import NAME_BYTES_MAX, NAMES_MAX
+
+__all__ = [
+    "HEADER_BYTES",
+    "NAMES_MAX",
+    "NAME_BYTES_MAX",
+    "Delivery",
+    "Event",
+    "Kind",
+    "Limits",
+    "Link",
+    "Message",
+    "decode",
+    "encode",
+    "encode_into",
+    "payload_limit",
+]

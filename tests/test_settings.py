@@ -1,0 +1,147 @@
+"""Settings: precedence is tested with the command; here what is refused, and what is derived."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psframe import BSP, SSP, Async, optim, toml
+from psframe.errors import ArgumentError
+from psframe.settings import Settings, from_file
+
+PARAMS = {"w1": np.zeros((2, 3), np.float32), "b[1]": np.zeros(3, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"staleness": 2}, "--staleness goes with --mode ssp only .the mode is async"),
+        ({"staleness": 2, "mode": "bsp"}, "--staleness goes with --mode ssp"),
+        ({"backup": 1, "mode": "ssp"}, "--backup goes with --mode bsp"),
+        ({"momentum": 0.9, "optimizer": "adam"}, "--momentum goes with --optimizer sgd"),
+        ({"nesterov": True, "optimizer": "sgd"}, "--nesterov goes with --momentum"),
+        ({"resume": True, "overwrite": True, "run_dir": "x"}, "--resume and --overwrite"),
+        ({"resume": True}, "--resume: which run"),
+        ({"staleness": -1, "mode": "ssp"}, "--staleness: expected 0 or more, got -1"),
+        ({"backup": -1, "mode": "bsp"}, "--backup: expected 0 or more"),
+        ({"epochs": 0}, "--epochs: expected 1 or more, got 0"),
+        ({"batch_size": 0}, "--batch-size: expected 1 or more"),
+        ({"servers": 0}, "--servers: expected 1 or more"),
+        ({"workers": 0}, "--workers: expected 1 or more"),
+        ({"seed": -1}, "--seed: expected 0 or more"),
+        ({"warmup": -1}, "--warmup: expected 0 or more"),
+        ({"lr": -0.1}, "--lr: expected 0 or more"),
+        ({"lr": float("nan")}, "--lr: expected 0 or more, got nan"),
+        ({"weight_decay": float("inf")}, "--weight-decay: expected 0 or more"),
+        ({"momentum": 1.0}, r"--momentum: expected a number in \[0, 1\)"),
+        ({"clip_norm": 0.0}, "--clip-norm: expected more than 0"),
+        ({"test_fraction": 1.0}, "--test-fraction: expected a number between 0 and 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        Settings(**changes).resolved()
+
+
+def test_defaults_that_depend_on_others() -> None:
+    assert Settings().resolved().lr == 0.01
+    assert Settings(optimizer="sgd", momentum=0.9).resolved().lr == pytest.approx(0.01)
+    assert Settings(optimizer="adamw").resolved().weight_decay == 0.01
+    assert Settings().resolved().weight_decay == 0.0
+    assert Settings(mode="ssp").resolved().staleness == 3
+    assert Settings(mode="bsp").resolved().backup == 0
+    assert Settings().resolved().staleness is None
+
+
+def test_modes() -> None:
+    assert isinstance(Settings().consistency(), Async)
+    assert Settings(mode="ssp", staleness=5).consistency() == SSP(5)
+    assert Settings(mode="bsp", backup=2).consistency() == BSP(2)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "adamw"])
+def test_each_rule_decays_weights_and_not_biases(name: Any) -> None:
+    rule = Settings(optimizer=name, lr=0.5, weight_decay=0.1).resolved().rule(PARAMS, 100, None)
+    assert type(rule).__name__.lower() == name
+    assert (rule.lr, rule.weight_decay, rule.no_decay) == (0.5, 0.1, ("b[[]1]",))
+
+
+def test_momentum_reaches_the_rule() -> None:
+    settings = Settings(optimizer="sgd", momentum=0.5, nesterov=True).resolved()
+    rule = settings.rule(PARAMS, 100, None)
+    assert (rule.momentum, rule.nesterov) == (0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "updates"), [("async", None, 20), ("ssp", 3, 20), ("bsp", 3, 7)]
+)
+def test_cosine_ends_with_the_last_update(mode: Any, workers: int | None, updates: int) -> None:
+    settings = Settings(mode=mode, schedule="cosine", epochs=2, batch_size=10, lr=1.0).resolved()
+    assert settings.rule(PARAMS, 95, workers).lr == optim.schedules.Cosine(1.0, updates)
+
+
+def test_warmup_comes_before() -> None:
+    schedules = optim.schedules
+    warm = Settings(warmup=5, lr=1.0).resolved().rule(PARAMS, 100, None).lr
+    rise = schedules.LinearWarmup(1.0, 5)
+    assert warm == schedules.Composed((rise, schedules.Constant(1.0)), (5,))
+    both = Settings(warmup=5, schedule="cosine", epochs=2, batch_size=10, lr=1.0)
+    lr = both.resolved().rule(PARAMS, 100, None).lr
+    assert (lr(0), lr(5), lr(20)) == (0.0, 1.0, 0.0)
+
+
+def test_cosine_in_rounds_needs_the_number_of_workers() -> None:
+    settings = Settings(mode="bsp", schedule="cosine").resolved()
+    with pytest.raises(ArgumentError, match="how many rounds; use --schedule constant"):
+        settings.rule(PARAMS, 100, None)
+
+
+def test_the_stored_configuration_gives_the_same_settings(tmp_path: Path) -> None:
+    settings = Settings(
+        mode="ssp", lr=0.5, clip_norm=1.0, run_dir="a b", overwrite=True, config="x"
+    ).resolved()
+    path = tmp_path / "config.toml"
+    path.write_text(toml.dumps(settings.as_config()))
+    again = from_file(path).resolved()
+    assert again == dataclasses.replace(settings, overwrite=False, config=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch = 3", "unknown key 'epoch'; did you mean 'epochs'"),
+        ("zzz = 3", "unknown key 'zzz'$"),
+        ("resume = true", "unknown key 'resume'"),
+        ("[train]\nepochs = 3", "unknown key 'train'"),
+        ("epochs = 3.5", "epochs: expected int, got 3.5"),
+        ("epochs = true", "epochs: expected int, got True"),
+        ("lr = 'fast'", "lr: expected float, got 'fast'"),
+        ("nesterov = 1", "nesterov: expected bool, got 1"),
+        ("data = 1", "data: expected str, got 1"),
+        ("mode = 'asnyc'", "mode: expected one of .*; did you mean 'async'"),
+        ("epochs = [3]", "epochs: expected int"),
+        ("= 3", "is not a TOML file"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match=rf"--config: .*c\.toml.*{words}"):
+        from_file(path)
+
+
+def test_a_file_may_write_keys_as_flags_and_floats_as_integers(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("batch-size = 8\nlr = 1\nclip_norm = 2.5\n")
+    settings = from_file(path)
+    assert (settings.batch_size, settings.lr, settings.clip_norm) == (8, 1.0, 2.5)
+    assert isinstance(settings.lr, float)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"--config: none\.toml: cannot be read"):
+        from_file("none.toml")

@@ -1,0 +1,282 @@
+"""The Trainer, with worker threads in this process, and with a worker that is scripted."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import psframe
+from psframe import optim
+from psframe.data import Dataset, split
+from psframe.errors import ArgumentError
+from psframe.events import EpochDone, Evaluated, Logged
+from psframe.models import MLP, Softmax
+from psframe.trainer import EpochSummary, Trainer, _History, initial_params
+
+
+def blobs(n: int = 120, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Make three well separated clusters, and split them."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 3
+    centres = np.array([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])
+    x = (centres[y] + rng.standard_normal((n, 2))).astype(np.float32)
+    return split(Dataset(x, y, 3, "blobs", True), 0.25)
+
+
+def trainer(model: Any = None, **keywords: Any) -> Trainer:
+    """Make a trainer with small numbers."""
+    arguments: dict[str, Any] = {"optimizer": optim.SGD(0.1), "batch_size": 8, "epochs": 4}
+    arguments.update(device="cpu", **keywords)
+    return Trainer(model or Softmax((2,), 3), **arguments)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    "mode", [psframe.Async(), psframe.SSP(1), psframe.BSP()], ids=lambda m: type(m).__name__
+)
+def test_fit_learns_in_every_mode(mode: Any, workers: int) -> None:
+    train, test = blobs()
+    trained = trainer(MLP((2,), 3, hidden=(8,)), mode=mode, workers=workers).fit(train, test)
+    assert trained.accuracy is not None
+    assert trained.accuracy > 0.9
+    assert trained.result.ledger.received == trained.result.ledger.applied
+    assert [epoch.epoch for epoch in trained.history] == [0, 1, 2, 3]
+    for epoch in trained.history:
+        assert epoch.samples == len(train)
+        assert epoch.test_accuracy is not None
+
+
+def test_one_worker_equals_a_serial_loop() -> None:
+    train, test = blobs()
+    model = MLP((2,), 3, hidden=(8,))
+    trained = trainer(model, workers=1, seed=5).fit(train, test)
+    batches = []
+
+    def collect(worker: psframe.Worker) -> None:
+        for indices in worker.leases(len(train), 8, epochs=4):
+            batches.append(indices.copy())
+
+    initial = initial_params(model, 5)
+    psframe.run(collect, initial, optimizer=optim.SGD(0.1), seed=5)
+    params = {name: p.copy() for name, p in initial.items()}
+    for indices in batches:
+        _, grads = model.loss_and_gradients(params, train.x[indices], train.y[indices])
+        for name, p in params.items():
+            p -= np.float32(0.1) * grads[name]
+    assert trained.result.params is not None
+    for name, p in params.items():
+        np.testing.assert_array_equal(trained.result.params[name], p)
+
+
+def test_accuracy_is_that_of_the_final_parameters() -> None:
+    train, test = blobs()
+    subject = trainer(workers=2)
+    trained = subject.fit(train, test)
+    assert trained.result.params is not None
+    figures = subject.evaluate(trained.result.params, test)
+    assert trained.accuracy == pytest.approx(figures["accuracy"])
+    labels = subject.predict(trained.result.params, test.x)
+    assert labels.shape == test.y.shape
+    assert (labels == test.y).mean() == pytest.approx(trained.accuracy)
+    last = trained.history[-1]
+    assert last.version == trained.result.version
+    assert last.test_loss == pytest.approx(figures["loss"])
+
+
+def test_without_a_test_part() -> None:
+    train, _ = blobs()
+    trained = trainer(workers=2).fit(train)
+    assert trained.accuracy is None
+    assert len(trained.history) == 4
+    assert {epoch.test_accuracy for epoch in trained.history} == {None}
+    assert all(epoch.train_loss is not None for epoch in trained.history[1:])
+
+
+def test_the_run_directory_tells_of_every_epoch(tmp_path: Path) -> None:
+    train, test = blobs()
+    config = {"who": "me"}
+    trained = trainer(workers=2, run_dir=tmp_path / "r", config=config).fit(train, test)
+    text = (tmp_path / "r" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert lines[-1]["test_accuracy"] == pytest.approx(trained.accuracy)
+    assert json.loads((tmp_path / "r" / "status.json").read_text()) == {
+        "state": "completed",
+        "updates": trained.result.version,
+        "test_accuracy": lines[-1]["test_accuracy"],
+        "reason": "",
+    }
+    assert psframe_config(tmp_path / "r") == config
+
+
+def psframe_config(folder: Path) -> dict[str, Any]:
+    """Read a run's configuration."""
+    from psframe import toml
+
+    return toml.load(folder / "config.toml")
+
+
+class Plain:
+    """A user's model: no base class, no `out`, linear regression onto one-hot labels."""
+
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
+        self.shape = (input_shape[0], n_classes)
+
+    def init(self, rng: np.random.Generator) -> dict[str, Any]:
+        return {"w": np.zeros(self.shape, np.float32)}
+
+    def loss_and_gradients(self, params: Any, x: Any, y: Any) -> tuple[float, dict[str, Any]]:
+        error = x @ params["w"] - np.eye(self.shape[1], dtype=np.float32)[y]
+        return float((error**2).mean()), {"w": x.T @ error / len(x)}
+
+    def evaluate(self, params: Any, x: Any, y: Any) -> dict[str, float]:
+        return {"correct": float((self.predict(params, x) == y).sum()), "count": float(len(y))}
+
+    def predict(self, params: Any, x: Any) -> Any:
+        return (x @ params["w"]).argmax(axis=1)
+
+
+def test_a_users_class_needs_the_methods_only() -> None:
+    train, test = blobs()
+    trained = trainer(Plain((2,), 3), optimizer=optim.SGD(0.02), workers=2).fit(train, test)
+    assert trained.accuracy is not None
+    assert trained.accuracy > 0.9
+    assert trained.history[-1].test_loss is None
+
+
+def test_a_batch_larger_than_the_data_is_clipped_with_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train, test = blobs()
+    with caplog.at_level(logging.WARNING, "psframe"):
+        trained = trainer(batch_size=1000, epochs=2).fit(train, test)
+    assert "batch size 1000 is larger than the 90 training samples; using 90" in caplog.text
+    assert trained.result.version == 2
+
+
+def test_wrong_arguments_are_named() -> None:
+    train, test = blobs()
+    with pytest.raises(ArgumentError, match="object lacks the methods init"):
+        trainer(object())
+    for name in ("epochs", "batch_size"):
+        with pytest.raises(ArgumentError, match=f"{name}: expected 1 or more, got 0"):
+            trainer(**{name: 0})
+    none = train.take(np.arange(0))
+    with pytest.raises(ArgumentError, match="train: expected at least one sample"):
+        trainer().fit(none, test)
+    with pytest.raises(ArgumentError, match="test: expected at least one sample"):
+        trainer().fit(train, none)
+    wide = Dataset(np.zeros((4, 5), np.float32), np.arange(4) % 3, 3, "wide")
+    with pytest.raises(ArgumentError, match=r"shape \(5,\), expected \(2,\)"):
+        trainer().fit(train, wide)
+
+
+def test_parameters_that_a_server_cannot_hold_are_the_models_fault() -> None:
+    class Wrong(Plain):
+        def init(self, rng: np.random.Generator) -> dict[str, Any]:
+            return {"w": np.zeros(3, np.int64)}
+
+    train, test = blobs()
+    with pytest.raises(ArgumentError, match=r"model: Wrong.init: params: 'w' has int64"):
+        trainer(Wrong((2,), 3)).fit(train, test)
+
+
+def test_what_the_model_raises_comes_out() -> None:
+    class Broken(Plain):
+        def evaluate(self, params: Any, x: Any, y: Any) -> dict[str, float]:
+            raise ZeroDivisionError("mine")
+
+    train, test = blobs()
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        trainer(Broken((2,), 3), workers=2).fit(train, test)
+
+
+def test_divergence_is_told_without_numpy_warnings() -> None:
+    train, test = blobs()
+    subject = trainer(MLP((2,), 3, hidden=(8,)), optimizer=optim.SGD(1e30), epochs=20)
+    with pytest.raises(psframe.Diverged):
+        subject.fit(train, test)
+
+
+class Scripted:
+    """A worker that leases a fixed list of tasks and notes what is asked of it."""
+
+    xp = np
+
+    def __init__(self, model: Any, script: list[tuple[str, list[int]]]) -> None:
+        self.calls: list[str] = []
+        self.logged: list[float] = []
+        self.reports: list[dict[str, float]] = []
+        self._model = model
+        self._params = initial_params(model, 0)
+        self._script = script
+
+    def tasks(self, n_samples: int, batch_size: int, **keywords: Any) -> Iterator[Any]:
+        self.calls.append(f"tasks {n_samples} {batch_size} {keywords}")
+        for kind, indices in self._script:
+            yield ScriptedTask(self, kind, np.array(indices))
+
+    def pull(self) -> Any:
+        self.calls.append("pull")
+        return self._params
+
+    def gradients(self) -> Any:
+        return {name: np.empty_like(p) for name, p in self._params.items()}
+
+    def push_pull(self, grads: Any) -> Any:
+        self.calls.append("push_pull" if grads is None else "push_pull grads")
+        return self._params
+
+    def log(self, loss: float) -> None:
+        self.logged.append(loss)
+
+
+class ScriptedTask:
+    """One of its tasks."""
+
+    epoch = 0
+
+    def __init__(self, worker: Scripted, kind: str, indices: Any) -> None:
+        self._worker, self.kind, self.indices = worker, kind, indices
+
+    def params(self) -> Any:
+        self._worker.calls.append("pinned")
+        return self._worker._params
+
+    def report(self, **sums: float) -> None:
+        self._worker.reports.append(sums)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_step_is_one_round_trip(in_place: bool) -> None:
+    train, test = blobs()
+    model = Softmax((2,), 3) if in_place else Plain((2,), 3)
+    script = [("train", [0, 1]), ("train", [2]), ("evaluate", [0, 1, 2]), ("train", [3])]
+    worker = Scripted(model, script)
+    trainer(model)._work(train, test, 8)(worker)
+    push = "push_pull" if in_place else "push_pull grads"
+    assert worker.calls[1:] == ["pull", push, push, "pinned", "pull", push]
+    assert worker.calls[0] == f"tasks {len(train)} 8 {{'epochs': 4, 'evaluate': (30, 64)}}"
+    assert len(worker.logged) == 3
+    assert [report["count"] for report in worker.reports] == [3]
+
+
+def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
+    seen: list[EpochSummary] = []
+    history = _History(True, seen.append)
+    history(Logged(0, {"loss": (6.0, 2)}))
+    history(EpochDone(0, 10, 90, 1.0))
+    history(EpochDone(1, 20, 90, 2.0))
+    history(Evaluated(0, 10, {"loss": 4.0, "correct": 1.0, "count": 2.0}))
+    assert [summary.epoch for summary in seen] == [0]
+    history.close()
+    assert history.epochs == [
+        EpochSummary(0, 10, 90, 3.0, 1.0, 2.0, 0.5),
+        EpochSummary(1, 20, 90, None, 2.0, None, None),
+    ]
