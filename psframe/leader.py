@@ -14,6 +14,7 @@ from psframe.events import (
     Lease,
     LeaseKind,
     LeaseRequest,
+    Leave,
     Log,
     Logged,
     Lost,
@@ -85,6 +86,8 @@ class Leader(Server):
         if max_updates == 0:
             self._stop()
 
+    _kinds = (Push, Pull, LeaseRequest, Report, Leave)
+
     # ---- events --------------------------------------------------------------------------
 
     def _received(self, event: Queued, *, fenced: bool) -> None:
@@ -111,10 +114,13 @@ class Leader(Server):
         return True
 
     def _other(self, event: ToServer) -> None:
-        if isinstance(event, Log):
-            self._out.append(Logged(event.worker, event.sums))
-        elif isinstance(event, Stop):
-            self._stop()
+        if isinstance(event, (Log, Stop)):
+            if self.gone[event.worker]:
+                return  # nothing more of it is believed
+            if isinstance(event, Log):
+                self._out.append(Logged(event.worker, event.sums))
+            else:
+                self._stop()
         elif isinstance(event, Lost):
             self._lose(event.worker)
         elif isinstance(event, Withheld):

@@ -70,8 +70,17 @@ class _Evaluation:
     epoch: int
     version: int
     blocks: int
-    queue: list[int]  # a heap of blocks to hand out
+    next_block: int = 0
+    returned: list[int] = field(default_factory=list)  # a heap
     results: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def take(self) -> int | None:
+        if self.returned:
+            return heapq.heappop(self.returned)
+        if self.next_block < self.blocks:
+            self.next_block += 1
+            return self.next_block - 1
+        return None
 
 
 class LeaseBook:
@@ -122,8 +131,10 @@ class LeaseBook:
         """
         book = self._plans[plan]
         evaluation = self._evaluation
-        if evaluation is not None and evaluation.plan == plan and evaluation.queue:
-            block = heapq.heappop(evaluation.queue)
+        block = None
+        if evaluation is not None and evaluation.plan == plan:
+            block = evaluation.take()
+        if evaluation is not None and block is not None:
             self._hand[worker] = _Hand(plan, LeaseKind.EVALUATE, block)
             begin = block * book.spec.eval_batch_size
             end = min(begin + book.spec.eval_batch_size, book.spec.eval_samples)
@@ -137,8 +148,8 @@ class LeaseBook:
             return None
         book.outstanding += 1
         self._hand[worker] = _Hand(plan, LeaseKind.TRAIN, taken)
-        epoch, block = divmod(taken, book.blocks)
-        begin = block * book.spec.batch_size
+        epoch, number = divmod(taken, book.blocks)
+        begin = number * book.spec.batch_size
         end = min(begin + book.spec.batch_size, book.spec.n_samples)
         return Lease(worker, seq, LeaseKind.TRAIN, epoch, begin, end)
 
@@ -181,7 +192,7 @@ class LeaseBook:
         plan, epoch = self._wanted.popleft()
         spec = self._plans[plan].spec
         blocks = -(-spec.eval_samples // spec.eval_batch_size)
-        self._evaluation = _Evaluation(plan, epoch, pin(), blocks, list(range(blocks)))
+        self._evaluation = _Evaluation(plan, epoch, pin(), blocks)
         return True
 
     def report(self, worker: int, sums: dict[str, float]) -> Evaluated | None:
@@ -222,7 +233,7 @@ class LeaseBook:
             self._plans[hand.plan].outstanding -= 1
             heapq.heappush(self._plans[hand.plan].returned, hand.block)
         elif hand is not None and self._evaluation is not None:
-            heapq.heappush(self._evaluation.queue, hand.block)
+            heapq.heappush(self._evaluation.returned, hand.block)
         return anything
 
     def _unreserve(self, reservation: tuple[tuple[int, int, int], int]) -> None:

@@ -112,10 +112,8 @@ class Plan:
             check_count("max_updates", max_updates, 0)
         if not isinstance(device, str):
             raise TypeError(f"device: expected a string such as 'auto', got {device!r}")
-        if clip_norm is not None and not (
-            isinstance(clip_norm, (int, float)) and 0 < clip_norm < float("inf")
-        ):
-            raise ValueError(f"clip_norm: expected a number above 0 or None, got {clip_norm!r}")
+        if clip_norm is not None:
+            _check_positive("clip_norm", clip_norm)
         host = {name: to_numpy(value) for name, value in params.items()}
         return cls(
             layout,
@@ -194,6 +192,11 @@ def check_count(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if not least <= value <= _COUNT_MAX:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a number above 0 or None, got {value!r}")
 
 
 def to_numpy(value: Any) -> Array:

@@ -92,6 +92,7 @@ class Server(ABC):
         self.gone = [False] * workers  # left or lost
         self.lost = [False] * workers
         self._n_gone = 0
+        self._leaving = [False] * workers  # a leave has arrived, and is the last request
         self._inbox: list[deque[Queued]] = [deque() for _ in range(workers)]
         self._blocked: set[int] = set()  # workers whose first request must wait
         self._wake = False  # whether some of them may be able to go on
@@ -101,6 +102,9 @@ class Server(ABC):
         self._pinned = NO_BUFFER
         self._pinned_version = 0
         self._out: list[Output] = []
+
+    # The requests that this kind of server serves.
+    _kinds: tuple[type, ...] = (Push, Pull, Leave)
 
     @property
     def finished(self) -> bool:
@@ -150,6 +154,7 @@ class Server(ABC):
         if isinstance(event, (Push, Pull)) and event.release:
             # Released on arrival, not on handling: a waiting pull holds nothing up.
             self._release(worker, event.release)
+        self._leaving[worker] = isinstance(event, Leave)
         self._received(event, fenced=False)
         if inbox:
             inbox.append(event)
@@ -159,6 +164,10 @@ class Server(ABC):
 
     def _check(self, event: Queued, queued: int) -> None:
         worker = event.worker
+        if not isinstance(event, self._kinds):
+            raise MessageError(f"worker {worker} sent {type(event).__name__} to the wrong server")
+        if self._leaving[worker]:
+            raise MessageError(f"worker {worker} sent {type(event).__name__} after its leave")
         if queued >= _QUEUE_MAX:
             raise MessageError(f"worker {worker} has more than {_QUEUE_MAX} requests under way")
         if isinstance(event, (Push, Pull)):
