@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from psframe.events import (
     TaskSpec,
 )
 from psframe.layout import Array, Layout
-from psframe.packing import check_gradients, judge, pack
+from psframe.packing import GradientSlot, Snapshots, check_gradients, is_plain
 from psframe.worker import Request, WorkerProtocol
 
 __all__ = ["Endpoint", "Params", "Pending", "PendingPull", "Receipt", "Task", "Worker"]
@@ -101,22 +101,26 @@ class Params(Mapping[str, Any]):
     Attributes:
         version: updates that server 0's shard had seen.
         versions: the same, of every shard; each shard is one consistent version.
-        receipt: what became of the push, if this came of `push_pull`.
     """
 
-    __slots__ = ("_arrays", "receipt", "versions")
+    __slots__ = ("_arrays", "_push", "versions")
 
     def __init__(
-        self, arrays: dict[str, Any], versions: tuple[int, ...], receipt: Receipt | None
+        self, arrays: Mapping[str, Any], versions: tuple[int, ...], push: Answer | None
     ) -> None:
-        self._arrays = arrays
+        self._arrays = arrays  # shared with other pulls of the same buffer: never given out
+        self._push = push
         self.versions = versions
-        self.receipt = receipt
 
     @property
     def version(self) -> int:
         """Server 0's version."""
         return self.versions[0]
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """What became of the push in a `push_pull`; None of a pull."""
+        return None if self._push is None else _receipt(self._push)
 
     def __getitem__(self, name: str) -> Any:
         return self._arrays[name]
@@ -227,7 +231,6 @@ class Worker:
         count: W.
         xp: numpy or cupy, whichever the parameters are arrays of.
         device: "cpu" or "cuda:k".
-        rng: a NumPy Generator, a function of (seed, index).
     """
 
     def __init__(self, endpoint: Endpoint, layout: Layout, device: Device, seed: int) -> None:
@@ -236,10 +239,11 @@ class Worker:
         self._device = device
         self._seed = seed
         self._protocol = WorkerProtocol(endpoint.index, endpoint.servers, endpoint.in_place)
-        self._shards = layout.shards(endpoint.servers)
-        self._assembly = [_Assembly(layout, self._shards), _Assembly(layout, self._shards)]
-        self._views: dict[tuple[int, ...], dict[str, Array]] = {}
-        self._staging: list[dict[str, Any] | None] = [None, None]
+        self._shapes = list(zip(layout.names, layout.shapes, strict=True))
+        self._snapshots = Snapshots(layout, endpoint.servers, endpoint.snapshot)
+        self._slots: list[GradientSlot | None] = [None, None]
+        self._staging: list[Mapping[str, Any] | None] = [None, None]
+        self._on_host = device.name == "cpu"
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
         self._plans = 0
@@ -249,9 +253,15 @@ class Worker:
         self.count = endpoint.workers
         self.xp: ModuleType = device.xp
         self.device = device.name
-        self.rng = np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(0, endpoint.index)))
-        )
+        self._rng: np.random.Generator | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """This worker's own NumPy Generator, a function of (seed, index)."""
+        if self._rng is None:  # made when first asked for: it costs more than the rest
+            sequence = np.random.SeedSequence(self._seed, spawn_key=(0, self.index))
+            self._rng = np.random.Generator(np.random.PCG64(sequence))
+        return self._rng
 
     # ---- parameters ----------------------------------------------------------------------
 
@@ -313,23 +323,25 @@ class Worker:
         self._wait(request, None)
         return self._take(request)
 
-    def gradients(self) -> dict[str, Any]:
+    def gradients(self) -> Mapping[str, Any]:
         """Give writable arrays, on this device, that `push(None)` sends as they are.
 
-        They are the worker's until that push; what they hold at first is undefined. Waits if
-        two pushes are under way.
+        Write into them (`grads["w"][...] = g`); the mapping itself cannot be changed. They are
+        the worker's until that push; what they hold at first is undefined. Waits if two pushes
+        are under way.
 
         Raises:
             Stopped: the run is over.
         """
         self._check_running()
         self._wait_for_slot()
-        slot = self._filling = self._protocol.slot
-        staging = self._staging[slot]
+        index = self._filling = self._protocol.slot
+        slot = self._slot(index)
+        staging = self._staging[index]
         if staging is None:
-            views = self._layout.views(self._endpoint.slot(slot))
-            staging = self._staging[slot] = self._device.staging(views)
-        return dict(staging)
+            arrays = slot.arrays if self._on_host else self._device.staging(slot.arrays)
+            staging = self._staging[index] = MappingProxyType(arrays)
+        return staging
 
     # ---- work ----------------------------------------------------------------------------
 
@@ -449,10 +461,16 @@ class Worker:
             pass
 
     def _wait(self, request: Request, timeout_s: float | None) -> None:
-        if timeout_s is None:
-            while request.waiting:
-                self._receive(None)
+        if timeout_s is not None:
+            self._wait_until(request, timeout_s)
             return
+        endpoint, protocol = self._endpoint, self._protocol
+        while request.waiting:
+            item = endpoint.receive(None)
+            if item is not None:
+                protocol.receive(*item)
+
+    def _wait_until(self, request: Request, timeout_s: float) -> None:
         deadline = self._endpoint.now() + timeout_s
         while request.waiting:
             left = deadline - self._endpoint.now()
@@ -473,7 +491,7 @@ class Worker:
         self._protocol.drop_params()
         request, messages = self._protocol.pull(pinned=pinned)
         for server, message in enumerate(messages):
-            self._send(server, message)
+            self._endpoint.send(server, message)
         self._wait(request, None)
         return self._take(request)
 
@@ -482,58 +500,60 @@ class Worker:
             self._prefetch.wait()
 
     def _push(self, grads: Mapping[str, Any] | None, *, want_params: bool) -> Request:
-        where = f"push from worker {self.index}"
-        if grads is not None:
-            check_gradients(self._layout, grads, where)
-        elif self._filling is None:
-            raise ValueError(f"{where}: push(None) sends gradients(), which has not been called")
+        plain = is_plain(self._shapes, self._layout.dtype, grads)
+        if not plain:
+            self._check_gradients(grads)
         self._check_running()
         if want_params:
             self._end_prefetch()
         self._wait_for_slot()
         self._check_running()
-        slot = self._endpoint.slot(self._protocol.slot)
-        if grads is None:
-            finite, norm = self._pack_staging(slot)
-        else:
-            finite, norm = pack(self._layout, self._device.gradients(grads), slot)
+        finite, norm = self._fill(grads, plain)
         self._filling = None
         request, messages = self._protocol.push(finite=finite, norm=norm, want_params=want_params)
         for server, message in enumerate(messages):
-            self._send(server, message)
+            self._endpoint.send(server, message)
         return request
 
-    def _pack_staging(self, slot: Array) -> tuple[bool, float]:
-        staging = self._staging[self._protocol.slot]
-        assert staging is not None, "gradients() made it"
-        if self.xp is np:
-            return judge(self._layout, slot)  # the arrays are the slot itself
-        return pack(self._layout, self._device.gradients(staging), slot)
+    def _check_gradients(self, grads: Mapping[str, Any] | None) -> None:
+        where = f"push from worker {self.index}"
+        if grads is not None:
+            check_gradients(self._layout, grads, where)
+        elif self._filling is None:
+            raise ValueError(f"{where}: push(None) sends gradients(), which has not been called")
+
+    def _fill(self, grads: Mapping[str, Any] | None, plain: bool) -> tuple[bool, float]:
+        """Put the gradient into the next push's slot; whether it is finite, and its norm."""
+        index = self._protocol.slot
+        slot = self._slot(index)
+        if grads is None:
+            if self._on_host:
+                return slot.judge()  # the arrays given out are the slot itself
+            grads = self._staging[index]
+            assert grads is not None, "gradients() made it"
+        if not self._on_host:
+            grads = self._device.gradients(grads)
+        return slot.pack(grads, plain=plain)
+
+    def _slot(self, index: int) -> GradientSlot:
+        """The gradient slot, free to be written."""
+        flat = self._endpoint.slot(index)  # waits, if its bytes are still leaving
+        slot = self._slots[index]
+        if slot is None:
+            slot = self._slots[index] = GradientSlot(self._layout, flat)
+        return slot
 
     def _take(self, request: Request) -> Params:
         """Make the answer's parameters the present ones."""
         if request.stopped:
             raise Stopped("the run is over")
         self._protocol.take_params(request)
-        arrays, copied = self._device.params(self._host_views(request.buffers))
-        if copied:
-            self._protocol.drop_params()
-        receipt = None if request.receipt is None else _receipt(request.receipt)
-        return Params(arrays, tuple(request.versions), receipt)
-
-    def _host_views(self, buffers: list[int]) -> dict[str, Array]:
-        endpoint = self._endpoint
-        if len(buffers) > 1:
-            parts = [endpoint.snapshot(s, b) for s, b in enumerate(buffers)]
-            self._assembly.reverse()  # the other one may still be computed on
-            return self._assembly[0].views(parts)
-        key = tuple(buffers)
-        views = self._views.get(key)
-        if views is None:
-            flat = endpoint.snapshot(0, buffers[0]).view()
-            flat.flags.writeable = False
-            views = self._views[key] = self._layout.views(flat)
-        return views
+        arrays = self._snapshots.arrays(request.buffers)
+        if not self._on_host:
+            arrays, copied = self._device.params(arrays)
+            if copied:
+                self._protocol.drop_params()
+        return Params(arrays, tuple(request.versions), request.receipt)
 
     def _tasks(self, plan: int, spec: TaskSpec) -> Iterator[Task]:
         orders: dict[int, Array] = {}
@@ -580,47 +600,13 @@ class Worker:
         self._log_calls = 0
 
 
-class _Assembly:
-    """Names tensors in the shards of several servers; one that spans shards is copied."""
-
-    def __init__(self, layout: Layout, shards: list[tuple[int, int]]) -> None:
-        self._layout = layout
-        self._shards = shards
-        self._spanning: dict[str, Array] = {}
-
-    def views(self, parts: list[Array]) -> dict[str, Array]:
-        layout = self._layout
-        views: dict[str, Array] = {}
-        for name, offset, size, shape in zip(
-            layout.names, layout.offsets, layout.sizes, layout.shapes, strict=True
-        ):
-            for part, (begin, end) in zip(parts, self._shards, strict=True):
-                if begin <= offset and offset + size <= end:
-                    flat = part[offset - begin : offset - begin + size]
-                    break
-            else:
-                flat = self._copy(name, offset, size, parts)
-            view = flat.view()
-            view.flags.writeable = False
-            views[name] = view.reshape(shape)
-        return views
-
-    def _copy(self, name: str, offset: int, size: int, parts: list[Array]) -> Array:
-        flat = self._spanning.get(name)
-        if flat is None:
-            flat = self._spanning[name] = np.empty(size, self._layout.dtype)
-        for part, (begin, end) in zip(parts, self._shards, strict=True):
-            low, high = max(offset, begin), min(offset + size, end)
-            if low < high:
-                flat[low - offset : high - offset] = part[low - begin : high - begin]
-        return flat
-
-
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        if not isinstance(value, (str, bytes)):
+            return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a real number, got {value!r}") from error
+    raise TypeError(f"{name}: expected a real number, got {value!r}")
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

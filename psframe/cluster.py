@@ -10,37 +10,43 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from psframe.agreement import agree, tell
 from psframe.client import Worker
 from psframe.devices import choose_device, make_device
-from psframe.errors import ArgumentError, Diverged, RankLost, WorkerFailed
+from psframe.errors import Diverged, RankLost, WorkerFailed
 from psframe.events import Failure
 from psframe.host import Host
+from psframe.interrupts import Interrupts
 from psframe.launcher import Launcher
 from psframe.layout import Array
 from psframe.leader import Leader
 from psframe.plan import Plan, Result
 from psframe.results import diverged, make_result, summarise
-from psframe.roles import no_host_event, route, serve, take_part
-from psframe.server import Server
+from psframe.roles import (
+    Grace,
+    Overdue,
+    decline,
+    describe,
+    no_host_event,
+    route,
+    serve,
+    take_part,
+)
 from psframe.transports.mpi import Mesh, open_mesh
 from psframe.transports.mpi_ports import MpiEndpoint, MpiServerPort, Neighbours, meet
 
-__all__ = ["run_cluster"]
+__all__ = ["fail_together", "run_cluster"]
 
-# Once the run has failed or was interrupted, the others have this long to come back from what
-# they compute; then the job is aborted.
-_GRACE_S = 3.0
-_TEXT_BYTES = 2048
-_CHECK = struct.Struct(f"<?H{_TEXT_BYTES}s")
+# Every rank of a run that has failed has this long to come to the end, where it learns why.
+_END_BOUND_S = 1.5
+_EXIT_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 _log = logging.getLogger("psframe")
 
@@ -68,107 +74,83 @@ def run_cluster(
     """
     mesh = open_mesh(comm, launcher, sys.prefix)
     run = _ClusterRun(mesh, work, shared_memory)
+    result: Result | None = None
+    error: BaseException | None = None
     try:
-        run.check(make_plan, make_host, same)
-    except RankLost as error:
-        run.abort(error)
-        raise
-    except BaseException as error:
-        run.verdict_of(error)
-        mesh.close()  # every rank raises here
-        raise
-    try:
-        with run.host.interrupts():
-            summary = run.run()
-    except BaseException as error:
-        run.abort(error)
+        with run.interrupts:
+            plan, run.host, wrong = agree(mesh, make_plan, make_host, same)
+            if wrong is None:
+                assert plan is not None
+                result, error = run.run(plan)
+    except BaseException as broken:
+        run.abort(broken)
         raise
     mesh.close()
-    return run.conclude(summary)
+    if wrong is not None:
+        run.verdict_of(wrong)
+        raise wrong
+    if error is not None:
+        raise error
+    assert result is not None, "it ends with a result or with an error"
+    return result
+
+
+def fail_together(launcher: Launcher, error: Exception) -> Exception:
+    """Tell the ranks that are, or will be, in `run_cluster` that this one cannot come.
+
+    Without it they would wait for this rank until their bound. Where every rank fails alike,
+    each calls this, and each gets its own error back.
+
+    Args:
+        launcher: as the environment tells.
+        error: why this rank does not call `psframe.run`.
+
+    Returns:
+        The error to raise.
+
+    Raises:
+        LaunchError: as `psframe.run`.
+        RankLost: some rank neither called this nor `psframe.run`.
+    """
+    mesh = open_mesh(None, launcher, sys.prefix)
+    told = tell(mesh, error)
+    assert told is not None
+    mesh.close()
+    return told
 
 
 class _ClusterRun:
     def __init__(self, mesh: Mesh, work: Callable[[Worker], Any], shared_memory: bool) -> None:
         self.mesh = mesh
         self.host = Host(None, None)
+        self.interrupts = Interrupts(lambda reason: self.host.verdict("interrupted", reason=reason))
         self._work = work
         self._shared_memory = shared_memory
-        self._plan: Plan | None = None
         self._error: BaseException | None = None  # what this rank's own `work` raised
-        self._params: Array | None = None
-        self._interrupted = False
-
-    # ---- set-up --------------------------------------------------------------------------
-
-    def check(
-        self,
-        make_plan: Callable[[], Plan],
-        make_host: Callable[[Plan], Host],
-        same: Mapping[str, object],
-    ) -> None:
-        """Check the arguments on every rank and compare them; an error is an error everywhere."""
-        error: Exception | None = None
-        plan: Plan | None = None
-        try:
-            plan = make_plan()
-            if self.mesh.rank == 0:
-                self.host = make_host(plan)
-            elif self.mesh.rank >= plan.servers:
-                choose_device(plan.device, worker=0)  # an error about it is an error everywhere
-        except Exception as raised:
-            error = raised
-        text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[:_TEXT_BYTES]
-        told = self.mesh.all_gather(
-            _CHECK.pack(error is not None, len(text), text), "the check of the arguments"
-        )
-        if error is not None:
-            raise error
-        for rank, record in enumerate(told):
-            failed, length, content = _CHECK.unpack(record)
-            if failed:
-                raise ArgumentError(f"rank {rank}: {content[:length].decode(errors='replace')}")
-        assert plan is not None
-        self._compare(plan.digests(**same))
-        self._count_ranks(plan)
-        self._plan = plan
-
-    def _compare(self, digests: Mapping[str, bytes]) -> None:
-        names = list(digests)
-        everyone = self.mesh.all_gather(b"".join(digests.values()), "the arguments' digests")
-        for i, name in enumerate(names):
-            of_rank = [record[16 * i : 16 * i + 16] for record in everyone]
-            different = [rank for rank, digest in enumerate(of_rank) if digest != of_rank[0]]
-            if different:
-                what = "names, shapes or dtypes of params" if name == "params" else name
-                raise ArgumentError(
-                    f"{what}: rank {different[0]}{' and others' * (len(different) > 1)} called"
-                    " psframe.run with another value than rank 0; every rank must call it with"
-                    " equal arguments"
-                )
-
-    def _count_ranks(self, plan: Plan) -> None:
-        size, servers = self.mesh.size, plan.servers
-        if size <= servers:
-            raise ArgumentError(
-                f"servers: {servers} of {size} ranks serve, which leaves no worker; start at least"
-                f" {servers + 1} ranks (mpirun -n {servers + 1} ...) or take fewer servers"
-            )
 
     # ---- the run -------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Take part until the end, and return the summary that every rank gets."""
-        plan = self._plan
-        assert plan is not None
+    def run(self, plan: Plan) -> tuple[Result, BaseException | None]:
+        """Take part until the end.
+
+        Returns:
+            This rank's result, and what it has to raise in place of returning it.
+        """
         mesh = self.mesh
         self._share_initial(plan)
         neighbours = meet(mesh, plan.layout, plan.servers, self._shared_memory)
+        if mesh.rank == 0:
+            return self._lead(plan, neighbours)
         if mesh.rank < plan.servers:
-            machine = self._serve(plan, neighbours)
+            self._follow(plan, neighbours)
         else:
-            machine = None
             self._take_part(plan, neighbours)
-        return self._end(plan, machine)
+        # The others may be at it for long; should the run fail, rank 0 ends the job.
+        summary = json.loads(mesh.broadcast(None, "the summary", None))
+        error = self._outcome(summary, plan)
+        if error is not None:
+            self._meet_again(error)
+        return make_result(plan, summary, None, None), error
 
     def _share_initial(self, plan: Plan) -> None:
         """Give every server its part of rank 0's values."""
@@ -179,105 +161,98 @@ class _ClusterRun:
             elif server and mesh.rank == server:
                 mesh.receive(plan.initial[begin:end], 0, "the first parameters")
 
-    def _serve(self, plan: Plan, neighbours: Neighbours) -> Server:
+    def _lead(self, plan: Plan, neighbours: Neighbours) -> tuple[Result, BaseException | None]:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
-        machine = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
+        leader = plan.build_server(0, port.workers, port.buffers, port.memory)
+        assert isinstance(leader, Leader)
+        interrupted = self._serve_first(leader, port)
+        summary = _summarise(leader, interrupted)
+        error = self._outcome(summary, plan)
+        if error is not None:
+            self.verdict_of(error, updates=summary["version"])
+        bound_s = None if error is None else _END_BOUND_S
         try:
-            serve(machine, port, self.host, tick=self._watch(machine))
-        except KeyboardInterrupt:
-            if not isinstance(machine, Leader):
-                raise
-            self._interrupted = True
-            for out in machine.end():
-                route(out, port, self.host)
-            serve(machine, port, no_host_event, tick=self._watch(machine))
+            port.close()
+            params = self._collect(plan, leader, bound_s)
+            self.mesh.broadcast(json.dumps(summary).encode(), "the summary", bound_s)
+            if error is not None:
+                self._meet_again(error)
+        except RankLost as lost:
+            raise lost from error
+        if error is None:
+            with self.interrupts.held():  # it is complete, whatever comes now
+                self.host.verdict("completed", updates=summary["version"])
+        return make_result(plan, summary, params, self.host.path), error
+
+    def _serve_first(self, leader: Leader, port: MpiServerPort) -> bool:
+        """Serve as server 0; True if the run was interrupted."""
+        grace = Grace(leader)
+        self.host.watch(lambda: leader.store.version)
+
+        def tick() -> None:
+            self.interrupts.check()
+            grace.check()
+
+        with self.interrupts.held():
+            try:
+                serve(leader, port, self.host, tick)
+                self.interrupts.check()
+            except KeyboardInterrupt:
+                grace.interrupted = True
+                for out in leader.end():
+                    route(out, port, no_host_event)
+                serve(leader, port, no_host_event, tick)
+        return grace.interrupted
+
+    def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
+        port = MpiServerPort(self.mesh, plan.layout, neighbours)
+        follower = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
+        serve(follower, port, no_host_event)
         port.close()
-        return machine
-
-    def _watch(self, machine: Server) -> Callable[[], None]:
-        """Make the check that a run which has failed ends within its grace."""
-        deadline: float | None = None
-
-        def check() -> None:
-            nonlocal deadline
-            if not isinstance(machine, Leader):
-                return
-            if not (machine.failure or machine.diverged or self._interrupted):
-                return
-            now = time.monotonic()
-            if deadline is None:
-                deadline = now + _GRACE_S
-            elif now > deadline:
-                busy = [w for w, gone in enumerate(machine.gone) if not gone]
-                raise RankLost(
-                    f"workers {busy} did not come back within {_GRACE_S:.0f} s after the run"
-                    f" had ended: {self._why(machine)}"
-                )
-
-        return check
-
-    def _why(self, leader: Leader) -> str:
-        if leader.failure is not None:
-            worker, failure = leader.failure
-            return f"worker {worker} failed with {failure.type}: {failure.message}"
-        return "diverged" if leader.diverged else "interrupted"
+        self.mesh.send(follower.store.params, 0, "this server's parameters", None)
 
     def _take_part(self, plan: Plan, neighbours: Neighbours) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours)
         device = choose_device(plan.device, neighbours.local_worker)
         if plan.device == "auto" and device == "cpu":
             _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
-        opened = make_device(device, plan.layout)
-        worker = Worker(endpoint, plan.layout, opened, plan.seed)
-        self._error = take_part(self._work, worker)
+        try:
+            worker = Worker(endpoint, plan.layout, make_device(device, plan.layout), plan.seed)
+        except Exception as error:
+            self._error = error
+            decline(endpoint, error)
+        else:
+            self._error = take_part(self._work, worker)
         endpoint.close()
 
     # ---- the end -------------------------------------------------------------------------
 
-    def _end(self, plan: Plan, machine: Server | None) -> dict[str, Any]:
-        """Bring the shards to rank 0, and its summary to everyone."""
-        mesh = self.mesh
-        if isinstance(machine, Leader):
-            self._params = np.empty(plan.layout.size, plan.layout.dtype)
-            for server, (begin, end) in enumerate(plan.layout.shards(plan.servers)):
-                part = self._params[begin:end]
-                if server:
-                    mesh.receive(part, server, f"the parameters of server {server}", None)
-                else:
-                    part[:] = machine.store.params
-            summary = json.dumps(self._summary(machine)).encode()
-            return dict(json.loads(mesh.broadcast(summary, "the summary", None)))
-        if machine is not None:
-            mesh.send(machine.store.params, 0, "this server's parameters", None)
-        # A worker may be done long before the others.
-        return dict(json.loads(mesh.broadcast(None, "the summary", None)))
+    def _collect(self, plan: Plan, leader: Leader, bound_s: float | None) -> Array:
+        """Bring the shards to rank 0."""
+        params = np.empty(plan.layout.size, plan.layout.dtype)
+        for server, (begin, end) in enumerate(plan.layout.shards(plan.servers)):
+            if server:
+                what = f"the parameters of server {server}"
+                self.mesh.receive(params[begin:end], server, what, bound_s)
+            else:
+                params[begin:end] = leader.store.params
+        return params
 
-    def _summary(self, leader: Leader) -> dict[str, Any]:
-        failure = None
-        if leader.failure is not None:
-            worker, what = leader.failure
-            failure = [worker, what.type, what.message, what.traceback]
-        return {
-            **summarise(leader),
-            "failure": failure,
-            "diverged": str(diverged(leader)) if leader.diverged else "",
-            "interrupted": self._interrupted,
-        }
+    def _meet_again(self, error: BaseException) -> None:
+        """See that every rank of a run that has failed knows it.
 
-    def conclude(self, summary: dict[str, Any]) -> Result:
-        """Return this rank's result, or raise what every rank raises."""
-        plan = self._plan
-        assert plan is not None
-        error = self._outcome(summary, plan)
-        if error is not None:
-            self.verdict_of(error, updates=summary["version"])
-            raise error
-        self.host.verdict("completed", updates=summary["version"])
-        if self._params is not None:
-            return make_result(plan, summary, self._params, self.host.path)
-        return make_result(plan, summary, None, None)
+        One that was interrupted in the middle of a message may wait for what never comes, and
+        MPI_Finalize would wait for it.
 
-    def _outcome(self, summary: dict[str, Any], plan: Plan) -> BaseException | None:
+        Raises:
+            RankLost: some rank did not come; the job must be aborted.
+        """
+        try:
+            self.mesh.all_gather(b"", "the end of the run", _END_BOUND_S)
+        except RankLost as lost:
+            raise lost from error
+
+    def _outcome(self, summary: Mapping[str, Any], plan: Plan) -> BaseException | None:
         if summary["interrupted"]:
             return KeyboardInterrupt("the run was interrupted")
         if summary["failure"] is not None:
@@ -290,17 +265,37 @@ class _ClusterRun:
         return Diverged(summary["diverged"]) if summary["diverged"] else None
 
     def verdict_of(self, error: BaseException, updates: int | None = None) -> None:
-        """Write to the run directory how the run ended."""
-        interrupted = isinstance(error, KeyboardInterrupt) or (
-            isinstance(error, WorkerFailed) and error.type == "KeyboardInterrupt"
-        )
-        state = "interrupted" if interrupted else "failed"
-        text = str(error).partition("\nits traceback:")[0]
-        self.host.verdict(state, updates=updates, reason=f"{type(error).__name__}: {text}")
+        """Write to the run directory how the run ended; only the first verdict counts."""
+        state = "interrupted" if _was_interrupted(error) else "failed"
+        what = describe(error)
+        text = what.message.partition("\nits traceback:")[0]
+        self.host.verdict(state, updates=updates, reason=f"{what.type}: {text}")
 
     def abort(self, error: BaseException) -> None:
         """End the whole job: the others cannot be told otherwise any more."""
         self.verdict_of(error)
         what = "".join(traceback.format_exception(error))
+        sys.stdout.flush()
         print(f"psframe: rank {self.mesh.rank} ends the job:\n{what}", file=sys.stderr, flush=True)
-        self.mesh.abort(130 if isinstance(error, KeyboardInterrupt) else 1)
+        self.mesh.abort(_EXIT_INTERRUPTED if _was_interrupted(error) else 1)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    if isinstance(error, Overdue):
+        return error.interrupted
+    if isinstance(error, WorkerFailed):
+        return error.type == KeyboardInterrupt.__name__
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _summarise(leader: Leader, interrupted: bool) -> dict[str, Any]:
+    failure = None
+    if leader.failure is not None:
+        worker, what = leader.failure
+        failure = [worker, what.type, what.message, what.traceback]
+    return {
+        **summarise(leader),
+        "failure": failure,
+        "diverged": str(diverged(leader)) if leader.diverged else "",
+        "interrupted": interrupted,
+    }

@@ -62,8 +62,8 @@ class Policy:
         """Count a step whose push was refused; True if others may be able to go on."""
         return self.finish(worker)
 
-    def join(self, worker: int) -> None:
-        """Bring a late worker to the current round (BSP)."""
+    def join(self, worker: int, round: int | None = None) -> None:
+        """Bring a worker to a round, by default the current one (BSP)."""
 
     def due(self) -> list[int] | None:
         """Close the round if it is complete: its members in worker order, else None."""
@@ -81,7 +81,7 @@ class Policy:
         """Note that the worker waits for a lease and cannot push before it has one."""
 
     def unpark(self, worker: int) -> None:
-        """Note that the worker has been answered."""
+        """Note that the worker asks again, for a step of the current round."""
 
 
 class _SSPPolicy(Policy):
@@ -152,8 +152,8 @@ class _BSPPolicy(Policy):
         self.clocks[worker] += 1
         return True
 
-    def join(self, worker: int) -> None:
-        self.clocks[worker] = self._round
+    def join(self, worker: int, round: int | None = None) -> None:
+        self.clocks[worker] = self._round if round is None else round
 
     def due(self) -> list[int] | None:
         done = len(self._taken) + len(self._refused)

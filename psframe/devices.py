@@ -6,6 +6,7 @@ these functions return: the stream that filled it has been synchronised.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ class HostDevice:
 
 
 class CudaDevice:
-    """One GPU, through CuPy.
+    """One GPU, through CuPy; all copies are ordered by the calling thread's current stream.
 
     Parameters are copied into one of two sets of device arrays in turn, because a prefetched
     pull arrives while the earlier parameters are still computed on.
@@ -93,7 +94,10 @@ class CudaDevice:
         return dict(arrays), True
 
     def gradients(self, grads: Mapping[str, Any]) -> Mapping[str, Array]:
-        """Copy the gradients to the host, ordered after the current stream's work."""
+        """Copy the gradients to the host, ordered after the current stream's work.
+
+        `asnumpy` returns when the bytes are there.
+        """
         return {
             name: grad if isinstance(grad, np.ndarray) else self.xp.asnumpy(grad)
             for name, grad in grads.items()
@@ -115,24 +119,23 @@ def choose_device(device: str, worker: int, visible: int | None = None) -> str:
     Raises:
         ValueError: the device is none of these, or there is no such GPU.
     """
-    kind, _, ordinal = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (ordinal and kind != "cuda"):
+    found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]+))?", device)
+    if found is None:
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:k', got {device!r}")
-    if kind == "cpu":
+    if device == "cpu":
         return "cpu"
     count = _visible_gpus() if visible is None else visible
-    if kind == "auto" and not count:
+    if device == "auto" and not count:
         return "cpu"
     if not count:
         raise ValueError(
             f"device: {device!r} needs a GPU that CuPy can use, and there is none;"
             " take device='cpu' or 'auto', or install psframe[cuda12] or psframe[cuda13]"
         )
-    if not ordinal:
-        return f"cuda:{worker % count}"
-    if not ordinal.isdigit() or int(ordinal) >= count:
+    ordinal = worker % count if found[1] is None else int(found[1])
+    if ordinal >= count:
         raise ValueError(f"device: {device!r}, but the visible GPUs are cuda:0 to cuda:{count - 1}")
-    return device
+    return f"cuda:{ordinal}"
 
 
 def make_device(name: str, layout: Layout) -> Device:

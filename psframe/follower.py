@@ -33,9 +33,17 @@ __all__ = ["Follower"]
 
 @dataclass(slots=True)
 class _Pending:
-    """A decision whose parts have not all arrived."""
+    """A decision whose parts have not all arrived.
+
+    Attributes:
+        decision: the leader's.
+        round: rounds that it had closed before, in BSP.
+        waiting: parts that have still to arrive.
+        parts: the others, by worker.
+    """
 
     decision: Decision
+    round: int
     waiting: int
     parts: dict[int, Push] = field(default_factory=dict)
 
@@ -63,6 +71,8 @@ class Follower(Server):
         self.index = index
         self._verdicts: list[deque[_Pending]] = [deque() for _ in range(workers)]
         self._rounds: deque[_Pending] = deque()  # closed in the leader's order
+        self._closed = 0  # rounds, here
+        self._pin_at: int | None = None  # rounds closed before the snapshot to be pinned
         self._dead: set[int] = set()  # no part of theirs comes any more
         self._refusals = 0
 
@@ -91,11 +101,11 @@ class Follower(Server):
             self._decide(event)
         elif isinstance(event, End):
             self.stopped = self._wake = True
+            self._pin_at = None
             self._unpin()
         elif isinstance(event, Pin):
-            if event.on:
-                self._pin()
-            else:
+            self._pin_at = self._decided if event.on else None
+            if not event.on:
                 self._unpin()
         elif isinstance(event, Lost):
             if not self.gone[event.worker]:
@@ -108,13 +118,35 @@ class Follower(Server):
 
     def _settle_all(self) -> None:
         super()._settle_all()
-        while self._give_up() or self._close_round():
+        while self._give_up() or self._pin_now() or self._close_round():
             super()._settle_all()
+
+    @property
+    def _decided(self) -> int:
+        """Rounds that the leader has closed, as far as this server has heard."""
+        return self._closed + len(self._rounds)
+
+    def _may_start(self, worker: int) -> bool:
+        # The leader may have moved the worker's clock for its own reasons (a lease that it waited
+        # for). What it has closed before this pull is applied first, so that the pull brings
+        # the same round of every shard; a round that the worker takes part in later is not
+        # waited for, because its part may be queued behind this very pull.
+        verdicts = self._verdicts[worker]
+        before = verdicts[0].round if verdicts else self._decided
+        return self._closed >= before and super()._may_start(worker)
+
+    def _pin_now(self) -> bool:
+        """Pin the snapshot of the round after which the leader pinned its own."""
+        if self._pin_at is None or self._closed < self._pin_at:
+            return False
+        self._pin_at = None
+        self._pin()
+        return True
 
     # ---- pushes --------------------------------------------------------------------------
 
     def _decide(self, decision: Decision) -> None:
-        pending = _Pending(decision, waiting=len(decision.members))
+        pending = _Pending(decision, self._decided, waiting=len(decision.members))
         if decision.round:
             self._rounds.append(pending)
         for worker, _ in decision.members:
@@ -139,15 +171,14 @@ class Follower(Server):
         if pending.decision.round:
             return False
         self._verdicts[worker].popleft()
-        self._apply(push, pending.decision.reason)
+        self._apply(push, pending)
         return self._serve_wanted(push)
 
-    def _apply(self, push: Push, reason: Reason) -> None:
+    def _apply(self, push: Push, pending: _Pending) -> None:
         worker = push.worker
-        if reason is Reason.LATE:
-            self.policy.join(worker)
-        elif reason is not Reason.NONE:
-            self._wake |= self.policy.refuse(worker)
+        reason = pending.decision.reason
+        if reason is not Reason.NONE:
+            self._discard(worker, pending)
         else:
             grad = self.memory.gradient(worker, push.slot)
             if not self.store.update(grad, self._scale(push)):
@@ -156,11 +187,21 @@ class Follower(Server):
             self._wake |= self.policy.finish(worker)
         self._settle(push, reason)
 
+    def _discard(self, worker: int, pending: _Pending) -> None:
+        """Count a step whose push the leader has not applied."""
+        if pending.decision.reason is Reason.LATE:
+            self.policy.join(worker, pending.round)
+        else:
+            self._wake |= self.policy.refuse(worker)
+            # In BSP it belongs to the leader's round of that moment, which may be ahead of ours.
+            self.policy.join(worker, pending.round + 1)
+
     def _close_round(self) -> bool:
         """Carry out the leader's next round if all of its parts are here or given up."""
         if not self._rounds or self._rounds[0].waiting:
             return False
         pending = self._rounds.popleft()
+        self._closed += 1
         reason = pending.decision.reason
         members = [worker for worker, _ in pending.decision.members]
         pushes = [pending.parts[w] for w in members if w in pending.parts]
@@ -213,8 +254,12 @@ class Follower(Server):
                 seq = dict(pending.decision.members)[worker]
                 if pending.decision.reason is Reason.NONE:
                     self._out.append(Withheld(self.index, worker, seq, 0))
-                if not pending.decision.round and self.policy.live[worker]:
+                if pending.decision.round or not self.policy.live[worker]:
+                    continue
+                if pending.decision.reason is Reason.NONE:
                     self._wake |= self.policy.finish(worker)
+                else:
+                    self._discard(worker, pending)
         return found
 
     def _lose(self, worker: int) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from psframe.events import HostEvent
 from psframe.plan import Observer
 from psframe.rundir import Recorder, RunDir
+from psframe.witness import Witness
 
 __all__ = ["Host"]
+
+# A reason is for reading; an exception's message may be megabytes.
+_REASON_CHARS_MAX = 4000
 
 
 class Host:
@@ -29,6 +29,8 @@ class Host:
         self.run_dir = run_dir
         self._observer = observer
         self._recorder = None if run_dir is None else Recorder(run_dir)
+        self._witness = None if run_dir is None else Witness(run_dir.path)
+        self._version: Callable[[], int] = lambda: 0
         self._closed = False
 
     @classmethod
@@ -54,9 +56,13 @@ class Host:
         """The run directory's path."""
         return None if self.run_dir is None else self.run_dir.path
 
+    def watch(self, version: Callable[[], int]) -> None:
+        """Learn where to ask for the updates applied so far, for a verdict that comes early."""
+        self._version = version
+
     def __call__(self, event: HostEvent) -> None:
         """Take one event of the leader."""
-        if self._recorder is not None:
+        if self._recorder is not None and not self._closed:
             self._recorder(event)
         if self._observer is not None:
             self._observer(event)
@@ -66,39 +72,20 @@ class Host:
 
         Args:
             state: completed, failed or interrupted.
-            updates: updates applied; the latest known if None.
+            updates: updates applied; as many as by now if None.
             reason: why, if it was not completed.
         """
         if self._closed or self.run_dir is None or self._recorder is None:
             return
         self._closed = True
-        self.run_dir.status(
-            state,
-            updates=self._recorder.updates if updates is None else updates,
-            test_accuracy=self._recorder.test_accuracy,
-            reason=reason,
-        )
-        self._recorder.close()
-
-    @contextlib.contextmanager
-    def interrupts(self) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into a verdict, written at once, and KeyboardInterrupt.
-
-        At once, because Open MPI leaves a rank 0.3 s between SIGTERM and SIGKILL. Outside of the
-        main thread, where Python allows no handlers, it does nothing.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            name = signal.Signals(number).name
-            self.verdict("interrupted", reason=f"{name} received")
-            raise KeyboardInterrupt(name)
-
-        before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield
+            self._recorder.close()  # a reader that waits for the verdict finds every line
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.run_dir.status(
+                state,
+                updates=self._version() if updates is None else updates,
+                test_accuracy=self._recorder.test_accuracy,
+                reason=reason[:_REASON_CHARS_MAX],
+            )
+        if self._witness is not None:
+            self._witness.dismiss()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-__all__ = ["Launcher", "find_launcher", "lone_process_message"]
+__all__ = ["Launcher", "find_launcher", "lone_process_message", "starting_mpi"]
+
+# To start MPI every rank has to have come so far; on a large machine imports alone take a minute.
+_START_BOUND_S = 300.0
 
 
 class Launcher(NamedTuple):
@@ -58,3 +64,21 @@ def lone_process_message(launcher: Launcher, library: str, prefix: str) -> str:
         f" Start with the mpirun of the same installation (perhaps {prefix}/bin/mpirun), or under"
         " Slurm choose what the library speaks: srun --mpi=pmix or --mpi=pmi2"
     )
+
+
+@contextlib.contextmanager
+def starting_mpi() -> Iterator[None]:
+    """End this process, with its stack on stderr, if MPI has not started in time.
+
+    MPI_Init waits for every rank, holding the interpreter; for one that has exited before it came
+    so far it would wait for ever. Only faulthandler's thread can run then. It does nothing once
+    mpi4py is there: to start MPI is to import it.
+    """
+    if "mpi4py.MPI" in sys.modules or sys.__stderr__ is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(_START_BOUND_S, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -198,6 +198,7 @@ class Leader(Server):
 
     def _close_round(self, members: list[int]) -> None:
         pushes = [self._round.pop(worker) for worker in members]
+        version = self.store.version
         reason = Reason.NONE
         if pushes:
             grads = [self.memory.gradient(p.worker, p.slot) for p in pushes]
@@ -210,7 +211,7 @@ class Leader(Server):
             clock = self.policy.clocks[push.worker] - 1
             if reason is not Reason.NONE:
                 self._count_refusal(reason)
-            self._settle(push, reason, clock)
+            self._settle(push, reason, clock, version - push.version)
         self._wake = True
 
     def _refuse(self, push: Push, reason: Reason, clock: int) -> None:
@@ -270,15 +271,18 @@ class Leader(Server):
             return True
         self._lease_done(worker)
         self._report(worker, {})
+        self.policy.unpark(worker)
         may_start = self.policy.may_start(worker)
         lease = self._book.request(
             worker, seq, event.plan, clock=self.policy.clocks[worker], may_start=may_start
         )
+        self._abandon_evaluation()
+        self._wake |= self._book.stirred
+        self._book.stirred = False
         if lease is None:
             if may_start:
                 self.policy.park(worker)
             return False
-        self.policy.unpark(worker)
         self._out.append(lease)
         return True
 
@@ -297,11 +301,18 @@ class Leader(Server):
         evaluated = self._book.report(worker, sums)
         if evaluated is not None:
             self._out.append(evaluated)
-            self._unpin()
-            if self._followers:
-                self._out.append(Pin(on=False))
-            self._start_evaluation()
-            self._wake = True
+            self._next_evaluation()
+
+    def _abandon_evaluation(self) -> None:
+        while self._book.abandon():
+            self._next_evaluation()
+
+    def _next_evaluation(self) -> None:
+        self._unpin()
+        if self._followers:
+            self._out.append(Pin(on=False))
+        self._start_evaluation()
+        self._wake = True
 
     def _start_evaluation(self) -> None:
         if self.stopped:
@@ -323,9 +334,13 @@ class Leader(Server):
         if self._book.give_back(worker):
             self._wake = True
         super()._depart(worker)
+        self._abandon_evaluation()
 
     def _lose(self, worker: int) -> None:
         if self.gone[worker]:
+            # It had said good-bye here, but a follower may wait for a good-bye that never comes.
+            if self._followers and not self.lost[worker]:
+                self._out.append(Gone(worker))
             return
         self.lost[worker] = True
         self._round.pop(worker, None)

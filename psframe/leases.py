@@ -16,13 +16,16 @@ block for every live worker (a *wave*), so that who is fast does not matter.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from psframe.events import Evaluated, Lease, LeaseKind, TaskSpec
 
 __all__ = ["LeaseBook"]
+
+# A request in waves: plan, steps that the worker has finished, count of requests at that clock.
+_Ask = tuple[int, int, int]
 
 
 @dataclass(slots=True)
@@ -90,20 +93,28 @@ class LeaseBook:
         workers: W.
         live: whether each worker is live, kept by the policy.
         waves: assign the blocks of a round in worker order (BSP).
+
+    Attributes:
+        stirred: a request has freed a block, or reserved one for another worker that waits; the
+            caller lets those that wait ask again, and clears it.
     """
 
     def __init__(self, workers: int, live: Sequence[bool], *, waves: bool) -> None:
+        self.stirred = False
         self._live = live
         self._waves = waves
-        self._plans: list[_Plan] = []
+        self._plans: dict[int, _Plan] = {}
+        # The plan of each worker's last request, and how many live workers are in each plan.
+        self._latest = [-1] * workers
+        self._in_plan = Counter({-1: workers})
         self._hand: list[_Hand | None] = [None] * workers
         self._evaluation: _Evaluation | None = None
         self._wanted: deque[tuple[int, int]] = deque()  # (plan, epoch) to be evaluated
-        # Of each worker: (plan, clock, count of requests at that clock), its reservations.
-        self._asks: list[tuple[int, int, int]] = [(0, -1, 0)] * workers
-        self._reserved: list[deque[tuple[tuple[int, int, int], int]]] = [
-            deque() for _ in range(workers)
-        ]
+        # Of each worker in waves: its last request, the plan in which it waits for a block, and
+        # the blocks that are reserved for requests that it has not made yet.
+        self._asks: list[_Ask] = [(0, -1, 0)] * workers
+        self._waits_in: list[int | None] = [None] * workers
+        self._reserved: list[dict[_Ask, int]] = [{} for _ in range(workers)]
 
     @property
     def evaluating(self) -> bool:
@@ -112,9 +123,10 @@ class LeaseBook:
 
     def open(self, plan: int, spec: TaskSpec) -> bool:
         """Make sure that the plan is there; False if another worker asked for other leases."""
-        if plan == len(self._plans):
-            self._plans.append(_Plan(spec))
-        return plan < len(self._plans) and self._plans[plan].spec == spec
+        book = self._plans.get(plan)
+        if book is None:
+            book = self._plans[plan] = _Plan(spec)
+        return book.spec == spec
 
     def request(
         self, worker: int, seq: int, plan: int, *, clock: int, may_start: bool
@@ -132,6 +144,10 @@ class LeaseBook:
         book = self._plans[plan]
         evaluation = self._evaluation
         block = None
+        self._waits_in[worker] = None
+        self._in_plan[self._latest[worker]] -= 1
+        self._in_plan[plan] += 1
+        self._latest[worker] = plan
         if evaluation is not None and evaluation.plan == plan:
             block = evaluation.take()
         if evaluation is not None and block is not None:
@@ -141,10 +157,11 @@ class LeaseBook:
             return Lease(worker, seq, LeaseKind.EVALUATE, evaluation.epoch, begin, end)
         if book.finished:
             return Lease(worker, seq, LeaseKind.EXHAUSTED)
-        if not may_start:
-            return None
-        taken = self._take_in_wave(worker, plan, clock) if self._waves else book.take()
+        taken = None
+        if may_start:
+            taken = self._take_in_wave(worker, plan, clock) if self._waves else book.take()
         if taken is None:
+            self._waits_in[worker] = plan
             return None
         book.outstanding += 1
         self._hand[worker] = _Hand(plan, LeaseKind.TRAIN, taken)
@@ -152,11 +169,6 @@ class LeaseBook:
         begin = number * book.spec.batch_size
         end = min(begin + book.spec.batch_size, book.spec.n_samples)
         return Lease(worker, seq, LeaseKind.TRAIN, epoch, begin, end)
-
-    def has_block(self, plan: int) -> bool:
-        """Whether some training block of the plan waits in the queue to be handed out."""
-        book = self._plans[plan]
-        return bool(book.returned) or book.next_block < book.blocks * book.spec.epochs
 
     def complete(self, worker: int) -> tuple[int, int] | None:
         """Complete the training block in the worker's hand, if it has one.
@@ -189,7 +201,9 @@ class LeaseBook:
         """
         if self._evaluation is not None or not self._wanted:
             return False
-        plan, epoch = self._wanted.popleft()
+        there = (task for task in self._wanted if self._in_plan[task[0]])
+        plan, epoch = task = next(there, self._wanted[0])
+        self._wanted.remove(task)
         spec = self._plans[plan].spec
         blocks = -(-spec.eval_samples // spec.eval_batch_size)
         self._evaluation = _Evaluation(plan, epoch, pin(), blocks)
@@ -209,26 +223,42 @@ class LeaseBook:
         for block in range(evaluation.blocks):
             for name, value in evaluation.results[block].items():
                 merged[name] = merged.get(name, 0.0) + value
+        self._end_evaluation(evaluation)
+        return Evaluated(evaluation.epoch, evaluation.version, merged)
+
+    def abandon(self) -> bool:
+        """Put the evaluation off, or drop it, if it has no worker but another may have some.
+
+        Workers may turn to their next plan, or leave, before they were told that the present one
+        is exhausted. An evaluation put off begins again, with a new snapshot; one that all
+        workers have left behind is dropped, and has no result.
+        """
+        evaluation = self._evaluation
+        if evaluation is None or self._in_plan[evaluation.plan]:
+            return False
+        if not any(plan < evaluation.plan for plan in +self._in_plan):
+            self._end_evaluation(evaluation)
+            return True
+        if not any(self._in_plan[plan] for plan, _ in self._wanted):
+            return False
+        self._wanted.append((evaluation.plan, evaluation.epoch))
+        self._evaluation = None
+        return True
+
+    def _end_evaluation(self, evaluation: _Evaluation) -> None:
         self._plans[evaluation.plan].evaluations -= 1
         self._evaluation = None
-        return Evaluated(evaluation.epoch, evaluation.version, merged)
 
     def expire(self, worker: int, clock: int) -> bool:
         """Take back what was reserved for steps that the worker has finished otherwise."""
-        mine = self._reserved[worker]
-        before = len(mine)
-        while mine and mine[0][0][1] < clock:
-            self._unreserve(mine.popleft())
-        return len(mine) < before
+        return self._unreserve(worker, lambda ask: ask[1] < clock)
 
     def give_back(self, worker: int) -> bool:
         """Return what a worker that has left or is lost holds; True if there was anything."""
+        self._in_plan[self._latest[worker]] -= 1
         hand = self._hand[worker]
         self._hand[worker] = None
-        mine = self._reserved[worker]
-        anything = hand is not None or bool(mine)
-        while mine:
-            self._unreserve(mine.popleft())
+        anything = self._unreserve(worker, lambda ask: True) or hand is not None
         if hand is not None and hand.kind is LeaseKind.TRAIN:
             self._plans[hand.plan].outstanding -= 1
             heapq.heappush(self._plans[hand.plan].returned, hand.block)
@@ -236,38 +266,42 @@ class LeaseBook:
             heapq.heappush(self._evaluation.returned, hand.block)
         return anything
 
-    def _unreserve(self, reservation: tuple[tuple[int, int, int], int]) -> None:
-        (plan, _, _), block = reservation
-        self._plans[plan].reserved -= 1
-        heapq.heappush(self._plans[plan].returned, block)
+    def _unreserve(self, worker: int, which: Callable[[_Ask], bool]) -> bool:
+        """Return the blocks reserved for some requests of the worker; True if there were any."""
+        mine = self._reserved[worker]
+        asks = [ask for ask in mine if which(ask)] if mine else []
+        for ask in asks:
+            book = self._plans[ask[0]]
+            book.reserved -= 1
+            heapq.heappush(book.returned, mine.pop(ask))
+        return bool(asks)
 
     def _take_in_wave(self, worker: int, plan: int, clock: int) -> int | None:
-        key = self._next_ask(worker, plan, clock)
-        mine = self._reserved[worker]
-        while mine and mine[0][0] < key:
-            self._unreserve(mine.popleft())
-        if not mine or mine[0][0] != key:
-            self._reserve_wave(plan, key)
-        if not mine or mine[0][0] != key:
-            return None
-        self._asks[worker] = key
-        self._plans[plan].reserved -= 1
-        return mine.popleft()[1]
-
-    def _next_ask(self, worker: int, plan: int, clock: int) -> tuple[int, int, int]:
         last_plan, last_clock, count = self._asks[worker]
-        again = (last_plan, last_clock) == (plan, clock)
-        return plan, clock, count + 1 if again else 0
+        ask = plan, clock, count + 1 if (last_plan, last_clock) == (plan, clock) else 0
+        mine = self._reserved[worker]
+        self.stirred |= self._unreserve(worker, lambda other: other[0] == plan and other < ask)
+        if ask not in mine:
+            self._reserve_wave(plan, ask)
+        found = min((other for other in mine if other[0] == plan), default=None)
+        if found is None:
+            # Who has to wait must not keep the others waiting for what it does not ask for.
+            self.stirred |= self._unreserve(worker, lambda other: True)
+            return None
+        self._asks[worker] = ask
+        self._plans[plan].reserved -= 1
+        return mine.pop(found)
 
-    def _reserve_wave(self, plan: int, key: tuple[int, int, int]) -> None:
+    def _reserve_wave(self, plan: int, ask: _Ask) -> None:
+        """Reserve a block for every live worker that has still to make the request `ask`."""
         book = self._plans[plan]
         for other, mine in enumerate(self._reserved):
-            if not self._live[other] or self._asks[other] >= key:
-                continue
-            if any(reserved == key for reserved, _ in mine):
+            elsewhere = self._waits_in[other] not in (None, plan)
+            if not self._live[other] or elsewhere or self._asks[other] >= ask or ask in mine:
                 continue
             block = book.take()
             if block is None:
                 return
             book.reserved += 1
-            mine.append((key, block))
+            mine[ask] = block
+            self.stirred |= self._waits_in[other] == plan

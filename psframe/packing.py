@@ -1,24 +1,48 @@
-"""Gradients into a slot: checked, cast, copied, and judged finite in the same pass.
+"""Named arrays into a worker's flat gradient slots, and out of the servers' flat snapshots.
 
-The norm is summed over blocks of each tensor, whatever the shards, so that it does not depend
-on the number of servers.
+A gradient is checked, cast, copied, and judged finite in one pass. Its norm is summed over blocks
+of the whole flat vector, so that it depends on neither the servers nor on who copied it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from psframe.layout import Array, Layout, check_gradient_dtype
 
-__all__ = ["check_gradients", "judge", "pack"]
+__all__ = ["GradientSlot", "Snapshots", "check_gradients", "is_plain"]
 
 # Elements summed and copied at a time: 32 KiB of float32 stay in the first cache, and BLAS does
 # not start threads for so few (so that the sum's bits do not depend on their number).
+#
+# Squares are summed by vdot: where they overflow, dot and matmul warn, and vdot does not.
 _BLOCK = 8192
+
+_Shape = tuple[int, ...]
+
+
+def is_plain(shapes: Sequence[tuple[str, _Shape]], dtype: np.dtype[Any], grads: object) -> bool:
+    """Say whether a gradient is a dict of NumPy arrays that needs no cast and no second look.
+
+    This is the hot path's check; `check_gradients` says of all others what is wrong, if anything.
+
+    Args:
+        shapes: name and shape of each parameter.
+        dtype: of the parameters.
+        grads: the gradient.
+    """
+    if type(grads) is not dict or len(grads) != len(shapes):
+        return False
+    for name, shape in shapes:
+        grad = grads.get(name)
+        if type(grad) is not np.ndarray or grad.dtype is not dtype or grad.shape != shape:
+            return False
+    return True
 
 
 def check_gradients(layout: Layout, grads: Mapping[str, Any], where: str) -> None:
@@ -48,61 +72,216 @@ def check_gradients(layout: Layout, grads: Mapping[str, Any], where: str) -> Non
         grad = grads[name]
         if getattr(grad, "dtype", None) != layout.dtype:
             check_gradient_dtype(name, getattr(grad, "dtype", None), where)
-        if grad.shape != shape:
+        if tuple(grad.shape) != shape:
             raise ValueError(
                 f"{where}: gradient {name!r} has shape {tuple(grad.shape)}, expected {shape}"
             )
 
 
-def pack(layout: Layout, grads: Mapping[str, Any], slot: Array) -> tuple[bool, float]:
-    """Copy checked host gradients into a flat slot.
+class GradientSlot:
+    """One flat gradient slot of a worker, and the parameters' names in it.
 
     Args:
         layout: the parameters.
-        grads: mapping of names to NumPy arrays, checked; only read.
-        slot: flat array of P elements of the layout's dtype, written.
+        flat: the slot's memory, P elements of the layout's dtype.
 
-    Returns:
-        Whether all elements are finite in the slot's dtype, and their Euclidean norm.
+    Attributes:
+        arrays: names to writable views of the slot.
     """
-    total = 0.0  # an overflow in it is looked into by _verdict
-    for name, offset, size in zip(layout.names, layout.offsets, layout.sizes, strict=True):
-        source = grads[name]
-        target = slot[offset : offset + size]
-        if source.dtype == slot.dtype and source.flags.c_contiguous:
-            flat = source.reshape(-1)
-            for begin in range(0, size, _BLOCK):
-                block = flat[begin : begin + _BLOCK]
-                total += float(np.dot(block, block))
-                target[begin : begin + _BLOCK] = block
-        else:
-            with np.errstate(over="ignore", invalid="ignore"):  # judged below
-                target.reshape(source.shape)[...] = source
-            total += _sum_in_blocks(target)
-    return _verdict(slot, total)
+
+    def __init__(self, layout: Layout, flat: Array) -> None:
+        self.arrays: dict[str, Array] = layout.views(flat)
+        self._flat = flat
+        self._places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
+
+    def pack(self, grads: Mapping[str, Any], *, plain: bool = False) -> tuple[bool, float]:
+        """Copy a checked gradient into the slot.
+
+        Args:
+            grads: names to arrays on the host; only read.
+            plain: whether `is_plain` says so of it.
+
+        Returns:
+            As `judge`, of what the slot holds now (so after a cast).
+        """
+        flat = self._flat
+        if plain and flat.size <= _BLOCK:
+            for name, target in self.arrays.items():
+                target[...] = grads[name]
+            total = float(np.vdot(flat, flat))
+            return (True, math.sqrt(total)) if total < math.inf else self._look_again()
+        return self._pack_in_blocks(grads)
+
+    def judge(self) -> tuple[bool, float]:
+        """Say whether all elements in the slot are finite, and their Euclidean norm.
+
+        The norm of float32 elements below 1e-19 (float64: 1e-154) is rough, their squares being
+        subnormal; it is never too large.
+        """
+        return self._verdict(*self._sum(0, 0.0, self._flat.size))
+
+    def _pack_in_blocks(self, grads: Mapping[str, Any]) -> tuple[bool, float]:
+        flat = self._flat
+        summed, total = 0, 0.0  # elements that are in `total` already: a multiple of _BLOCK
+        for name, offset, size in self._places:
+            source = grads[name]
+            plain = type(source) is np.ndarray and source.dtype == flat.dtype
+            if plain and size > _BLOCK and source.flags.c_contiguous:
+                elements = source.reshape(-1)
+                for begin in range(0, size, _BLOCK):
+                    block = elements[begin : begin + _BLOCK]
+                    end = offset + begin + block.size
+                    flat[offset + begin : end] = block
+                    summed, total = self._sum(summed, total, end)
+            elif plain:
+                self.arrays[name][...] = source
+            else:
+                with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # judged below
+                    self.arrays[name][...] = source
+            summed, total = self._sum(summed, total, offset + size)
+        return self._verdict(summed, total)
+
+    def _sum(self, summed: int, total: float, end: int) -> tuple[int, float]:
+        """Add the squares of the whole blocks in [summed, end) to the total."""
+        flat = self._flat
+        while end - summed >= _BLOCK:
+            block = flat[summed : summed + _BLOCK]
+            total += float(np.vdot(block, block))
+            summed += _BLOCK
+        return summed, total
+
+    def _verdict(self, summed: int, total: float) -> tuple[bool, float]:
+        rest = self._flat[summed:]
+        total += float(np.vdot(rest, rest))
+        return (True, math.sqrt(total)) if total < math.inf else self._look_again()
+
+    def _look_again(self) -> tuple[bool, float]:
+        flat = self._flat
+        if not bool(np.isfinite(flat).all()):
+            return False, math.nan
+        # Finite, but the squares overflow: elements above 1e19 in float32, 1e154 in float64.
+        largest = float(np.abs(flat).max())
+        with np.errstate(under="ignore"):
+            parts = np.square(flat / flat.dtype.type(largest))
+        return True, largest * math.sqrt(float(parts.sum()))
 
 
-def judge(layout: Layout, slot: Array) -> tuple[bool, float]:
-    """Say of gradients written straight into a slot what `pack` says of those it copies."""
-    total = 0.0
-    for offset, size in zip(layout.offsets, layout.sizes, strict=True):
-        total += _sum_in_blocks(slot[offset : offset + size])
-    return _verdict(slot, total)
+@dataclass(frozen=True)
+class _Whole:
+    """Tensors that lie one after the other in one shard: name -> (begin, end, shape) in it."""
+
+    server: int
+    places: dict[str, tuple[int, int, _Shape]]
 
 
-def _sum_in_blocks(flat: Array) -> float:
-    total = 0.0
-    for begin in range(0, flat.size, _BLOCK):
-        block = flat[begin : begin + _BLOCK]
-        total += float(np.dot(block, block))
-    return total
+@dataclass(frozen=True)
+class _Spanning:
+    """A tensor in several shards.
+
+    Attributes:
+        pieces: (server, begin, end) in the server's shard, in order.
+        copies: where it is put together, two in turn.
+    """
+
+    name: str
+    pieces: list[tuple[int, int, int]]
+    copies: tuple[Array, Array]
 
 
-def _verdict(slot: Array, total: float) -> tuple[bool, float]:
-    if math.isfinite(total):
-        return True, math.sqrt(total)
-    if not bool(np.isfinite(slot).all()):
-        return False, math.nan
-    # Finite, but the squares overflow: elements above 1e19 in float32, 1e154 in float64.
-    largest = float(np.abs(slot).max())
-    return True, largest * math.sqrt(float(np.square(slot / slot.dtype.type(largest)).sum()))
+class Snapshots:
+    """Names the parameters in the snapshots that a worker's pulls bring, one a server.
+
+    Nothing is copied but tensors that lie in more than one shard.
+
+    Args:
+        layout: the parameters.
+        servers: S.
+        snapshot: (server, buffer) -> the flat shard; always the same memory for the same buffer.
+    """
+
+    def __init__(self, layout: Layout, servers: int, snapshot: Callable[[int, int], Array]) -> None:
+        self._layout = layout
+        self._snapshot = snapshot
+        self._servers = servers
+        self._parts: list[_Whole | _Spanning] | None = None
+        self._views: dict[tuple[int, int], dict[str, Array]] = {}
+        self._turn = 0
+
+    def arrays(self, buffers: Sequence[int]) -> dict[str, Array]:
+        """Name the parameters.
+
+        Args:
+            buffers: by server, where its snapshot is.
+
+        Returns:
+            Names to read-only views, in the parameters' order. The dict is kept: it is not to
+            be changed. What was copied is overwritten by the call after the next.
+        """
+        if self._servers == 1:
+            views = self._views.get((0, buffers[0]))
+            return self._name_all(buffers[0]) if views is None else views
+        if self._parts is None:
+            self._parts = _parts(self._layout, self._layout.shards(self._servers))
+        self._turn = 1 - self._turn  # the other copies may still be computed on
+        arrays: dict[str, Array] = {}
+        for number, part in enumerate(self._parts):
+            if isinstance(part, _Whole):
+                buffer = buffers[part.server]
+                views = self._views.get((number, buffer))
+                arrays.update(self._name(number, part, buffer) if views is None else views)
+            else:
+                arrays[part.name] = self._put_together(part, buffers)
+        return arrays
+
+    def _name_all(self, buffer: int) -> dict[str, Array]:
+        views = self._layout.views(_read_only(self._snapshot(0, buffer)))
+        self._views[0, buffer] = views
+        return views
+
+    def _name(self, number: int, part: _Whole, buffer: int) -> dict[str, Array]:
+        flat = _read_only(self._snapshot(part.server, buffer))
+        views = {
+            name: flat[begin:end].reshape(shape)
+            for name, (begin, end, shape) in part.places.items()
+        }
+        self._views[number, buffer] = views
+        return views
+
+    def _put_together(self, part: _Spanning, buffers: Sequence[int]) -> Array:
+        copy = part.copies[self._turn]
+        flat = copy.reshape(-1)
+        done = 0
+        for server, begin, end in part.pieces:
+            flat[done : done + end - begin] = self._snapshot(server, buffers[server])[begin:end]
+            done += end - begin
+        return _read_only(copy)
+
+
+def _read_only(array: Array) -> Array:
+    view: Array = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _parts(layout: Layout, shards: list[tuple[int, int]]) -> list[_Whole | _Spanning]:
+    """Cut the list of tensors into runs that lie in one shard, and those that lie in several."""
+    parts: list[_Whole | _Spanning] = []
+    for name, offset, size, shape in zip(
+        layout.names, layout.offsets, layout.sizes, layout.shapes, strict=True
+    ):
+        pieces = [
+            (server, max(offset, begin) - begin, min(offset + size, end) - begin)
+            for server, (begin, end) in enumerate(shards)
+            if max(offset, begin) < min(offset + size, end)
+        ]
+        if len(pieces) > 1:
+            copies = np.empty(shape, layout.dtype), np.empty(shape, layout.dtype)
+            parts.append(_Spanning(name, pieces, copies))
+            continue
+        server, begin, end = pieces[0] if pieces else (0, 0, 0)  # an empty tensor lies anywhere
+        last = parts[-1] if parts else None
+        if not (isinstance(last, _Whole) and last.server == server):
+            last = _Whole(server, {})
+            parts.append(last)
+        last.places[name] = (begin, end, shape)
+    return parts

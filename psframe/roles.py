@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from psframe.client import Worker
-from psframe.errors import MessageError, Stopped
+from psframe.client import Endpoint, Worker
+from psframe.errors import MessageError, RankLost, Stopped
 from psframe.events import (
     Answer,
     EpochDone,
@@ -15,6 +16,7 @@ from psframe.events import (
     Failure,
     HostEvent,
     Lease,
+    Leave,
     Logged,
     Lost,
     Output,
@@ -22,13 +24,29 @@ from psframe.events import (
     ToServer,
     Withheld,
 )
+from psframe.leader import Leader
 from psframe.plan import Observer
 from psframe.server import Server
 
-__all__ = ["Outgoing", "ServerPort", "handle", "no_host_event", "route", "serve", "take_part"]
+__all__ = [
+    "Grace",
+    "Outgoing",
+    "Overdue",
+    "ServerPort",
+    "decline",
+    "describe",
+    "handle",
+    "no_host_event",
+    "route",
+    "serve",
+    "take_part",
+]
 
 # A server looks up from its queue this often, so that no wait is without a bound.
 _POLL_S = 0.5
+# Once the run has failed or was interrupted, workers have this long to come back from what they
+# compute.
+_GRACE_S = 2.0
 
 _HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled)
 
@@ -77,16 +95,16 @@ def serve(
         machine: the leader or a follower.
         port: its end of the transport.
         observe: takes the leader's host events.
-        tick: called now and then; may raise to end the loop.
+        tick: called between events, at least every half second; may raise to end the loop.
 
     Raises:
         MessageError: a follower's or the leader's message made no sense (a worker's makes that
             worker count as lost).
     """
     while not machine.finished:
-        event = port.receive(_POLL_S)
         if tick is not None:
             tick()
+        event = port.receive(_POLL_S)
         if event is not None:
             for out in handle(machine, event):
                 route(out, port, observe)
@@ -108,20 +126,93 @@ def handle(machine: Server, event: ToServer) -> list[Output]:
         return machine.handle(Lost(worker))
 
 
+class Overdue(RankLost):
+    """Some workers have not come back although the run has failed or was interrupted.
+
+    Attributes:
+        interrupted: whether it was interrupted.
+    """
+
+    def __init__(self, message: str, *, interrupted: bool) -> None:
+        super().__init__(message)
+        self.interrupted = interrupted
+
+
+class Grace:
+    """The check that a run which has failed ends in time; a `tick` for `serve`.
+
+    Args:
+        leader: the machine that knows.
+
+    Attributes:
+        interrupted: set it when the run was interrupted.
+    """
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._deadline: float | None = None
+        self.interrupted = False
+
+    @property
+    def failing(self) -> bool:
+        """Whether the run ends with an error."""
+        leader = self._leader
+        return leader.failure is not None or leader.diverged or self.interrupted
+
+    def check(self) -> None:
+        """Raise once the workers have had their time.
+
+        Raises:
+            Overdue: some did not come back.
+        """
+        if not self.failing:
+            return
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + _GRACE_S
+        elif now > self._deadline:
+            failure = self._leader.failure
+            busy = [worker for worker, gone in enumerate(self._leader.gone) if not gone]
+            raise Overdue(
+                f"workers {busy} did not come back within {_GRACE_S:.0f} s after the run had"
+                f" ended: {self._why()}",
+                interrupted=self.interrupted
+                or (failure is not None and failure[1].type == KeyboardInterrupt.__name__),
+            )
+
+    def _why(self) -> str:
+        if self._leader.failure is not None:
+            worker, failure = self._leader.failure
+            return f"worker {worker} failed with {failure.type}: {failure.message}"
+        return "it had diverged" if self._leader.diverged else "it was interrupted"
+
+
 def take_part(work: Callable[[Worker], Any], worker: Worker) -> BaseException | None:
     """Run `work`, leave, and return what it raised (but not Stopped)."""
     error: BaseException | None = None
-    failure: Failure | None = None
     try:
         work(worker)
     except Stopped:
         pass  # the run is over; that is no error of this worker's
     except BaseException as raised:
         error = raised
-        text = "".join(traceback.format_exception(raised))
-        failure = Failure(type(raised).__name__, str(raised), text)
-    worker.leave(failure)
+    worker.leave(None if error is None else describe(error))
     return error
+
+
+def decline(endpoint: Endpoint, error: BaseException) -> None:
+    """Leave as a worker that could not begin, such as one whose GPU has no room."""
+    for server in range(endpoint.servers):
+        endpoint.send(server, Leave(endpoint.index, describe(error) if server == 0 else None))
+
+
+def describe(error: BaseException) -> Failure:
+    """Put an exception into words, whatever its own `__str__` does."""
+    try:
+        message = str(error)
+    except Exception as raised:
+        message = f"(its __str__ raised {type(raised).__name__})"
+    return Failure(type(error).__name__, message, "".join(traceback.format_exception(error)))
 
 
 def no_host_event(event: HostEvent) -> None:

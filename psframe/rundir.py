@@ -28,6 +28,8 @@ CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.tmp")
 # A run claims a fresh name for "{time}" in at most this many tries.
 _NAMES_MAX = 10_000
 
+# Workers begin the next epoch while one is evaluated; a line waits so many epochs for that.
+_HELD_MAX = 3
 _REMEDIES = {
     errno.EACCES: "choose a folder that you may write",
     errno.EROFS: "choose a folder that you may write",
@@ -190,7 +192,7 @@ class Recorder:
         run_dir: the folder.
         clock: seconds that only grow; time_s counts from the construction.
         evaluations: True, wait for an epoch's evaluation; False, do not; None, find out from
-            the first epoch.
+            the first epochs.
 
     Attributes:
         test_accuracy: of the latest evaluation, or None.
@@ -241,9 +243,6 @@ class Recorder:
     def _epoch_done(self, event: EpochDone) -> None:
         now = self._clock()
         self._epochs += 1
-        if self._held and not self._fixed:
-            self._waits = False  # The epoch before ended without an evaluation: none are made.
-        self._release()
         self.updates = max(self.updates, event.version)
         fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
         fields.update(self._train_loss())
@@ -254,11 +253,17 @@ class Recorder:
         self._held.append(fields)
         if not self._waits:
             self._release()
+        elif len(self._held) > _HELD_MAX:
+            self._waits = self._fixed  # so many without an evaluation: none are made
+            self._release(1 if self._waits else len(self._held))
 
     def _evaluated(self, event: Evaluated) -> None:
         fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
-        if self._held and self._held[0]["epoch"] == event.epoch:
-            fields = self._held.pop()
+        for held in self._held:
+            if held["epoch"] == event.epoch:
+                self._held.remove(held)
+                fields = held
+                break
         count = event.sums.get("count", 0)
         if count:
             if "loss" in event.sums:
@@ -266,12 +271,13 @@ class Recorder:
             if "correct" in event.sums:
                 self.test_accuracy = event.sums["correct"] / count
                 fields["test_accuracy"] = self.test_accuracy
-        self._waits = self._waits or not self._fixed
+        self._waits = self._fixed = True
         self._run_dir.metrics(time_s=self._time_s(), **fields)
 
-    def _release(self) -> None:
-        while self._held:
-            self._run_dir.metrics(time_s=self._time_s(), **self._held.pop(0))
+    def _release(self, count: int = _HELD_MAX) -> None:
+        for fields in self._held[:count]:
+            self._run_dir.metrics(time_s=self._time_s(), **fields)
+        del self._held[:count]
 
     def _train_loss(self) -> dict[str, float]:
         if not self._loss_count:

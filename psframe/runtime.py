@@ -1,33 +1,20 @@
-"""`psframe.run`: finds out who serves and who works, and runs the loops until it is over."""
+"""`psframe.run`: takes the arguments, and runs in threads or, under a launcher, over MPI."""
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
-from psframe.devices import choose_device, make_device
-from psframe.errors import RankLost
 from psframe.host import Host
-from psframe.launcher import find_launcher
-from psframe.leader import Leader
+from psframe.launcher import find_launcher, starting_mpi
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
-from psframe.results import diverged, make_result, summarise
-from psframe.roles import no_host_event, route, serve, take_part
-from psframe.transports.threads import ThreadEndpoint, ThreadHub, ThreadPort
+from psframe.threaded import run_threads
 
 __all__ = ["Result", "run"]
-
-# After Ctrl-C, or once the run has broken down, workers have this long to come back from what
-# they compute.
-_GRACE_S = 2.0
 
 _log = logging.getLogger("psframe")
 
@@ -126,8 +113,9 @@ def run(
         checked = plan()
         count = 1 if workers is None else workers
         check_count("workers", count, 1)
-        return _run_threads(work, checked, int(count), host(checked))
-    from psframe.cluster import run_cluster  # imports MPI
+        return run_threads(work, checked, int(count), host(checked))
+    with starting_mpi():
+        from psframe.cluster import run_cluster  # imports MPI
 
     if workers is not None:
         _log.warning("workers=%s is ignored: the launcher decides how many ranks work", workers)
@@ -140,114 +128,3 @@ def run(
         shared_memory=shared_memory,
         same={"run_dir": str(run_dir), "overwrite": overwrite, "shared_memory": shared_memory},
     )
-
-
-def _run_threads(work: Callable[[Worker], Any], plan: Plan, workers: int, host: Host) -> Result:
-    try:
-        with host.interrupts():
-            result = _ThreadRun(work, plan, workers, host).run()
-    except KeyboardInterrupt:
-        host.verdict("interrupted", reason="interrupted")
-        raise
-    except BaseException as error:
-        host.verdict("failed", reason=f"{type(error).__name__}: {error}")
-        raise
-    host.verdict("completed", updates=result.version)
-    return result
-
-
-class _ThreadRun:
-    """One run in this process: the leader in this thread, the others in daemon threads."""
-
-    def __init__(self, work: Callable[[Worker], Any], plan: Plan, workers: int, host: Host) -> None:
-        self._work = work
-        self._plan = plan
-        self._host = host
-        self._errors: list[BaseException | None] = [None] * workers
-        self._hub = hub = ThreadHub(plan.layout, plan.servers, workers)
-        self._ports = [ThreadPort(hub, s) for s in range(plan.servers)]
-        self._machines = [
-            plan.build_server(s, workers, port.buffers, port.memory)
-            for s, port in enumerate(self._ports)
-        ]
-        devices = [choose_device(plan.device, w) for w in range(workers)]
-        self._threads = [
-            threading.Thread(
-                target=self._follow, args=(s,), name=f"psframe-server-{s}", daemon=True
-            )
-            for s in range(1, plan.servers)
-        ] + [
-            threading.Thread(
-                target=self._take_part,
-                args=(w, devices[w]),
-                name=f"psframe-worker-{w}",
-                daemon=True,
-            )
-            for w in range(workers)
-        ]
-
-    def run(self) -> Result:
-        leader = self._machines[0]
-        assert isinstance(leader, Leader)
-        for thread in self._threads:
-            thread.start()
-        try:
-            serve(leader, self._ports[0], self._host)
-        except KeyboardInterrupt:
-            self._end(leader)
-            raise
-        except BaseException as error:
-            self._hub.broken = error  # every waiting thread finds it within its poll
-            raise
-        self._join()
-        self._raise_failure(leader)
-        params = np.concatenate([machine.store.params for machine in self._machines])
-        return make_result(self._plan, summarise(leader), params, self._host.path)
-
-    def _follow(self, server: int) -> None:
-        try:
-            serve(self._machines[server], self._ports[server], no_host_event)
-        except BaseException as error:
-            self._hub.broken = error
-
-    def _take_part(self, index: int, device: str) -> None:
-        try:
-            opened = make_device(device, self._plan.layout)
-            endpoint = ThreadEndpoint(self._hub, index)
-            worker = Worker(endpoint, self._plan.layout, opened, self._plan.seed)
-            self._errors[index] = take_part(self._work, worker)
-        except RankLost as error:
-            _log.debug("worker %d ends: %s", index, error)  # a server thread has told why
-        except BaseException as error:
-            self._errors[index] = error
-            self._hub.broken = error
-
-    def _end(self, leader: Leader) -> None:
-        """After Ctrl-C: tell everyone, and give the workers a moment to come back."""
-        for out in leader.end():
-            route(out, self._ports[0], no_host_event)
-        deadline = time.monotonic() + _GRACE_S
-
-        def check() -> None:
-            if time.monotonic() > deadline:
-                raise RankLost("some workers did not come back")
-
-        try:
-            serve(leader, self._ports[0], no_host_event, tick=check)
-        except RankLost:
-            _log.warning("interrupted; some workers are still computing and are left behind")
-
-    def _join(self) -> None:
-        deadline = time.monotonic() + _GRACE_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self._hub.broken is not None:
-            raise RankLost("a thread of the run broke down") from self._hub.broken
-
-    def _raise_failure(self, leader: Leader) -> None:
-        if leader.failure is not None:
-            error = self._errors[leader.failure[0]]
-            assert error is not None, "a failure was reported by its own thread"
-            raise error
-        if leader.diverged:
-            raise diverged(leader)

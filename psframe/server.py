@@ -227,7 +227,7 @@ class Server(ABC):
         worker = answer.worker
         if pinned and self._pinned == NO_BUFFER:
             return False
-        if not pinned and not self.policy.may_start(worker):
+        if not pinned and not self._may_start(worker):
             return False
         answer.version = self._pinned_version if pinned else self.store.version
         if self._hold[worker] == NO_BUFFER:
@@ -246,6 +246,9 @@ class Server(ABC):
             return False  # both are in use: it releases one first
         self._out.append(answer)
         return True
+
+    def _may_start(self, worker: int) -> bool:
+        return self.policy.may_start(worker)
 
     def _release(self, worker: int, release: int) -> None:
         if release & RELEASE_COPY:

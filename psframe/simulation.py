@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import HostDevice
-from psframe.events import HostEvent, PushHandled, ToServer
+from psframe.events import Answer, HostEvent, PushHandled, ToServer
 from psframe.host import Host
 from psframe.leader import Leader
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
@@ -34,6 +35,9 @@ TRACE_DTYPE = np.dtype(
         ("applied", "?"),
     ]
 )
+
+
+_pack_row = struct.Struct("<diqqqq?").pack  # a row of TRACE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Simulation:
         self._host = Host(None, observer)
         self._inspect = inspect
         self._errors: list[BaseException | None] = [None] * workers
-        self._rows: list[tuple[Any, ...]] = []
+        self._rows = bytearray()  # of the trace, packed: 45 bytes a push
         self._stop_time: float | None = None
         self._virtual = virtual = VirtualTime(
             plan.layout,
@@ -147,7 +151,7 @@ class Simulation:
         self._ports = [SimulatedPort(virtual, s) for s in range(plan.servers)]
         self.machines: list[Server] = [
             plan.build_server(
-                s, workers, virtual.memory.buffers[s], virtual.memory.server(s), trace=True
+                s, workers, virtual.memory.buffers[s], virtual.server_memory(s), trace=True
             )
             for s in range(plan.servers)
         ]
@@ -164,8 +168,7 @@ class Simulation:
         virtual = self._virtual
         for index in range(virtual.workers):
             virtual.at(0.0, index, self._start, index)
-        while virtual.step():
-            pass
+        virtual.run()
         if not all(machine.finished for machine in self.machines):
             waiting = [w for w, gone in enumerate(leader.gone) if not gone]
             raise RuntimeError(f"simulation: workers {waiting} wait for what never comes")
@@ -178,7 +181,7 @@ class Simulation:
         params = np.concatenate([machine.store.params for machine in self.machines])
         result = make_result(self._plan, summarise(leader), params, None)
         time_s = virtual.now if self._stop_time is None else self._stop_time
-        trace = np.array(self._rows, TRACE_DTYPE)
+        trace = np.frombuffer(self._rows, TRACE_DTYPE)
         return SimResult(**vars(result), time_s=time_s, trace=trace)
 
     def _start(self, index: int) -> None:
@@ -192,29 +195,30 @@ class Simulation:
         endpoint.start(body)
 
     def _deliverer(self, index: int) -> Callable[[ToServer], None]:
-        machine, port = self.machines[index], self._ports[index]
+        machine, port, inspect = self.machines[index], self._ports[index], self._inspect
 
         def deliver(event: ToServer) -> None:
             for out in handle(machine, event):
-                route(out, port, self._observe)
-            if index == 0 and machine.stopped and self._stop_time is None:
+                if type(out) is Answer:  # as route does, at less cost
+                    port.to_worker(out)
+                else:
+                    route(out, port, self._observe)
+            if machine.stopped and index == 0 and self._stop_time is None:
                 self._stop_time = self._virtual.now
-            if self._inspect is not None:
-                self._inspect(index, machine)
+            if inspect is not None:
+                inspect(index, machine)
 
         return deliver
 
     def _observe(self, event: HostEvent) -> None:
-        if isinstance(event, PushHandled):
-            self._rows.append(
-                (
-                    self._virtual.now,
-                    event.worker,
-                    event.clock,
-                    event.version_read,
-                    event.version_applied,
-                    event.staleness,
-                    event.applied,
-                )
+        if type(event) is PushHandled:
+            self._rows += _pack_row(
+                self._virtual.now,
+                event.worker,
+                event.clock,
+                event.version_read,
+                event.version_applied,
+                event.staleness,
+                event.applied,
             )
         self._host(event)

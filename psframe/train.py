@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from psframe.data import Dataset, load, prepare
-from psframe.errors import ArgumentError, PsframeError, RankLost
+from psframe.errors import ArgumentError, PsframeError, RankLost, RunDirError
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import Model, create
 from psframe.rundir import CHECKPOINTS, RunDir
@@ -35,13 +35,15 @@ same runs in one process. For example:
   at most 3 steps apart:
       mpirun -n 4 python -m psframe.train --mode ssp --staleness 3
   all in step, with momentum:
-      mpirun -n 4 python -m psframe.train --mode bsp --momentum 0.9
+      mpirun -n 4 python -m psframe.train --mode bsp --optimizer sgd --momentum 0.9
   your model, your data:
       python -m psframe.train --model my.module:Class --data my.npz
 """
 
 _INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 _THREADS = 3
+# A process's number among those on its node, by launcher.
+_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
@@ -58,7 +60,7 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
     import tyro
 
     default = Settings()
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         if flag == "--config" and following:
             default = from_file(following)
         elif flag.startswith("--config="):
@@ -95,9 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PsframeError, OSError) as error:
         return _fail(error, rank)
     except Exception as error:
-        # A bug of the model's or ours: whoever repairs it needs the place.
-        traceback.print_exc()
-        return _fail(error, 0)
+        # A bug of the model's or ours: whoever repairs it needs the place. What happens in a
+        # worker of another rank, rank 0 tells with the whole traceback.
+        if rank == 0:
+            traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}, line {place.lineno}"
+        print(
+            f"psframe: error: rank {rank}: {type(error).__name__}: {error} ({where})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
 
 
 def _train(settings: Settings, launched: Launcher | None) -> int:
@@ -119,11 +130,11 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:
-    """Say what is wrong, once: rank 0 does, and who survives the loss of another rank."""
-    if rank == 0 or isinstance(error, RankLost):
-        own = isinstance(error, (PsframeError, OSError))
-        text = str(error) if own else f"{type(error).__name__}: {error}"
-        print(f"psframe: error: {text}", file=sys.stderr, flush=True)
+    """Say what is wrong: once a node, for it may be wrong on one node only, as a missing file."""
+    local = [os.environ[name] for name in _LOCAL_RANKS if name in os.environ]
+    if rank == 0 or isinstance(error, RankLost) or (local and local[0] == "0"):
+        at = f"{platform.node()}: " if rank else ""
+        print(f"psframe: error: {at}{error}", file=sys.stderr, flush=True)
     return status
 
 
@@ -155,6 +166,10 @@ def _trainer(
         working = None if launched.size is None else launched.size - settings.servers
     elif workers is None:
         workers = working = _THREADS
+    if working is not None and settings.backup and settings.backup >= working:
+        raise ArgumentError(
+            f"--backup: {settings.backup} of {working} workers cannot all be backups; give fewer"
+        )
     params = initial_params(model, settings.seed)
     return Trainer(
         model,
@@ -201,21 +216,31 @@ def _accuracy(accuracy: float | None) -> str:
 
 
 def _save(trained: TrainResult) -> None:
-    """Write the final weights as safetensors into the run directory, by rename."""
-    from safetensors.numpy import save_file
+    """Write the final weights as safetensors into the run directory, by rename.
 
-    folder = _run_dir(trained)
-    if folder is None or trained.result.params is None:
+    Raises:
+        RunDirError: they do not fit; the run's status then says failed.
+    """
+    folder, params = trained.result.run_dir, trained.result.params
+    if folder is None or params is None:
         return
+    from safetensors.numpy import save
+
     file = folder / CHECKPOINTS / "final.safetensors"
     temporary = file.with_name(file.name + ".tmp")
-    save_file(dict(trained.result.params), str(temporary))
-    os.replace(temporary, file)
-
-
-def _run_dir(trained: TrainResult) -> Path | None:
-    run_dir = trained.result.run_dir
-    return None if run_dir is None else Path(run_dir)
+    try:
+        temporary.write_bytes(save(dict(params)))
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = f"{file}: the final weights could not be written: {error.strerror}"
+        RunDir(folder).status(
+            "failed",
+            updates=trained.result.version,
+            test_accuracy=trained.accuracy,
+            reason=reason,
+        )
+        raise RunDirError(reason) from error
 
 
 def _summarise(trained: TrainResult, seconds: float) -> None:
@@ -232,8 +257,8 @@ def _summarise(trained: TrainResult, seconds: float) -> None:
     fates = ("applied", "refused", "dropped", "lost", "stopped", "partial")
     parts = [f"{getattr(ledger, fate)} {fate}" for fate in fates if getattr(ledger, fate)]
     print(f"pushes         {ledger.received} received: {', '.join(parts) or 'none'}")
-    if _run_dir(trained) is not None:
-        print(f"run directory  {_run_dir(trained)}", flush=True)
+    if result.run_dir is not None:
+        print(f"run directory  {result.run_dir}", flush=True)
 
 
 if __name__ == "__main__":

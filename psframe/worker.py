@@ -83,6 +83,7 @@ class WorkerProtocol:
         self.versions = [0] * servers
         self.stopped = False
         self._in_place = list(in_place)
+        self._ended = False  # a server has ended every request
         self._seq = 0
         self._requests: dict[int, Request] = {}
         self._slots: list[Request | None] = [None, None]
@@ -177,6 +178,8 @@ class WorkerProtocol:
             return
         request = self._requests.get(answer.seq)
         if request is None:
+            if self._ended:
+                return  # another server had answered before it heard of the end
             raise MessageError(f"worker {self.index} got an answer to no request: {answer.seq}")
         request.waiting -= 1
         if isinstance(answer, Lease):
@@ -194,7 +197,7 @@ class WorkerProtocol:
             del self._requests[request.seq]
 
     def _end_all(self) -> None:
-        self.stopped = True
+        self.stopped = self._ended = True
         for request in self._requests.values():
             request.waiting = 0
             request.stopped = True

@@ -303,25 +303,41 @@ def test_recorder_without_evaluations(tmp_path: Path, evaluations: bool | None) 
     run_dir = RunDir.create(tmp_path, config={})
     recorder = Recorder(run_dir, Clock(), evaluations=evaluations)
     seen = []
-    for epoch in range(3):
+    for epoch in range(6):
         recorder(EpochDone(epoch, 10 * epoch, 100, 0.0))
         seen.append(len(lines(tmp_path)))
     recorder.close()
-    assert seen == ([0, 2, 3] if evaluations is None else [1, 2, 3])
-    assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert seen == ([0, 0, 0, 4, 5, 6] if evaluations is None else [1, 2, 3, 4, 5, 6])
+    assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
     assert "test_accuracy" not in lines(tmp_path)[0]
     assert recorder.test_accuracy is None
 
 
-def test_recorder_with_an_evaluation_that_comes_late_or_never(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluations", [None, True])
+def test_recorder_with_evaluations_that_come_late_or_never(
+    tmp_path: Path, evaluations: bool | None
+) -> None:
     run_dir = RunDir.create(tmp_path, config={})
-    recorder = Recorder(run_dir, Clock(), evaluations=True)
+    recorder = Recorder(run_dir, Clock(), evaluations=evaluations)
+    sums = {"correct": 1.0, "count": 2.0}
     recorder(EpochDone(0, 10, 100, 0.0))
     recorder(EpochDone(1, 20, 100, 0.0))
-    recorder(Evaluated(0, 10, {"correct": 1.0, "count": 2.0}))
+    recorder(Evaluated(0, 10, sums))
+    for epoch in range(2, 6):
+        recorder(EpochDone(epoch, 10 + 10 * epoch, 100, 0.0))
+    recorder(Evaluated(1, 20, sums))
+    recorder(Evaluated(5, 60, sums))
     recorder.close()
-    found = [(line["epoch"], line.get("test_accuracy")) for line in lines(tmp_path)]
-    assert found == [(0, None), (0, 0.5), (1, None)]
+    found = [(line["epoch"], line["update"], line.get("test_accuracy")) for line in lines(tmp_path)]
+    assert found == [
+        (0, 10, 0.5),
+        (1, 20, None),  # it has waited long enough
+        (2, 30, None),
+        (1, 20, 0.5),
+        (5, 60, 0.5),
+        (3, 40, None),
+        (4, 50, None),
+    ]
 
 
 def test_recorder_of_a_run_without_epochs_leaves_a_line(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import mpi4py
 import numpy as np
-from mpi4py import MPI
 
 from psframe.errors import LaunchError, MessageError, RankLost
 from psframe.events import (
@@ -34,6 +34,14 @@ from psframe.events import (
 from psframe.launcher import Launcher, lone_process_message
 from psframe.layout import Array
 from psframe.wire import HEADER_BYTES, Delivery, Event, encode, encode_into
+
+# `_start` does what the import would do: by then the library can be asked what it is, and a wrong
+# one refused; MPICH's would end this process with a message that nobody understands.
+_initialize, mpi4py.rc.initialize = mpi4py.rc.initialize, False
+_finalize, mpi4py.rc.finalize = mpi4py.rc.finalize, True
+from mpi4py import MPI  # noqa: E402
+
+mpi4py.rc.initialize, mpi4py.rc.finalize = _initialize, _finalize
 
 __all__ = ["Mesh", "Patience", "Post", "Transfers", "open_mesh"]
 
@@ -83,13 +91,11 @@ class Mesh:
 
     Attributes:
         rank, size: of this process and of the run.
-        library: the MPI library's name and version.
     """
 
     def __init__(self, comm: Any) -> None:
         self.rank: int = comm.rank
         self.size: int = comm.size
-        self.library = MPI.Get_library_version().splitlines()[0].strip("\x00 ")
         self.patience = Patience(crowded=True)
         self._comm, request = comm.Idup()
         self._complete([request], SETUP_BOUND_S, "the duplicated communicator")
@@ -142,9 +148,10 @@ class Mesh:
         """Open the message service, for messages of at most so many bytes."""
         return Post(self._comm, bytes_max)
 
-    def abort(self, status: int) -> None:
+    def abort(self, status: int) -> NoReturn:
         """End the whole job at once."""
         MPI.COMM_WORLD.Abort(status)
+        os._exit(status)  # MPICH's returns while its launcher is ending the job itself
 
     def close(self) -> None:
         """Give the communicator back; every rank does."""
@@ -157,8 +164,9 @@ class Mesh:
         while not MPI.Request.Testall(requests):
             if patience.wait() and deadline is not None and time.monotonic() > deadline:
                 raise RankLost(
-                    f"rank {self.rank}: {what} did not come within {bound_s:.0f} s: some rank has"
-                    " died, or has not called psframe.run"
+                    f"rank {self.rank}: {what} did not come within {bound_s:g} s: some rank has"
+                    " died, or has not called psframe.run (a script that imports mpi4py itself is"
+                    " best started with python -m mpi4py, which ends the job when a rank raises)"
                 )
 
 
@@ -368,11 +376,22 @@ def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
     """
     if comm is not None and not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm: expected an mpi4py communicator, got {comm!r}")
-    library = MPI.Get_library_version().splitlines()[0].strip("\x00 ")
-    alone = comm is None and MPI.COMM_WORLD.size == 1
-    if alone and launcher is not None and (launcher.size or 1) > 1:
-        raise LaunchError(lone_process_message(launcher, library, prefix))
+    _start(launcher, prefix)
+    if MPI.COMM_WORLD.size == 1 and launcher is not None and (launcher.size or 1) > 1:
+        raise LaunchError(lone_process_message(launcher, _library(), prefix))
     return Mesh(MPI.COMM_WORLD if comm is None else comm)
+
+
+def _start(launcher: Launcher | None, prefix: str) -> None:
+    if MPI.Is_initialized():
+        return
+    if launcher is not None and launcher.is_open_mpi and "Open MPI" not in _library():
+        raise LaunchError(lone_process_message(launcher, _library(), prefix))
+    MPI.Init_thread()
+
+
+def _library() -> str:
+    return MPI.Get_library_version().splitlines()[0].partition(",")[0].strip("\x00 ")
 
 
 def _pieces(array: Array) -> Sequence[Any]:

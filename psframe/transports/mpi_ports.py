@@ -177,7 +177,6 @@ class MpiServerPort:
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one."""
         events, patience = self._events, self._patience
-        patience.reset()
         deadline = 0.0
         while not events:
             if self._take() | self._transfers.progress():

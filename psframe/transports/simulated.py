@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,19 @@ import numpy as np
 
 from psframe.events import NO_BUFFER, Answer, FromWorker, Lease, Lost, Output, Push, ToServer
 from psframe.layout import Array, Layout
+from psframe.server import ServerMemory
 from psframe.transports.threads import ProcessMemory
 from psframe.wire import HEADER_BYTES
 
 __all__ = ["ComputeTime", "Network", "SimulatedEndpoint", "SimulatedPort", "VirtualTime"]
 
 ComputeTime = Callable[[np.random.Generator, int, int], float]
+
+# Looks at an empty inbox after which a worker lets the next thing happen: a loop that polls
+# `done` would otherwise stop the time that it waits for.
+_POLLS_MAX = 100
+# (time, worker, order of issue, action, its arguments)
+_Event = tuple[float, int, int, Callable[..., None], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,15 @@ class VirtualTime:
         self.workers = workers
         self.memory = ProcessMemory(layout, servers, workers)
         self.deaths = dict(deaths or {})
-        self._network = network
+        self._latency_s = network.latency_s
+        self._bandwidth_bytes_per_s = network.bandwidth_bytes_per_s
+        self._unlimited = network.bandwidth_bytes_per_s == float("inf")
         self._compute_time_s = compute_time_s
         self._seed = seed
-        self._heap: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
+        # The events to come: a heap, and one event beside it. What an action causes is mostly
+        # what comes next, and then it never enters the heap.
+        self._heap: list[_Event] = []
+        self._beside: _Event | None = None
         self._order = itertools.count()
         nodes = servers + workers
         self._egress = [0.0] * nodes
@@ -98,15 +109,31 @@ class VirtualTime:
 
     def at(self, time: float, worker: int, action: Callable[..., None], *args: Any) -> None:
         """Let something happen at a time."""
-        heapq.heappush(self._heap, (time, worker, next(self._order), action, args))
+        event = (time, worker, next(self._order), action, args)
+        if self._beside is None:
+            self._beside = event
+        else:
+            heapq.heappush(self._heap, event)
 
-    def step(self) -> bool:
-        """Let the next thing happen; False if nothing is to come."""
-        if not self._heap:
-            return False
-        self.now, _, _, action, args = heapq.heappop(self._heap)
-        action(*args)
-        return True
+    def next_time(self) -> float | None:
+        """Say when the next thing happens; None if nothing is to come."""
+        times = [event[0] for event in (self._beside, *self._heap[:1]) if event is not None]
+        return min(times, default=None)
+
+    def run(self) -> None:
+        """Let one thing after the other happen until nothing is to come."""
+        heap, pop, push_and_pop = self._heap, heapq.heappop, heapq.heappushpop
+        while True:
+            beside = self._beside
+            if beside is not None:
+                self._beside = None
+                event = push_and_pop(heap, beside)
+            elif heap:
+                event = pop(heap)
+            else:
+                return
+            self.now = event[0]
+            event[3](*event[4])
 
     def compute_time_s(self, worker: int, clock: int, rng: np.random.Generator) -> float:
         """Ask the user how long the worker computes.
@@ -126,34 +153,51 @@ class VirtualTime:
         sequence = np.random.SeedSequence(self._seed, spawn_key=(2, worker))
         return np.random.Generator(np.random.PCG64(sequence))
 
-    def arrival(self, source: int, target: int, n_bytes: int) -> float:
-        """Book both links for a message sent now and say when it has been taken in."""
-        network = self._network
-        if math.isinf(network.bandwidth_bytes_per_s):
-            return self.now + network.latency_s
-        seconds = n_bytes / network.bandwidth_bytes_per_s
-        start = max(self.now, self._egress[source])
-        self._egress[source] = start + seconds
-        begin = max(start + network.latency_s, self._ingress[target])
-        self._ingress[target] = begin + seconds
-        return begin + seconds
-
     def to_server(self, server: int, worker: int, event: Any, *, source: int) -> None:
         """Send an event to a server; worker is -1 if a server sends it."""
-        n_bytes = HEADER_BYTES
-        if isinstance(event, Push):
-            n_bytes += self._shard_bytes[server]
-        time = self.arrival(source, server, n_bytes)
+        if self._unlimited:
+            time = self.now + self._latency_s
+        else:
+            gradient = self._shard_bytes[server] if isinstance(event, Push) else 0
+            time = self._arrival(source, server, HEADER_BYTES + gradient)
         self.at(time, worker, self.deliver[server], event)
 
     def to_worker(self, server: int, answer: Answer | Lease) -> None:
         """Send an answer to a worker."""
-        n_bytes = HEADER_BYTES
-        if isinstance(answer, Answer) and answer.buffer != NO_BUFFER:
-            n_bytes += self._shard_bytes[server]
         worker = answer.worker
-        time = self.arrival(server, self.servers + worker, n_bytes)
+        if self._unlimited:
+            time = self.now + self._latency_s
+        else:
+            params = self._shard_bytes[server] if _brings_params(answer) else 0
+            time = self._arrival(server, self.servers + worker, HEADER_BYTES + params)
         self.at(time, worker, self.endpoints[worker].take_in, server, answer)
+
+    def server_memory(self, server: int) -> ServerMemory:
+        """What a server sees of the memory, its part of each slot looked up once."""
+        memory = self.memory.server(server)
+        look_up = memory.gradient
+        slots: dict[tuple[int, int], Array] = {}
+
+        def gradient(worker: int, slot: int) -> Array:
+            array = slots.get((worker, slot))
+            if array is None:
+                array = slots[worker, slot] = look_up(worker, slot)
+            return array
+
+        return ServerMemory(gradient, memory.landing, memory.in_place)
+
+    def _arrival(self, source: int, target: int, n_bytes: int) -> float:
+        """Book both links for a message sent now and say when it has been taken in."""
+        seconds = n_bytes / self._bandwidth_bytes_per_s
+        start = max(self.now, self._egress[source])
+        self._egress[source] = start + seconds
+        begin = max(start + self._latency_s, self._ingress[target])
+        self._ingress[target] = begin + seconds
+        return begin + seconds
+
+
+def _brings_params(answer: Answer | Lease) -> bool:
+    return isinstance(answer, Answer) and answer.buffer != NO_BUFFER
 
 
 class SimulatedPort:
@@ -187,8 +231,10 @@ class SimulatedEndpoint:
         self.servers = virtual.servers
         self.in_place: Sequence[bool] = [True] * virtual.servers
         self._inbox: deque[tuple[int, Answer | Lease]] = deque()
+        self._slots: list[Array | None] = [None, None]
         self._waiting = False
         self._wait_number = 0
+        self._polls = 0
         self._greenlet: Any = None
         self._exit: type[BaseException] = BaseException
         self._dead = False
@@ -212,28 +258,35 @@ class SimulatedEndpoint:
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send; before the first push after an answer, compute for as long as that takes."""
-        self._check_alive()
-        if isinstance(message, Push) and message.seq != self._last_push:
+        if self._dead:
+            raise self._exit  # the dead neither clean up nor say good-bye
+        virtual, index = self._virtual, self.index
+        if type(message) is Push and message.seq != self._last_push:
             self._last_push = message.seq
-            self._compute()
+            if self._answered_at is not None:
+                self._compute(self._answered_at)
             self._clock += 1
-        virtual = self._virtual
-        self._messages += 1
-        source = virtual.servers + self.index
-        virtual.to_server(server, self.index, message, source=source)
-        if self._messages == virtual.deaths.get(self.index):
-            self._die()
+        virtual.to_server(server, index, message, source=virtual.servers + index)
+        if virtual.deaths:
+            self._messages += 1
+            if self._messages == virtual.deaths.get(index):
+                self._die()
 
     def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
         """Take the next answer; None after `timeout_s` virtual seconds without one."""
-        self._check_alive()
-        if not self._inbox and timeout_s != 0:
-            self._wait(None if timeout_s is None else self._virtual.now + timeout_s)
-        return self._inbox.popleft() if self._inbox else None
+        if self._dead:
+            raise self._exit
+        inbox = self._inbox
+        if not inbox and (timeout_s != 0 or self._has_polled_enough()):
+            self._wait(timeout_s)
+        return inbox.popleft() if inbox else None
 
     def slot(self, index: int) -> Array:
         """The worker's gradient slot."""
-        return self._virtual.memory.slot(self.index, index)
+        slot = self._slots[index]
+        if slot is None:
+            slot = self._slots[index] = self._virtual.memory.slot(self.index, index)
+        return slot
 
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's snapshot buffer, or its part of the landing area."""
@@ -246,35 +299,42 @@ class SimulatedEndpoint:
         if self._dead:
             return
         self._inbox.append((server, answer))
-        if isinstance(answer, Answer) and answer.buffer != NO_BUFFER:
+        if _brings_params(answer):
             self._answered_at = self._virtual.now
         if self._waiting:
-            self._resume(self._wait_number)
+            self._waiting = False
+            self._greenlet.switch()
 
-    def _check_alive(self) -> None:
-        if self._dead:
-            raise self._exit  # the dead neither clean up nor say good-bye
+    def _has_polled_enough(self) -> bool:
+        """Count a look at an empty inbox; after many, a loop of them must let time pass."""
+        self._polls += 1
+        return self._polls % _POLLS_MAX == 0
 
-    def _compute(self) -> None:
-        if self._answered_at is None:
-            return
+    def _wait(self, timeout_s: float | None) -> None:
+        """Let others go on until an answer has arrived or the time is over.
+
+        A time of 0 is over when the next thing has happened, whatever it is.
+        """
+        virtual = self._virtual
+        self._waiting = True
+        self._wait_number += 1
+        until = None if timeout_s is None else virtual.now + timeout_s
+        if timeout_s == 0:
+            until = virtual.next_time()
+        if until is not None:
+            virtual.at(until, self.index, self._time_out, self._wait_number)
+        self._greenlet.parent.switch()
+
+    def _compute(self, answered_at: float) -> None:
         if self._rng is None:
             self._rng = self._virtual.compute_rng(self.index)
-        seconds = self._virtual.compute_time_s(self.index, self._clock, self._rng)
-        until = self._answered_at + seconds
+        until = answered_at + self._virtual.compute_time_s(self.index, self._clock, self._rng)
         self._answered_at = None
         if until > self._virtual.now:
             self._virtual.at(until, self.index, self._greenlet.switch)
             self._greenlet.parent.switch()
 
-    def _wait(self, until: float | None) -> None:
-        self._waiting = True
-        self._wait_number += 1
-        if until is not None:
-            self._virtual.at(until, self.index, self._resume, self._wait_number)
-        self._greenlet.parent.switch()
-
-    def _resume(self, wait_number: int) -> None:
+    def _time_out(self, wait_number: int) -> None:
         if self._waiting and wait_number == self._wait_number and not self._dead:
             self._waiting = False
             self._greenlet.switch()

@@ -1,0 +1,108 @@
+"""What all ranks of a run must agree on before it begins: that the arguments are right, and equal.
+
+Everything is gathered by all ranks, so that an error on one of them is an error on every one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+
+from psframe.devices import choose_device
+from psframe.errors import ArgumentError
+from psframe.host import Host
+from psframe.plan import Plan
+from psframe.roles import describe
+from psframe.transports.mpi import Mesh
+
+__all__ = ["agree", "tell"]
+
+_TEXT_BYTES_MAX = 2048
+_TOLD = struct.Struct(f"<?H{_TEXT_BYTES_MAX}s")
+
+
+def agree(
+    mesh: Mesh,
+    make_plan: Callable[[], Plan],
+    make_host: Callable[[Plan], Host],
+    same: Mapping[str, object],
+) -> tuple[Plan | None, Host, Exception | None]:
+    """Check the arguments on every rank and compare them.
+
+    Args:
+        mesh: the ranks.
+        make_plan: checks this rank's arguments.
+        make_host: opens the run directory (called on rank 0).
+        same: further arguments that must be equal on every rank.
+
+    Returns:
+        The plan, the host, and the error that this rank must raise. If it is not None, every
+        rank has one.
+
+    Raises:
+        RankLost: some rank did not take part.
+    """
+    plan: Plan | None = None
+    host = Host(None, None)
+    error: Exception | None = None
+    try:
+        plan = make_plan()
+        if mesh.rank == 0:
+            host = make_host(plan)
+        elif mesh.rank >= plan.servers:
+            choose_device(plan.device, worker=0)
+    except Exception as raised:
+        error = raised
+    error = tell(mesh, error)
+    if error is None:
+        assert plan is not None
+        error = _compare(mesh, plan.digests(**same)) or _count_ranks(mesh, plan)
+    return plan, host, error
+
+
+def tell(mesh: Mesh, error: Exception | None) -> Exception | None:
+    """Tell every rank this one's error.
+
+    Returns:
+        The error; if there is none, an ArgumentError with that of the first rank that has one.
+    """
+    text = b""
+    if error is not None:
+        what = describe(error)
+        text = f"{what.type}: {what.message[:_TEXT_BYTES_MAX]}".encode("utf-8", "backslashreplace")
+        text = text[:_TEXT_BYTES_MAX]
+    everyone = mesh.all_gather(
+        _TOLD.pack(error is not None, len(text), text), "the check of the arguments"
+    )
+    if error is not None:
+        return error
+    for rank, record in enumerate(everyone):
+        failed, length, content = _TOLD.unpack(record)
+        if failed:
+            return ArgumentError(f"rank {rank}: {content[:length].decode(errors='replace')}")
+    return None
+
+
+def _compare(mesh: Mesh, digests: Mapping[str, bytes]) -> ArgumentError | None:
+    everyone = mesh.all_gather(b"".join(digests.values()), "the arguments' digests")
+    for i, name in enumerate(digests):
+        of_rank = [record[16 * i : 16 * i + 16] for record in everyone]
+        different = [rank for rank, digest in enumerate(of_rank) if digest != of_rank[0]]
+        if different:
+            what = "names, shapes or dtypes of params" if name == "params" else name
+            return ArgumentError(
+                f"{what}: rank {different[0]}{' and others' * (len(different) > 1)} called"
+                " psframe.run with another value than rank 0; every rank must call it with"
+                " equal arguments"
+            )
+    return None
+
+
+def _count_ranks(mesh: Mesh, plan: Plan) -> ArgumentError | None:
+    size, servers = mesh.size, plan.servers
+    if size > servers:
+        return None
+    return ArgumentError(
+        f"servers: {servers} of {size} ranks serve, which leaves no worker; start at least"
+        f" {servers + 1} ranks (mpirun -n {servers + 1} ...) or take fewer servers"
+    )

@@ -1,0 +1,182 @@
+"""A run in this process: the first server in this thread, the others and the workers in threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from psframe.client import Worker
+from psframe.devices import choose_device, make_device
+from psframe.errors import RankLost, Stopped
+from psframe.host import Host
+from psframe.interrupts import Interrupts
+from psframe.leader import Leader
+from psframe.plan import Plan, Result
+from psframe.results import diverged, make_result, summarise
+from psframe.roles import (
+    Grace,
+    Overdue,
+    decline,
+    describe,
+    no_host_event,
+    route,
+    serve,
+    take_part,
+)
+from psframe.transports.threads import ThreadEndpoint, ThreadHub, ThreadPort
+
+__all__ = ["run_threads"]
+
+# Threads that have nothing to do but to return get this long.
+_JOIN_BOUND_S = 2.0
+
+_log = logging.getLogger("psframe")
+
+
+def run_threads(work: Callable[[Worker], Any], plan: Plan, workers: int, host: Host) -> Result:
+    """Run with `workers` worker threads, and a thread a server but the first; see `psframe.run`."""
+    interrupts = Interrupts(lambda reason: host.verdict("interrupted", reason=reason))
+    try:
+        with interrupts:
+            result = _ThreadRun(work, plan, workers, host, interrupts).run()
+            with interrupts.held():  # it is complete, whatever comes now
+                host.verdict("completed", updates=result.version)
+    except BaseException as error:
+        what = describe(error)
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        host.verdict(state, reason=f"{what.type}: {what.message}")
+        raise
+    return result
+
+
+class _ThreadRun:
+    """One run."""
+
+    def __init__(
+        self,
+        work: Callable[[Worker], Any],
+        plan: Plan,
+        workers: int,
+        host: Host,
+        interrupts: Interrupts,
+    ) -> None:
+        self._interrupts = interrupts
+        self._work = work
+        self._plan = plan
+        self._host = host
+        self._errors: list[BaseException | None] = [None] * workers
+        self._interrupt: KeyboardInterrupt | None = None
+        self._hub = hub = ThreadHub(plan.layout, plan.servers, workers)
+        self._ports = [ThreadPort(hub, s) for s in range(plan.servers)]
+        self._machines = [
+            plan.build_server(s, workers, port.buffers, port.memory)
+            for s, port in enumerate(self._ports)
+        ]
+        devices = [choose_device(plan.device, w) for w in range(workers)]
+        self._threads = [
+            threading.Thread(
+                target=self._follow, args=(s,), name=f"psframe-server-{s}", daemon=True
+            )
+            for s in range(1, plan.servers)
+        ] + [
+            threading.Thread(
+                target=self._take_part,
+                args=(w, devices[w]),
+                name=f"psframe-worker-{w}",
+                daemon=True,
+            )
+            for w in range(workers)
+        ]
+
+    def run(self) -> Result:
+        leader = self._machines[0]
+        assert isinstance(leader, Leader)
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._serve(leader)
+        except Overdue as error:
+            # Nobody can end a thread; these are daemons, and end with the process.
+            _log.warning("%s; they are left behind", error)
+        except BaseException as error:
+            self._hub.broken = error  # every waiting thread finds it within its poll
+            raise
+        else:
+            self._join()
+        self._raise_failure(leader)
+        params = np.concatenate([machine.store.params for machine in self._machines])
+        return make_result(self._plan, summarise(leader), params, self._host.path)
+
+    def _serve(self, leader: Leader) -> None:
+        """Serve to the end; after Ctrl-C, to the end of what the workers are at."""
+        grace, port = Grace(leader), self._ports[0]
+        self._host.watch(lambda: leader.store.version)
+
+        def tick() -> None:
+            self._interrupts.check()
+            grace.check()
+
+        with self._interrupts.held():
+            try:
+                serve(leader, port, self._host, tick)
+                self._interrupts.check()
+            except KeyboardInterrupt as error:
+                self._interrupt = error
+                grace.interrupted = True
+                for out in leader.end():
+                    route(out, port, no_host_event)
+                serve(leader, port, no_host_event, tick)
+
+    def _follow(self, server: int) -> None:
+        try:
+            serve(self._machines[server], self._ports[server], no_host_event)
+        except BaseException as error:
+            self._hub.broken = error
+
+    def _take_part(self, index: int, device: str) -> None:
+        endpoint = ThreadEndpoint(self._hub, index)
+        try:
+            opened = make_device(device, self._plan.layout)
+            worker = Worker(endpoint, self._plan.layout, opened, self._plan.seed)
+        except Exception as error:
+            self._errors[index] = error
+            decline(endpoint, error)
+            return
+        try:
+            take_part(self._keep_error, worker)
+        except RankLost as error:
+            _log.debug("worker %d ends: %s", index, error)  # a server thread has told why
+        except BaseException as error:
+            self._errors[index] = error
+            self._hub.broken = error
+
+    def _keep_error(self, worker: Worker) -> None:
+        try:
+            self._work(worker)
+        except Stopped:
+            raise
+        except BaseException as error:
+            self._errors[worker.index] = error  # before anybody hears of it
+            raise
+
+    def _join(self) -> None:
+        deadline = time.monotonic() + _JOIN_BOUND_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._hub.broken is not None:
+            raise RankLost("a thread of the run broke down") from self._hub.broken
+
+    def _raise_failure(self, leader: Leader) -> None:
+        if self._interrupt is not None:
+            raise self._interrupt
+        if leader.failure is not None:
+            error = self._errors[leader.failure[0]]
+            assert error is not None, "a failure was reported by its own thread"
+            raise error
+        if leader.diverged:
+            raise diverged(leader)

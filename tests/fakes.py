@@ -1,0 +1,146 @@
+"""Stand-ins to reason about the machines with: rules without rounding, servers by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from psframe.consistency import Async, Mode
+from psframe.events import NO_BUFFER, RELEASE_COPY, RELEASE_HOLD, Answer, Pull, Push
+from psframe.follower import Follower
+from psframe.layout import Array, Layout
+from psframe.leader import Leader
+from psframe.server import Server, ServerMemory
+from psframe.store import HeapBuffers, Store, buffer_count
+
+# A gradient with this number in it makes an update that its shard refuses.
+POISON = 7777.0
+
+
+class ExactSGD:
+    """p - lr g. With lr a power of two and small integers for gradients no sum is ever rounded,
+    so that the order of updates cannot be seen in their result."""
+
+    def __init__(self, lr: float = 0.5) -> None:
+        self.lr = lr
+        self.rules: list[ExactRule] = []
+
+    def updater(self, layout: Layout, begin: int, end: int) -> ExactRule:
+        self.rules.append(ExactRule(self.lr))
+        return self.rules[-1]
+
+
+class ExactRule:
+    """Attributes:
+    history: the bytes of every version that it made, from version 1 on.
+    guard: called with each target before it is written.
+    """
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+        self.history: list[bytes] = []
+        self.guard: Callable[[Array], None] = lambda out: None
+
+    def update(self, step: int, params: Array, grad: Array, out: Array, scale: float = 1.0) -> bool:
+        self.guard(out)
+        if (grad == POISON).any() or not np.isfinite(grad).all():
+            out.fill(np.nan)  # a refused target holds garbage
+            return False
+        assert step == len(self.history), "an update numbered like another one"
+        out[:] = params - self.lr * scale * grad
+        self.history.append(out.tobytes())
+        return True
+
+
+class Desk:
+    """One server with two parameters, all of whose events are written by hand.
+
+    Gradients lie in `slots[worker][slot]`; the rule is p - g, so that one application shows.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        mode: Mode | None = None,
+        *,
+        follower: bool = False,
+        in_place: Sequence[bool] | None = None,
+        clip_norm: float | None = None,
+        **leader: Any,
+    ) -> None:
+        self.rule = ExactRule(1.0)
+        buffers = HeapBuffers(buffer_count(workers), 2, np.dtype(np.float64))
+        self.store = Store(buffers, np.zeros(2), self.rule)
+        self.slots = np.zeros((workers, 2, 2))
+        self.landing = np.full((workers, 2), np.nan)
+        memory = ServerMemory(
+            gradient=lambda worker, slot: self.slots[worker, slot],
+            landing=lambda worker: self.landing[worker],
+            in_place=[True] * workers if in_place is None else in_place,
+        )
+        policy = (mode or Async()).policy(workers)
+        arguments = (workers, self.store, policy, memory)
+        self.machine: Server
+        if follower:
+            self.machine = Follower(1, *arguments, clip_norm=clip_norm)
+        else:
+            self.machine = Leader(*arguments, clip_norm=clip_norm, **leader)
+        self.policy = policy
+        self._seq = [-1] * workers
+        self._slot = [1] * workers
+        self._release = [0] * workers
+
+    @property
+    def leader(self) -> Leader:
+        assert isinstance(self.machine, Leader)
+        return self.machine
+
+    def hears(self, event: Any) -> list[Any]:
+        """The machine's outputs; what a worker was answered, it releases with its next request."""
+        out = self.machine.handle(event)
+        for answer in out:
+            if isinstance(answer, Answer) and answer.buffer != NO_BUFFER:
+                copied = answer.buffer < 0
+                self._release[answer.worker] |= RELEASE_COPY if copied else RELEASE_HOLD
+        return out
+
+    def seq(self, worker: int) -> int:
+        self._seq[worker] += 1
+        return self._seq[worker]
+
+    def push(
+        self,
+        worker: int,
+        value: float = 1.0,
+        *,
+        version: int | None = None,
+        finite: bool = True,
+        want: bool = False,
+    ) -> list[Any]:
+        """The worker pushes the gradient (value, 2 value), by default on the current version."""
+        slot = self._slot[worker] = 1 - self._slot[worker]
+        self.slots[worker, slot] = value, 2 * value
+        read = self.store.version if version is None else version
+        norm = float(np.hypot(value, 2 * value))
+        release = self._take(worker) if want else 0
+        seq = self.seq(worker)
+        return self.hears(Push(worker, seq, slot, read, finite, norm, want, release))
+
+    def pull(self, worker: int, *, pinned: bool = False, keep: bool = False) -> list[Any]:
+        """The worker pulls; unless `keep`, it uses its present parameters no longer."""
+        if self.machine.memory.in_place[worker] and not keep:
+            return self.hears(Pull(worker, self.seq(worker), pinned, self._take(worker)))
+        return self.hears(Pull(worker, self.seq(worker), pinned, 0))
+
+    def _take(self, worker: int) -> int:
+        release, self._release[worker] = self._release[worker], 0
+        return release
+
+
+def params_of(desk: Desk, answer: Answer) -> float:
+    """The first parameter that the answer brought."""
+    if answer.buffer < 0:
+        return float(desk.landing[answer.worker, 0])
+    return float(desk.store.buffer(answer.buffer)[0])

@@ -1,0 +1,275 @@
+"""Random runs in virtual time, in which nothing that must hold may ever fail to hold.
+
+Each seed is one run: a mode, a network, ties, deaths, and a behaviour for every worker. Run one
+again by its id: ``pytest "tests/test_invariants.py::test_invariants[seed17]"``.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import POISON, ExactSGD
+from watching import Watcher
+
+from psframe import BSP, SSP, Async, Diverged, Network, Pending, Stopped, Worker
+from psframe.events import Lost
+from psframe.layout import Array
+from psframe.plan import Plan
+from psframe.simulation import Simulation
+
+SEEDS = 600
+# 50 elements: with three servers the shards are 16, 16 and 18, and "b" and "c" lie in two each.
+SHAPES = {"a": (3, 5), "b": (20,), "c": (15,)}
+SIZE = 50
+
+
+class Oops(Exception):
+    """Raised by a worker's `work`, now and then."""
+
+
+class Player:
+    """One worker's behaviour: a few acts drawn at random."""
+
+    def __init__(self, scenario: Scenario, worker: Worker) -> None:
+        self.scenario = scenario
+        self.watch = scenario.watch
+        self.worker = worker
+        self.index = worker.index
+        self.rng = random.Random(f"{scenario.seed} {worker.index}")
+        self.version = 0
+        self.pending: list[tuple[int, Pending]] = []
+        self.plans = 0
+
+    def play(self) -> None:
+        for act in self.scenario.acts(self.rng):
+            getattr(self, act)()
+        if self.rng.random() < 0.5:
+            self.collect()
+
+    # ---- the words of the protocol -----------------------------------------------------------
+
+    def grads(self) -> tuple[int, dict[str, Array]]:
+        flat = np.full(SIZE, 1.0 + self.index)
+        flat[::4] = len(self.watch.grads[self.index]) % 64
+        if self.rng.random() < self.scenario.bad:
+            flat[self.rng.randrange(SIZE)] = self.rng.choice([np.nan, np.inf, POISON])
+        k = self.watch.pushes(self.index, flat, self.version)
+        return k, self.watch.plan.layout.views(flat)
+
+    def push(self) -> None:
+        self.watch.still(self.index)
+        k, grads = self.grads()
+        if self.rng.random() < 0.3:
+            for name, view in self.worker.gradients().items():
+                view[...] = grads[name]
+            self.pending.append((k, self.worker.push(None)))
+        else:
+            self.pending.append((k, self.worker.push(grads)))
+        if self.rng.random() < 0.3:
+            self.collect()
+
+    def collect(self) -> None:
+        for k, pending in self.pending:
+            self.watch.receipts[self.index, k] = pending.wait()
+        self.pending.clear()
+
+    def take(self, params: Any) -> None:
+        self.watch.pulled(self.index, params)
+        self.version = params.version
+
+    def pull(self) -> None:
+        self.watch.still(self.index)
+        self.take(self.worker.pull())
+
+    def push_pull(self) -> None:
+        self.watch.still(self.index)
+        k, grads = self.grads()
+        params = self.worker.push_pull(grads)
+        self.watch.receipts[self.index, k] = params.receipt
+        self.take(params)
+
+    # ---- acts --------------------------------------------------------------------------------
+
+    def loop(self) -> None:
+        self.pull()
+        for _ in range(self.rng.randrange(5)):
+            self.push_pull()
+
+    def pairs(self) -> None:
+        for _ in range(self.rng.randrange(4)):
+            self.pull()
+            self.push()
+
+    def doubles(self) -> None:
+        for _ in range(self.rng.randrange(3)):
+            self.pull()
+            self.push()
+            self.push()
+
+    def prefetch(self) -> None:
+        self.pull()
+        for _ in range(self.rng.randrange(4)):
+            ahead = self.worker.pull_async()
+            self.push()
+            if self.rng.random() < 0.4:
+                self.push()
+            if self.rng.random() < 0.1:
+                self.pull()  # ends the abandoned one
+                continue
+            self.watch.still(self.index)
+            self.take(ahead.wait())
+
+    def lease(self) -> None:
+        plan = self.plans
+        self.plans += 1
+        if plan >= len(self.scenario.specs):
+            return
+        n, batch, epochs, shuffle, evaluate = self.scenario.specs[plan]
+        style = self.rng.choice(["pull", "push_pull", "push", "lazy", "prefetch"])
+        quits = self.rng.random() < self.scenario.quits
+        tasks = self.worker.tasks(n, batch, epochs=epochs, shuffle=shuffle, evaluate=evaluate)
+        for task in tasks:
+            if task.kind == "evaluate":
+                self.evaluate(task)
+            else:
+                self.watch.leased(self.index, plan, task.epoch, task.indices)
+                self.compute(style)
+            if quits and self.rng.random() < 0.3:
+                return
+        self.watch.exhausted.add(plan)
+
+    def compute(self, style: str) -> None:
+        if style == "lazy" and self.rng.random() < 0.5:
+            return  # completed by asking for the next
+        if style in ("pull", "lazy"):
+            self.pull()
+        if style == "prefetch":
+            ahead = self.worker.pull_async()
+            self.push()
+            self.watch.still(self.index)
+            self.take(ahead.wait())
+        elif style == "push_pull":
+            self.push_pull()
+        else:
+            self.push()
+
+    def evaluate(self, task: Any) -> None:
+        if self.rng.random() < 0.1:
+            return  # completed, with nothing to add, by asking for the next
+        self.watch.still(self.index)
+        params = task.params()
+        self.take(params)
+        if self.rng.random() < 0.9:
+            count = float(len(task.indices))
+            task.report(n=count, versions=count * params.version, sum=float(task.indices.sum()))
+
+    def stop(self) -> None:
+        if self.rng.random() < 0.3:
+            self.worker.stop()
+
+    def fail(self) -> None:
+        if self.rng.random() < 0.3 and self.index not in self.scenario.deaths:
+            raise Oops
+
+    def log(self) -> None:
+        self.worker.log(loss=self.rng.random())
+
+    def leave(self) -> None:
+        if self.rng.random() < 0.5:
+            raise Stopped
+
+
+class Scenario:
+    """What one seed stands for."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        rng = random.Random(seed)
+        self.workers = rng.choice([1, 2, 2, 3, 3, 4, 5, 7, 9])
+        self.mode = rng.choice([Async(), *(SSP(s) for s in range(4)), BSP(), BSP(), BSP(1), BSP(2)])
+        self.servers = rng.choice([1, 2, 2, 3, 3])
+        self.network = Network(
+            rng.choice([0.0, 0.25, 1.0, rng.random()]),
+            rng.choice([float("inf"), float("inf"), 200.0, 3000.0]),
+        )
+        self.times = rng.choice([[0.0], [1.0], [0.0, 1.0, 1.0, 2.0], [0.1, 8.0], None])
+        self.quits = rng.choice([0.0, 0.1, 0.5])  # leave a lease iterator before it ends
+        self.bad = rng.choice([0.0, 0.0, 0.05, 0.3])
+        rare = [act for act in ("stop", "fail", "leave") if rng.random() < 0.12]
+        common = ["loop", "pairs", "doubles", "prefetch", "lease", "lease", "log"]
+        self.repertoire = rng.choice([common, ["lease"], ["lease", "loop"], common]) + rare
+        self.specs = [
+            (
+                rng.randrange(1, 30),
+                rng.choice([1, 2, 3, 5]),
+                rng.randrange(4),
+                rng.random() < 0.5,
+                rng.choice([None, (rng.randrange(1, 9), 2)]),
+            )
+            for _ in range(3)
+        ]
+        self.max_updates = rng.choice([None, None, rng.randrange(12)])
+        self.deaths = {}
+        if rng.random() < 0.5:
+            dying = rng.sample(range(self.workers), rng.randint(1, self.workers))
+            self.deaths = {worker: rng.randrange(1, 40) for worker in dying}
+        # Workers that are taken for dead by one server, at some time, and are not.
+        self.suspects = {}
+        if rng.random() < 0.2:
+            self.suspects = {rng.randrange(self.workers): (rng.uniform(0, 20), rng.random())}
+        self.optimizer = ExactSGD()
+        self.plan = Plan.check(
+            self.work,
+            {name: np.zeros(shape) for name, shape in SHAPES.items()},
+            optimizer=self.optimizer,
+            mode=self.mode,
+            servers=self.servers,
+            seed=seed,
+            max_updates=self.max_updates,
+        )
+        self.watch = Watcher(self.plan, self.optimizer, self.workers)
+
+    def acts(self, rng: random.Random) -> list[str]:
+        return [rng.choice(self.repertoire) for _ in range(rng.randint(0, 4))]
+
+    def work(self, worker: Worker) -> None:
+        Player(self, worker).play()
+
+    def compute_time_s(self, rng: np.random.Generator, worker: int, clock: int) -> float:
+        return float(rng.exponential() if self.times is None else rng.choice(self.times))
+
+    def run(self) -> Simulation:
+        simulation = Simulation(
+            self.work,
+            self.plan,
+            self.workers,
+            self.network,
+            self.compute_time_s,
+            observer=self.watch.observe,
+            deaths=self.deaths,
+            inspect=self.watch.inspect,
+        )
+        self.watch.attach(simulation)
+        virtual = simulation._virtual
+        for worker, (time_s, which) in self.suspects.items():
+            virtual.at(time_s, worker, virtual.deliver[int(which * self.servers)], Lost(worker))
+        try:
+            result = simulation.run()
+        except Oops:
+            assert self.watch.leader.failure is not None
+        except Diverged:
+            assert self.watch.leader.diverged
+            assert self.bad
+        else:
+            assert result.version == self.watch.leader.store.version
+        return simulation
+
+
+@pytest.mark.parametrize("seed", range(SEEDS), ids=lambda seed: f"seed{seed}")
+def test_invariants(seed: int) -> None:
+    scenario = Scenario(seed)
+    scenario.run()
+    scenario.watch.finish()

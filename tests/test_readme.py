@@ -1,0 +1,70 @@
+"""The README's programs run as they stand there, and what it says of flags and files is so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from psframe.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def run_program(text: str, folder: Path) -> str:
+    """Run a program in a process of its own, in an empty folder; return what it prints."""
+    (folder / "program.py").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "program.py"],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_library_example_finds_the_line(tmp_path: Path) -> None:
+    assert "psframe.run(" in PROGRAMS[0]
+    assert run_program(PROGRAMS[0], tmp_path).split() == "500 updates: [ 2. -1. 0.5]".split()
+
+
+def test_the_library_example_with_three_threads(tmp_path: Path) -> None:
+    text = PROGRAMS[0].replace("optimizer=", "workers=3, optimizer=")
+    assert text != PROGRAMS[0]
+    assert run_program(text, tmp_path).split()[:2] == ["500", "updates:"]
+
+
+def test_the_simulation_has_the_staleness_that_the_table_of_modes_says(tmp_path: Path) -> None:
+    assert "psframe.simulate(" in PROGRAMS[1]
+    printed = run_program(PROGRAMS[1], tmp_path)
+    found = re.fullmatch(r"(\d+\.\d+) s, mean staleness (\d+)\n", printed)
+    assert found, printed
+    # 5000 updates of 1000 workers at 0.1 s; W - 1, less what has not arrived by the end.
+    assert 0.4 < float(found[1]) < 0.6
+    assert 850 <= int(found[2]) <= 999
+
+
+def test_there_are_no_other_programs() -> None:
+    assert len(PROGRAMS) == 2
+
+
+def test_the_work_function_is_ten_lines_at_most() -> None:
+    body = PROGRAMS[0].partition("def work(worker):\n")[2].partition("\n\n")[0]
+    assert 1 <= len(body.splitlines()) <= 9
+
+
+@pytest.mark.parametrize(
+    "flag", sorted(set(re.findall(r"psframe\.train[^\n`]* (--[a-z-]+)|`(--[a-z-]+)[^`]*`", README)))
+)
+def test_flags_are_flags(flag: tuple[str, str]) -> None:
+    name = flag[0] or flag[1]
+    of_mpirun = {"--oversubscribe", "--bind-to"}
+    settings = {"--" + key.replace("_", "-") for key in vars(Settings())}
+    assert name in settings | of_mpirun | {"--help"}

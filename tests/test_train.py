@@ -1,0 +1,363 @@
+"""The command, in this process: precedence, what is written and printed, and every way to fail."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psframe import toml, train
+from psframe.launcher import Launcher
+from psframe.train import main, parse
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a folder of its own, as a process that no launcher started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "find_launcher", lambda: None)
+    for name in train._LOCAL_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    # Other ranks' logger is turned down; monkeypatch puts it back.
+    logger = logging.getLogger("psframe")
+    monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setattr(logger, "_cache", {})
+
+
+@pytest.fixture(autouse=True)
+def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `run` find none either, where the tests themselves run under one."""
+    import psframe.runtime
+
+    monkeypatch.setattr(psframe.runtime, "find_launcher", lambda: None)
+
+
+def small(tmp_path: Path) -> list[str]:
+    """Write a small problem; return the flags that train on it in no time."""
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    x = rng.standard_normal((90, 4)) + 4 * np.eye(3, 4)[y]
+    np.savez(tmp_path / "small.npz", x=x, y=y)
+    return ["--data", "small.npz", "--model", "softmax", "--lr", "0.1", "--epochs", "3"]
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str], status: int = 1) -> str:
+    """Run the command, check that it fails with one plain message, and return that."""
+    assert main(argv) == status
+    err = capsys.readouterr().err
+    assert err.startswith("psframe: error: ")
+    assert err.count("psframe: error: ") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_run_leaves_everything_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.numpy import load_file
+
+    assert main([*small(tmp_path), "--run-dir", "r", "--clip-norm", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["epoch", f"{i}/3"] for i in (1, 2, 3)]
+    for word in ("updates 9", "loss ", "test accuracy ", "samples/s", "staleness "):
+        assert word in lines[2]
+    assert lines[3].startswith("test accuracy ")
+    assert "after 9 updates in " in lines[3]
+    assert lines[4].startswith("staleness      mean ")
+    assert lines[5] == "pushes         9 received: 9 applied"
+    assert lines[6] == "run directory  r"
+    config = toml.load("r/config.toml")
+    assert (config["data"], config["clip_norm"], config["epochs"]) == ("small.npz", 5.0, 3)
+    assert not {"resume", "overwrite", "config"} & set(config)
+    status = json.loads(Path("r/status.json").read_text())
+    assert (status["state"], status["updates"]) == ("completed", 9)
+    assert f"test accuracy {status['test_accuracy']:.2%}" in lines[3]
+    weights = load_file("r/checkpoints/final.safetensors")
+    assert {name: w.shape for name, w in weights.items()} == {"w1": (4, 3), "b1": (3,)}
+    assert len(Path("r/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_digits_reach_the_promised_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--run-dir", "r"]) == 0
+    status = json.loads(Path("r/status.json").read_text())
+    assert status["test_accuracy"] >= 0.975
+    assert "epoch 30/30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mode", "ssp", "--staleness", "1"],
+        ["--mode", "bsp", "--backup", "1"],
+        ["--optimizer", "sgd", "--momentum", "0.5", "--nesterov", "--weight-decay", "0.01"],
+        ["--optimizer", "adamw", "--schedule", "cosine", "--warmup", "2"],
+        ["--servers", "2", "--workers", "2", "--device", "cpu"],
+        ["--batch-size", "1000"],
+    ],
+    ids=lambda flags: flags[0] + flags[1],
+)
+def test_flags_reach_the_run(tmp_path: Path, flags: list[str]) -> None:
+    assert main([*small(tmp_path), "--run-dir", "r", *flags]) == 0
+
+
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("epochs = 7\nmode = 'ssp'\nstaleness = 2\n")
+    for config in (["--config", "c.toml"], ["--config=c.toml"]):
+        settings = parse([*config, "--epochs", "5"])
+        assert (settings.epochs, settings.mode, settings.staleness) == (5, "ssp", 2)
+        assert settings.batch_size == 32
+
+
+def test_a_runs_configuration_starts_the_same_run_again(tmp_path: Path) -> None:
+    assert main([*small(tmp_path), "--run-dir", "a"]) == 0
+    assert main(["--config", "a/config.toml", "--run-dir", "b"]) == 0
+    first, second = toml.load("a/config.toml"), toml.load("b/config.toml")
+    assert first.pop("run_dir") == "a"
+    assert second.pop("run_dir") == "b"
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--staleness", "2"], "--staleness goes with --mode ssp only"),
+        (["--mode", "ssp", "--backup", "1"], "--backup goes with --mode bsp"),
+        (["--epochs", "0"], "--epochs: expected 1 or more"),
+        (["--config", "none.toml"], "none.toml: cannot be read"),
+        (["--resume"], "give its folder with --run-dir"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in fails(flags, capsys, status=2)
+    assert not Path("runs").exists()
+
+
+def test_an_unknown_key_names_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text("epoch = 3\n")
+    assert "did you mean 'epochs'" in fails(["--config", "c.toml"], capsys, status=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--mode", "asnyc"], "async"),
+        (["--epochs", "many"], "--epochs"),
+        (["--optimizer", "adm"], "adam"),
+        (["--config"], "--config"),
+    ],
+)
+def test_wrong_flags_end_with_2_and_name_the_right_ones(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("--mode ssp --staleness 3", "--mode bsp", "--model my.module:Class"):
+        assert word in out
+    assert "resume" in out
+
+
+def test_the_examples_in_the_help_are_right() -> None:
+    examples = [
+        line.split("psframe.train")[1]
+        for line in train._DESCRIPTION.splitlines()
+        if "-m psframe.train" in line
+    ]
+    assert len(examples) == 4
+    for example in examples:
+        parse(example.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "none.npz"], "data 'none.npz': no such file"),
+        (["--data", "digit"], "did you mean 'digits'"),
+        (["--model", "mpl"], "did you mean 'mlp'"),
+        (["--model", "nowhere:Model"], "importing nowhere raised ModuleNotFoundError"),
+        (["--run-dir", "file"], "a file is in the way"),
+        (["--mode", "bsp", "--backup", "3"], "--backup: 3 of 3 workers cannot all be backups"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    err = fails(["--run-dir", "r", *flags], capsys)
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_another_runs_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*small(tmp_path), "--run-dir", "r"]
+    assert main(flags) == 0
+    capsys.readouterr()
+    assert "holds another run's config.toml" in fails(flags, capsys)
+    assert main([*flags, "--overwrite"]) == 0
+
+
+def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*small(tmp_path), "--run-dir", "r", "--resume"]
+    assert main(flags) == 0  # there is none yet: it starts
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in Path("r").rglob("*"))
+    capsys.readouterr()
+    assert main(flags) == 0
+    assert capsys.readouterr().out.startswith("r: already completed, test accuracy ")
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in Path("r").rglob("*")) == before
+    status = {"state": "interrupted", "updates": 5, "test_accuracy": None, "reason": ""}
+    Path("r/status.json").write_text(json.dumps(status))
+    err = fails(flags, capsys)
+    assert "interrupted after 5 updates and left no checkpoint" in err
+    assert "--overwrite" in err
+
+
+USER_MODEL = """
+    from psframe.models import MLP
+
+    class Good(MLP):
+        pass
+
+    class Lacking:
+        def __init__(self, input_shape, n_classes): ...
+        def init(self, rng): ...
+
+    class Broken(MLP):
+        def loss_and_gradients(self, params, x, y, out=None):
+            raise ZeroDivisionError("mine")
+
+    class BrokenInit(MLP):
+        def init(self, rng):
+            raise ZeroDivisionError("mine")
+
+    class Interrupted(MLP):
+        def evaluate(self, params, x, y):
+            raise KeyboardInterrupt
+"""
+
+
+@pytest.fixture
+def user_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write a user's module into the current folder; return its name."""
+    (tmp_path / "user_model_of_train.py").write_text(textwrap.dedent(USER_MODEL))
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "user_model_of_train", raising=False)
+    return "user_model_of_train"
+
+
+def test_a_model_of_ones_own(tmp_path: Path, user_model: str) -> None:
+    assert main([*small(tmp_path), "--run-dir", "r", "--model", f"{user_model}:Good"]) == 0
+    assert toml.load("r/config.toml")["model"] == f"{user_model}:Good"
+
+
+def test_a_model_that_lacks_methods(
+    tmp_path: Path, user_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = fails([*small(tmp_path), "--model", f"{user_model}:Lacking"], capsys)
+    assert "lacks the methods loss_and_gradients, evaluate, predict" in err
+
+
+@pytest.mark.parametrize("name", ["Broken", "BrokenInit"])
+def test_a_bug_in_the_model_is_shown_with_its_place(
+    tmp_path: Path, user_model: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*small(tmp_path), "--run-dir", "r", "--model", f"{user_model}:{name}"]
+    assert main(flags) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "psframe: error: rank 0: ZeroDivisionError: mine" in err
+    assert f"{user_model}.py, line" in err
+    if name == "Broken":
+        assert json.loads(Path("r/status.json").read_text())["state"] == "failed"
+
+
+def test_an_interrupt_ends_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("psframe.trainer.run", interrupt)
+    assert main(small(tmp_path)) == 130
+    assert capsys.readouterr().err == "psframe: interrupted\n"
+
+
+def test_weights_that_do_not_fit_make_the_run_a_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    err = fails([*small(tmp_path), "--run-dir", "r"], capsys)
+    assert "final weights could not be written: No space left on device" in err
+    status = json.loads(Path("r/status.json").read_text())
+    assert status["state"] == "failed"
+    assert "No space left" in status["reason"]
+
+
+@pytest.mark.parametrize("flags", [["--nonsense"], ["--help"]])
+def test_other_ranks_keep_silent_about_usage(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "find_launcher", lambda: Launcher("test", 1, 4))
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("local", "says"), [("0", True), ("2", False)])
+def test_one_rank_a_node_tells_of_a_missing_file(
+    local: str, says: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "find_launcher", lambda: Launcher("test", 2, 4))
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", local)
+    assert main(["--data", "none.npz"]) == 1
+    assert ("no such file" in capsys.readouterr().err) == says
+
+
+def test_importing_psframe_loads_no_face() -> None:
+    program = "import sys, psframe; print([m for m in ('tyro', 'rich', 'safetensors', 'mpi4py') "
+    program += "if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_command_as_a_program(tmp_path: Path) -> None:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI", "SLURM"))}
+    package = Path(train.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "psframe.train", *small(tmp_path)],
+        env={**environ, "PYTHONPATH": str(package)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[-1].split()[-1])
+    assert folder.parent == Path("runs")
+    assert (tmp_path / folder / "checkpoints" / "final.safetensors").exists()

@@ -1,0 +1,305 @@
+"""A watcher of a simulated run: after every event it asserts what must hold, whatever happens."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fakes import ExactSGD
+
+from psframe import BSP, SSP, Params, Receipt
+from psframe.events import EpochDone, Evaluated, Leave, PushHandled, Withheld
+from psframe.events import Push as PushEvent
+from psframe.layout import Array
+from psframe.leader import Leader
+from psframe.plan import Plan
+from psframe.server import Server
+from psframe.simulation import Simulation
+from psframe.store import Store
+
+__all__ = ["Watcher"]
+
+
+class Watcher:
+    """Keeps its own books of a run and compares them with those of the machines.
+
+    Args:
+        plan: of a run whose optimizer is an ExactSGD.
+        optimizer: that one.
+        workers: W.
+    """
+
+    def __init__(self, plan: Plan, optimizer: ExactSGD, workers: int) -> None:
+        self.plan = plan
+        self.optimizer = optimizer
+        self.shards = plan.layout.shards(plan.servers)
+        self.rows: list[PushHandled] = []
+        self.grads: list[list[Array]] = [[] for _ in range(workers)]  # as pushed
+        self.read: list[list[int]] = [[] for _ in range(workers)]  # the version each is of
+        self.receipts: dict[tuple[int, int], Receipt] = {}
+        self.exhausted: set[int] = set()  # plans of which some worker was told so
+        self.epochs: list[EpochDone] = []
+        self.evaluated: list[Evaluated] = []
+        self.withheld: list[set[tuple[int, int]]] = [set() for _ in range(plan.servers)]
+        self.deaths = 0
+        self.arrived = 0
+        self._left = [False] * workers
+        self._steps = [0] * workers
+        self._version = [0] * plan.servers
+        self._leasing: dict[int, tuple[int, int, Array]] = {}
+        self._samples: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+        self._blocks: set[tuple[int, int]] = set()
+        self._using: dict[int, tuple[Params, bytes]] = {}
+        self._held: list[dict[int, bytes]] = [{} for _ in range(plan.servers)]
+
+    # ---- attaching -------------------------------------------------------------------------
+
+    def attach(self, simulation: Simulation) -> None:
+        self.machines = simulation.machines
+        leader = self.machines[0]
+        assert isinstance(leader, Leader)
+        self.leader = leader
+        for server, machine in enumerate(self.machines):
+            self._watch_store(server, machine.store)
+        self._watch_leases()
+        virtual = simulation._virtual
+        for server, deliver in enumerate(virtual.deliver):
+            virtual.deliver[server] = self._tap(server, deliver)
+
+    def _watch_store(self, server: int, store: Store) -> None:
+        held, hold, release = self._held[server], store.hold, store.release
+
+        def watched_hold() -> int | None:
+            index = hold()
+            assert index is not None
+            assert store.buffer(index).tobytes() == self.version(server, store.version)
+            held[index] = store.buffer(index).tobytes()
+            return index
+
+        def watched_release(index: int) -> None:
+            assert held[index] == store.buffer(index).tobytes(), "a held buffer was written"
+            release(index)
+            if not store._holds[index]:
+                del held[index]
+
+        def guard(out: Array) -> None:
+            for index in (*held, store.current):
+                assert not np.shares_memory(out, store.buffer(index)), f"buffer {index} is in use"
+
+        store.hold = watched_hold  # type: ignore[method-assign]
+        store.release = watched_release  # type: ignore[method-assign]
+        self.optimizer.rules[server].guard = guard
+
+    def _watch_leases(self) -> None:
+        book = self.leader._book
+        complete = book.complete
+
+        def watched_complete(worker: int) -> tuple[int, int] | None:
+            hand = book._hand[worker]
+            done = complete(worker)
+            if hand is not None and book._hand[worker] is None:
+                block = (hand.plan, hand.block)
+                assert block not in self._blocks, f"block {block} completed twice"
+                self._blocks.add(block)
+                plan, epoch, indices = self._leasing[worker]
+                assert plan == hand.plan
+                self._samples[plan, epoch].update(indices.tolist())
+            return done
+
+        book.complete = watched_complete  # type: ignore[method-assign]
+
+    def _tap(self, server: int, deliver: Callable[[Any], None]) -> Callable[[Any], None]:
+        def tapped(event: Any) -> None:
+            if server == 0 and isinstance(event, PushEvent):
+                self.arrived += 1
+            if server == 0 and isinstance(event, Leave):
+                self._left[event.worker] = True
+            if isinstance(event, Withheld):
+                self.withheld[event.server].add((event.worker, event.seq))
+            deliver(event)
+
+        return tapped
+
+    # ---- what workers tell -----------------------------------------------------------------
+
+    def pushes(self, worker: int, grad: Array, version: int) -> int:
+        """The worker is about to push; returns the number of the push, from 0."""
+        self.grads[worker].append(grad)
+        self.read[worker].append(version)
+        return len(self.grads[worker]) - 1
+
+    def pulled(self, worker: int, params: Params) -> None:
+        """Each shard of a pull is one version, all of it."""
+        self._using.pop(worker, None)
+        if self.suspected(worker):
+            return  # what it held has been taken from it
+        flat = self.plan.layout.flatten(params)
+        for server, (begin, end) in enumerate(self.shards):
+            assert flat[begin:end].tobytes() == self.version(server, params.versions[server])
+        if self.plan.mode == BSP(0) and not any(self.withheld):
+            assert len(set(params.versions)) == 1, "shards of different rounds"
+        self._using[worker] = (params, flat.tobytes())
+
+    def still(self, worker: int) -> None:
+        """What the worker computes on has not changed under its hands."""
+        if worker in self._using and not self.suspected(worker):
+            params, flat = self._using[worker]
+            assert self.plan.layout.flatten(params).tobytes() == flat, "a snapshot changed"
+
+    def suspected(self, worker: int) -> bool:
+        """Whether some server takes the worker for dead."""
+        return any(machine.gone[worker] for machine in self.machines)
+
+    def leased(self, worker: int, plan: int, epoch: int, indices: Array) -> None:
+        self._leasing[worker] = (plan, epoch, indices)
+
+    def version(self, server: int, version: int) -> bytes:
+        """The bytes of a shard at a version."""
+        if version == 0:
+            begin, end = self.shards[server]
+            return self.plan.initial[begin:end].tobytes()
+        return self.optimizer.rules[server].history[version - 1]
+
+    # ---- after every event -----------------------------------------------------------------
+
+    def observe(self, event: Any) -> None:
+        if isinstance(event, EpochDone):
+            self.epochs.append(event)
+        elif isinstance(event, Evaluated):
+            self.evaluated.append(event)
+        elif isinstance(event, PushHandled):
+            self._handled(event)
+
+    def inspect(self, server: int, machine: Server) -> None:
+        store = machine.store
+        assert self._version[server] <= store.version, "the version went back"
+        self._version[server] = store.version
+        assert store.params.tobytes() == self.version(server, store.version)
+        for index, data in self._held[server].items():
+            assert store.buffer(index).tobytes() == data, "a held buffer was written"
+        assert all(len(inbox) <= 8 for inbox in machine._inbox)
+        if server == 0:
+            self._check_ledger(queued=True)
+            self._check_pace()
+
+    def _handled(self, row: PushHandled) -> None:
+        worker, mode = row.worker, self.plan.mode
+        k = self._steps[worker]
+        self._steps[worker] += 1
+        self.rows.append(row)
+        assert row.version_read == self.read[worker][k]
+        assert row.staleness == row.version_applied - row.applied - row.version_read >= 0
+        if not isinstance(mode, BSP):
+            assert row.clock == k
+
+    def _check_ledger(self, *, queued: bool) -> None:
+        ledger = self.leader.ledger.ledger()
+        waiting = sum(
+            isinstance(event, PushEvent) and event.receipt is None
+            for inbox in self.leader._inbox
+            for event in inbox
+        )
+        assert queued or not waiting
+        assert ledger.received == self.arrived
+        settled = ledger.applied + ledger.refused + ledger.dropped + ledger.lost + ledger.stopped
+        assert ledger.received == settled + waiting, ledger
+        assert ledger.applied == sum(self.leader.staleness.values())
+
+    def _check_pace(self) -> None:
+        mode = self.plan.mode
+        live = [w for w, gone in enumerate(self.leader.gone) if not gone]
+        if isinstance(mode, SSP) and live:
+            steps = [self._steps[w] for w in live]
+            assert max(steps) <= min(steps) + mode.staleness + 1, steps
+        if isinstance(mode, BSP) and live:
+            policy = self.leader.policy
+            for w in live:
+                assert policy.clocks[w] <= policy._round + 1  # type: ignore[attr-defined]
+
+    # ---- at the end ------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Nothing is left behind, and what was done is what the trace says was done."""
+        for server, machine in enumerate(self.machines):
+            assert machine.finished
+            assert machine.store.held == 0
+            assert not self._held[server]
+            assert not any(machine._inbox)
+            assert not machine._blocked
+        self._check_ledger(queued=False)
+        self._check_versions()
+        self._check_receipts()
+        self._check_replay()
+        self._check_epochs()
+
+    def _check_versions(self) -> None:
+        version = self.leader.store.version
+        assert self.leader._max_updates is None or version <= self.leader._max_updates
+        partial = set().union(*self.withheld)
+        assert self.leader.ledger.ledger().partial == len(partial)
+        for server, machine in enumerate(self.machines[1:], 1):
+            if isinstance(self.plan.mode, BSP):
+                assert machine.store.version <= version
+                if not self.withheld[server]:
+                    assert machine.store.version == version
+            else:
+                assert machine.store.version == version - len(self.withheld[server])
+
+    def _check_receipts(self) -> None:
+        kth: Counter[int] = Counter()
+        rows = {}
+        for row in self.rows:
+            rows[row.worker, kth[row.worker]] = row
+            kth[row.worker] += 1
+        for push, receipt in self.receipts.items():
+            handled = rows.get(push)
+            if handled is None:
+                assert receipt.reason in ("stopped", "lost")
+                assert not receipt.applied
+            else:
+                assert receipt.applied == handled.applied == (not receipt.reason)
+                assert receipt.version == handled.version_applied
+                assert receipt.staleness == handled.staleness
+
+    def _check_replay(self) -> None:
+        """Server 0's versions are those of one process that does what the trace says."""
+        whole = not any(self.withheld)
+        flat = self.plan.initial.copy()
+        kth: Counter[int] = Counter()
+        round_: dict[int, list[tuple[int, Array]]] = defaultdict(list)
+        for row in self.rows:
+            grad = self.grads[row.worker][kth[row.worker]]
+            kth[row.worker] += 1
+            if row.applied:
+                round_[row.version_applied].append((row.worker, grad))
+        assert sorted(round_) == list(range(1, self.leader.store.version + 1))
+        begin, end = self.shards[0]
+        for version in sorted(round_):
+            members = [worker for worker, _ in round_[version]]
+            assert members == sorted(set(members)), "a round is summed in worker order"
+            assert len(members) == 1 or isinstance(self.plan.mode, BSP)
+            mean = round_[version][0][1]
+            for _, grad in round_[version][1:]:
+                mean = mean + grad
+            flat = flat - self.optimizer.lr * (mean / len(members))
+            assert flat[begin:end].tobytes() == self.version(0, version)
+        if whole:
+            for machine, (begin, end) in zip(self.machines, self.shards, strict=True):
+                assert machine.store.params.tobytes() == flat[begin:end].tobytes()
+
+    def _check_epochs(self) -> None:
+        book = self.leader._book
+        for plan in self.exhausted:
+            spec = book._plans[plan].spec
+            for epoch in range(spec.epochs):
+                assert self._samples[plan, epoch] == Counter(range(spec.n_samples)), (plan, epoch)
+        for samples in self._samples.values():
+            assert max(samples.values()) == 1, "a sample was completed twice"
+        done = Counter((e.epoch, e.samples) for e in self.epochs)
+        complete: Counter[tuple[int, int]] = Counter()
+        for (plan, epoch), samples in self._samples.items():
+            n = book._plans[plan].spec.n_samples
+            complete[epoch, n] += len(samples) == n
+        assert done == +complete
