@@ -1,7 +1,9 @@
 """Fit a line with a `work` function: a model of one's own in ten lines of NumPy.
 
-python examples/work_function.py               # one process, three worker threads
-mpirun -n 4 python examples/work_function.py   # a server and three workers
+Each step is one leased batch; one process with three worker threads, or a server and three workers:
+
+    python examples/work_function.py
+    mpirun -n 4 python examples/work_function.py
 """
 
 import numpy as np

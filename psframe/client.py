@@ -321,7 +321,7 @@ class Worker:
         """
         request = self._push(grads, want_params=True)
         self._wait(request, None)
-        return self._take(request)
+        return self._take(request, request.receipt)
 
     def gradients(self) -> Mapping[str, Any]:
         """Give writable arrays, on this device, that `push(None)` sends as they are.
@@ -543,8 +543,8 @@ class Worker:
             slot = self._slots[index] = GradientSlot(self._layout, flat)
         return slot
 
-    def _take(self, request: Request) -> Params:
-        """Make the answer's parameters the present ones."""
+    def _take(self, request: Request, push: Answer | None = None) -> Params:
+        """Make the answer's parameters the present ones; `push` is the answer to a push."""
         if request.stopped:
             raise Stopped("the run is over")
         self._protocol.take_params(request)
@@ -553,7 +553,7 @@ class Worker:
             arrays, copied = self._device.params(arrays)
             if copied:
                 self._protocol.drop_params()
-        return Params(arrays, tuple(request.versions), request.receipt)
+        return Params(arrays, tuple(request.versions), push)
 
     def _tasks(self, plan: int, spec: TaskSpec) -> Iterator[Task]:
         orders: dict[int, Array] = {}

@@ -47,6 +47,7 @@ class Interrupts:
             # None: a handler that C code has set, and that only C code could set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+        self._verdict = _nothing  # it refers to a run, whose memory goes with its last reference
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -70,3 +71,7 @@ class Interrupts:
             self._pending = name
             return
         raise KeyboardInterrupt(name)
+
+
+def _nothing(reason: str) -> None:
+    pass

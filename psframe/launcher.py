@@ -28,11 +28,17 @@ class Launcher(NamedTuple):
     rank: int
     size: int | None
 
+    @property
+    def is_open_mpi(self) -> bool:
+        """Whether it is Open MPI's own, which no other MPI library understands."""
+        return self.name == _OPEN_MPI
 
+
+_OPEN_MPI = "mpirun (Open MPI)"
 # Name, rank and size, the most specific first: under mpirun inside a Slurm job the variables of
 # both are set. SLURM_STEP_NUM_TASKS and not SLURM_NTASKS, which a batch script sees as well.
 _VARIABLES = (
-    ("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    (_OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("srun or prun (PMIx)", "PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
     ("mpiexec (PMI)", "PMI_RANK", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),

@@ -254,6 +254,7 @@ class Leader(Server):
             self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
         if reason is not Reason.STOPPED:
             self._lease_done(worker)
+            self._report(worker, {})
             if self._book.expire(worker, self.policy.clocks[worker]):
                 self._wake = True
         if applied and version == self._max_updates:

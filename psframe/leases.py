@@ -104,9 +104,11 @@ class LeaseBook:
         self._live = live
         self._waves = waves
         self._plans: dict[int, _Plan] = {}
-        # The plan of each worker's last request, and how many live workers are in each plan.
-        self._latest = [-1] * workers
+        # The plan of each worker's last request and whether it might start then; how many live
+        # workers are in each plan, and how many of them are ready to work on it.
+        self._latest = [(-1, False)] * workers
         self._in_plan = Counter({-1: workers})
+        self._ready: Counter[int] = Counter()
         self._hand: list[_Hand | None] = [None] * workers
         self._evaluation: _Evaluation | None = None
         self._wanted: deque[tuple[int, int]] = deque()  # (plan, epoch) to be evaluated
@@ -139,36 +141,22 @@ class LeaseBook:
             plan: an open plan.
             clock: steps that the worker has finished.
             may_start: whether it may start its next step; a block is given only then, so that
-                nobody holds a block that it is not allowed to compute.
+                nobody holds a block and has to wait for workers that wait for that block.
         """
         book = self._plans[plan]
-        evaluation = self._evaluation
-        block = None
         self._waits_in[worker] = None
-        self._in_plan[self._latest[worker]] -= 1
+        self._leave_plan(worker)
+        self._latest[worker] = plan, may_start
         self._in_plan[plan] += 1
-        self._latest[worker] = plan
-        if evaluation is not None and evaluation.plan == plan:
-            block = evaluation.take()
-        if evaluation is not None and block is not None:
-            self._hand[worker] = _Hand(plan, LeaseKind.EVALUATE, block)
-            begin = block * book.spec.eval_batch_size
-            end = min(begin + book.spec.eval_batch_size, book.spec.eval_samples)
-            return Lease(worker, seq, LeaseKind.EVALUATE, evaluation.epoch, begin, end)
+        self._ready[plan] += may_start
         if book.finished:
             return Lease(worker, seq, LeaseKind.EXHAUSTED)
-        taken = None
+        lease = None
         if may_start:
-            taken = self._take_in_wave(worker, plan, clock) if self._waves else book.take()
-        if taken is None:
+            lease = self._evaluate(worker, seq, plan) or self._train(worker, seq, plan, clock)
+        if lease is None:
             self._waits_in[worker] = plan
-            return None
-        book.outstanding += 1
-        self._hand[worker] = _Hand(plan, LeaseKind.TRAIN, taken)
-        epoch, number = divmod(taken, book.blocks)
-        begin = number * book.spec.batch_size
-        end = min(begin + book.spec.batch_size, book.spec.n_samples)
-        return Lease(worker, seq, LeaseKind.TRAIN, epoch, begin, end)
+        return lease
 
     def complete(self, worker: int) -> tuple[int, int] | None:
         """Complete the training block in the worker's hand, if it has one.
@@ -201,7 +189,7 @@ class LeaseBook:
         """
         if self._evaluation is not None or not self._wanted:
             return False
-        there = (task for task in self._wanted if self._in_plan[task[0]])
+        there = (task for task in self._wanted if self._ready[task[0]])
         plan, epoch = task = next(there, self._wanted[0])
         self._wanted.remove(task)
         spec = self._plans[plan].spec
@@ -227,19 +215,19 @@ class LeaseBook:
         return Evaluated(evaluation.epoch, evaluation.version, merged)
 
     def abandon(self) -> bool:
-        """Put the evaluation off, or drop it, if it has no worker but another may have some.
+        """Put the evaluation off, or drop it, if no worker is ready for it.
 
         Workers may turn to their next plan, or leave, before they were told that the present one
-        is exhausted. An evaluation put off begins again, with a new snapshot; one that all
-        workers have left behind is dropped, and has no result.
+        is exhausted. An evaluation put off for another that has workers begins again, with a new
+        snapshot; one that all workers have left behind is dropped, and has no result.
         """
         evaluation = self._evaluation
-        if evaluation is None or self._in_plan[evaluation.plan]:
+        if evaluation is None or self._ready[evaluation.plan]:
             return False
-        if not any(plan < evaluation.plan for plan in +self._in_plan):
+        if not any(plan <= evaluation.plan for plan in +self._in_plan):
             self._end_evaluation(evaluation)
             return True
-        if not any(self._in_plan[plan] for plan, _ in self._wanted):
+        if not any(self._ready[plan] for plan, _ in self._wanted):
             return False
         self._wanted.append((evaluation.plan, evaluation.epoch))
         self._evaluation = None
@@ -249,13 +237,38 @@ class LeaseBook:
         self._plans[evaluation.plan].evaluations -= 1
         self._evaluation = None
 
+    def _evaluate(self, worker: int, seq: int, plan: int) -> Lease | None:
+        evaluation = self._evaluation
+        block = None
+        if evaluation is not None and evaluation.plan == plan:
+            block = evaluation.take()
+        if evaluation is None or block is None:
+            return None
+        self._hand[worker] = _Hand(plan, LeaseKind.EVALUATE, block)
+        spec = self._plans[plan].spec
+        begin = block * spec.eval_batch_size
+        end = min(begin + spec.eval_batch_size, spec.eval_samples)
+        return Lease(worker, seq, LeaseKind.EVALUATE, evaluation.epoch, begin, end)
+
+    def _train(self, worker: int, seq: int, plan: int, clock: int) -> Lease | None:
+        book = self._plans[plan]
+        taken = self._take_in_wave(worker, plan, clock) if self._waves else book.take()
+        if taken is None:
+            return None
+        book.outstanding += 1
+        self._hand[worker] = _Hand(plan, LeaseKind.TRAIN, taken)
+        epoch, block = divmod(taken, book.blocks)
+        begin = block * book.spec.batch_size
+        end = min(begin + book.spec.batch_size, book.spec.n_samples)
+        return Lease(worker, seq, LeaseKind.TRAIN, epoch, begin, end)
+
     def expire(self, worker: int, clock: int) -> bool:
         """Take back what was reserved for steps that the worker has finished otherwise."""
         return self._unreserve(worker, lambda ask: ask[1] < clock)
 
     def give_back(self, worker: int) -> bool:
         """Return what a worker that has left or is lost holds; True if there was anything."""
-        self._in_plan[self._latest[worker]] -= 1
+        self._leave_plan(worker)
         hand = self._hand[worker]
         self._hand[worker] = None
         anything = self._unreserve(worker, lambda ask: True) or hand is not None
@@ -265,6 +278,11 @@ class LeaseBook:
         elif hand is not None and self._evaluation is not None:
             heapq.heappush(self._evaluation.returned, hand.block)
         return anything
+
+    def _leave_plan(self, worker: int) -> None:
+        plan, ready = self._latest[worker]
+        self._in_plan[plan] -= 1
+        self._ready[plan] -= ready
 
     def _unreserve(self, worker: int, which: Callable[[_Ask], bool]) -> bool:
         """Return the blocks reserved for some requests of the worker; True if there were any."""

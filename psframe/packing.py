@@ -70,8 +70,9 @@ def check_gradients(layout: Layout, grads: Mapping[str, Any], where: str) -> Non
         )
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         grad = grads[name]
-        if getattr(grad, "dtype", None) != layout.dtype:
-            check_gradient_dtype(name, getattr(grad, "dtype", None), where)
+        dtype = getattr(grad, "dtype", None)
+        if dtype is None or dtype != layout.dtype:  # to NumPy None equals float64
+            check_gradient_dtype(name, dtype, where)
         if tuple(grad.shape) != shape:
             raise ValueError(
                 f"{where}: gradient {name!r} has shape {tuple(grad.shape)}, expected {shape}"

@@ -48,6 +48,9 @@ _POLL_S = 0.5
 # compute.
 _GRACE_S = 2.0
 
+# Of an exception's message; some print whole arrays.
+_MESSAGE_CHARS_MAX = 1000
+
 _HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled)
 
 
@@ -212,7 +215,11 @@ def describe(error: BaseException) -> Failure:
         message = str(error)
     except Exception as raised:
         message = f"(its __str__ raised {type(raised).__name__})"
-    return Failure(type(error).__name__, message, "".join(traceback.format_exception(error)))
+    text = "".join(traceback.format_exception(error))
+    if len(message) > _MESSAGE_CHARS_MAX:  # or the stack would be cut off for its sake
+        short = f"{message[:_MESSAGE_CHARS_MAX]}... ({len(message)} characters)"
+        text, message = text.replace(message, short), short
+    return Failure(type(error).__name__, message, text)
 
 
 def no_host_event(event: HostEvent) -> None:

@@ -22,7 +22,7 @@ SHAPES = {"w1": (4, 5), "b1": (5,), "w2": (5, 5), "b2": (4,)}
 STEPS = 7
 OPTIMIZERS: dict[str, Any] = {
     "sgd": optim.SGD(lr=0.1),
-    "decay": optim.SGD(lr=optim.schedules.cosine(0.1, 9), weight_decay=0.01),
+    "decay": optim.SGD(lr=optim.schedules.Cosine(0.1, 9), weight_decay=0.01),
     "momentum": optim.SGD(lr=0.05, momentum=0.9),
     "nesterov": optim.SGD(lr=0.05, momentum=0.9, nesterov=True),
     "adagrad": optim.Adagrad(lr=0.1),

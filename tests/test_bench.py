@@ -123,16 +123,20 @@ def test_every_single_element_counts_in_the_whole_check() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 31, 1000])
-@pytest.mark.parametrize("n_bytes", [64, 1024, 2**20, 2**28])
+@pytest.mark.parametrize("rate", [1e-3, 17.0, 1e6, 1e12])
 @pytest.mark.parametrize("seconds", [1e-9, 0.2, 1e6])
 def test_measurements_are_even_and_sums_stay_exact(
-    workers: int, n_bytes: int, seconds: float
+    workers: int, rate: float, seconds: float
 ) -> None:
-    warm_up, measured = operations(n_bytes, workers, seconds)
+    warm_up, measured = operations(rate, workers, seconds)
     assert warm_up % 2 == measured % 2 == 0
     assert warm_up >= workers + 3
     assert measured >= 4
     assert codes_sum(workers, warm_up + measured) <= SUM_MAX
+
+
+def test_a_measurement_takes_as_long_as_it_was_told() -> None:
+    assert operations(100_000.0, 4, 0.2)[1] == 5000
 
 
 def test_a_server_that_mixes_up_slots_fails_the_final_sum() -> None:

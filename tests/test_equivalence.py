@@ -107,7 +107,8 @@ def test_bsp_is_minibatch_descent_on_the_joined_batch(workers: int) -> None:
 
 
 def test_ssp_0_keeps_the_pace_of_bsp() -> None:
-    def times(mode: Any) -> dict[tuple[int, int], float]:
+    def rounds(mode: Any) -> list[float]:
+        """When the last worker's step of each clock was finished."""
         result = simulate(
             push_pulls,
             initial("float64"),
@@ -117,10 +118,12 @@ def test_ssp_0_keeps_the_pace_of_bsp() -> None:
             network=Network(0.25),
             seed=5,
         )
-        return {(row["worker"], row["clock"]): row["time_s"] for row in result.trace}
+        times = [result.trace["time_s"][result.trace["clock"] == clock] for clock in range(STEPS)]
+        assert [len(steps) for steps in times] == [5] * STEPS
+        return [steps.max() for steps in times]
 
-    assert times(SSP(0)) == times(BSP())
-    assert times(SSP(1)) != times(BSP())
+    assert rounds(SSP(0)) == rounds(BSP())
+    assert rounds(SSP(1)) != rounds(BSP())
 
 
 # ---- the number of servers ---------------------------------------------------------------------

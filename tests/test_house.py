@@ -27,7 +27,7 @@ House = Mapping[str, ast.Module]
 # What a number is; who may do what, and when; how bytes move. All else is the front hall, above
 # them, and psframe/__init__.py is above that.
 FLOORS = (
-    ("errors", "layout", "optim", "stale", "codecs"),
+    ("errors", "layout", "packing", "optim", "stale", "codecs"),
     (
         "consistency",
         "leases",
@@ -39,7 +39,7 @@ FLOORS = (
         "follower",
         "worker",
     ),
-    ("wire", "devices", "transports"),
+    ("wire", "devices", "launcher", "transports"),
 )
 PURE = FLOORS[1]
 IMPURE_MODULES = frozenset(

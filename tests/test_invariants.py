@@ -62,7 +62,7 @@ class Player:
     def push(self) -> None:
         self.watch.still(self.index)
         k, grads = self.grads()
-        if self.rng.random() < 0.3:
+        if self.rng.random() < 0.3 and not self.scenario.suspects:
             for name, view in self.worker.gradients().items():
                 view[...] = grads[name]
             self.pending.append((k, self.worker.push(None)))

@@ -135,13 +135,13 @@ def check_implicit_momentum(workers: int, runs: int, error_max: float) -> None:
 @pytest.mark.parametrize("workers", [4, 8, 16])
 def test_asynchrony_begets_momentum(workers):
     """Mitliagkas et al. 2016: the mean follows heavy-ball momentum 1 - 1/M with step lr / M."""
-    check_implicit_momentum(workers, 800, 0.03)
+    check_implicit_momentum(workers, 400, 0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [4, 8, 16])
 def test_asynchrony_begets_momentum_over_many_runs(workers):
-    check_implicit_momentum(workers, 4_000, 0.01)
+    check_implicit_momentum(workers, 2_000, 0.01)
 
 
 def test_a_constant_delay_begets_no_momentum():
@@ -189,17 +189,33 @@ def test_workers_that_take_turns_have_a_constant_delay():
 
 
 # Seconds a round of 16 workers with exponential times: H_16; with laggards that are dropped and
-# join the current round, the figures of an independent simulation.
-@pytest.mark.parametrize(("backup", "round_s"), [(0, 3.381), (1, 2.531), (2, 2.116), (4, 1.636)])
-def test_bsp_round_takes_as_long_as_its_slowest_member(backup, round_s):
-    rounds = 5_000  # a round's standard deviation is at most 1.26, that of the mean 0.018
+# join the current round, the figures of an independent simulation. (Could laggards be cancelled,
+# it were H_16 - H_b: 2.381, 1.881, 1.297.)
+ROUNDS = pytest.mark.parametrize(
+    ("backup", "round_s"), [(0, 3.381), (1, 2.531), (2, 2.116), (4, 1.636)]
+)
+
+
+def check_rounds(backup: int, round_s: float, rounds: int, tolerance_s: float) -> None:
     result = simulate(workers=16, mode=psframe.BSP(backup=backup), max_updates=rounds)
-    assert result.time_s / rounds == pytest.approx(round_s, rel=0.015)
+    assert result.time_s / rounds == pytest.approx(round_s, abs=tolerance_s)
     applied = result.trace["applied"]
     assert applied.sum() == rounds * (16 - backup)
     assert (result.trace["staleness"][applied] == 0).all()
     assert result.ledger.dropped == len(applied) - applied.sum()
     assert backup > 0 or applied.all()
+
+
+@ROUNDS
+def test_bsp_round_takes_as_long_as_its_slowest_member(backup, round_s):
+    # The standard deviation of one round is at most that of the slowest of 16, 1.26.
+    check_rounds(backup, round_s, 2_000, 3 * 1.26 / math.sqrt(2_000))
+
+
+@pytest.mark.slow
+@ROUNDS
+def test_bsp_rounds_over_many_rounds(backup, round_s):
+    check_rounds(backup, round_s, 5_000, 0.015 * round_s)
 
 
 # ---- SSP ---------------------------------------------------------------------------------
@@ -224,8 +240,8 @@ def check_ssp_pace(staleness: int, steps: int, tolerance: float) -> None:
 @pytest.mark.parametrize("staleness", [0, 1, 5])
 def test_ssp_pace_of_two_workers(staleness):
     # Waiting makes steps more regular than a Poisson process: their number has a relative
-    # standard deviation below 1 / sqrt(steps), here 0.005.
-    check_ssp_pace(staleness, 40_000, 3 / math.sqrt(40_000))
+    # standard deviation below 1 / sqrt(steps), here 0.007.
+    check_ssp_pace(staleness, 20_000, 3 / math.sqrt(20_000))
 
 
 @pytest.mark.slow

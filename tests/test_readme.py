@@ -46,9 +46,10 @@ def test_the_simulation_has_the_staleness_that_the_table_of_modes_says(tmp_path:
     printed = run_program(PROGRAMS[1], tmp_path)
     found = re.fullmatch(r"(\d+\.\d+) s, mean staleness (\d+)\n", printed)
     assert found, printed
-    # 5000 updates of 1000 workers at 0.1 s; W - 1, less what has not arrived by the end.
-    assert 0.4 < float(found[1]) < 0.6
-    assert 850 <= int(found[2]) <= 999
+    assert 0.4 < float(found[1]) < 0.6  # 5000 updates of 1000 workers at 0.1 s
+    # W - 1 = 999 counts the 1000 gradients in flight at the end, which are about 1000 updates old
+    # each: of 5000 that are a fifth.
+    assert 780 <= int(found[2]) <= 820
 
 
 def test_there_are_no_other_programs() -> None:

@@ -32,8 +32,8 @@ from psframe.runtime import run
 
 __all__ = ["PushPull", "WrongAnswer", "operations"]
 
-# What one operation takes, roughly: only to choose how many make a measurement of some length.
-_SECONDS_AN_OPERATION, _BYTES_A_SECOND = 6e-6, 4e9
+# Operations of each worker: in the first look at how fast it goes, and at least in a measurement.
+_LOOK, _LEAST = 40, 4
 _WARM_UP_PART = 8
 _ALIGN = 16  # elements: a server's shard begins at a multiple of this
 _COLUMNS = {
@@ -132,11 +132,16 @@ class PushPull:
         return sizes
 
 
-def operations(n_bytes: int, workers: int, seconds: float) -> tuple[int, int]:
-    """Choose (warm-up, measured) operations of each worker, both even, for one measurement."""
-    wanted = int(seconds / (_SECONDS_AN_OPERATION + n_bytes / _BYTES_A_SECOND) / workers)
-    most = SUM_MAX // (8 * workers) // 2  # all sums stay exact, the warm-up included
-    measured = max(4, min(wanted, most)) // 2 * 2
+def operations(rate: float, workers: int, seconds: float) -> tuple[int, int]:
+    """Choose (warm-up, measured) operations of each worker, both even, for one measurement.
+
+    Args:
+        rate: operations a second of all workers.
+        workers: W.
+        seconds: what the measurement should take.
+    """
+    most = SUM_MAX // (12 * workers)  # all sums stay exact, the warm-up included
+    measured = int(min(max(_LEAST, rate * seconds / workers), most)) // 2 * 2
     # Enough that every buffer has been touched.
     warm_up = max(2 * (workers + 4), measured // _WARM_UP_PART) // 2 * 2
     return warm_up, measured
@@ -156,12 +161,16 @@ class _Bench:
 
     def measure(self, n_bytes: int) -> list[dict[str, Any]]:
         """Measure one size; the rows count on rank 0."""
-        warm_up, measured = operations(n_bytes, self._workers, self._settings.seconds)
+        size, ways = n_bytes // 4, (self._psframe, self._bare)
+        counts = []
+        for way in ways:
+            rate = way(size, 2 * (self._workers + 4), _LOOK if n_bytes < 2**20 else _LEAST)
+            counts.append(operations(rate, self._workers, self._settings.seconds))
         ours: list[float] = []
         echoes: list[float] = []
         for _ in range(self._settings.rounds):
-            ours.append(self._psframe(n_bytes // 4, warm_up, measured))
-            echoes.append(self._bare(n_bytes // 4, warm_up, measured))
+            for way, rates, count in zip(ways, (ours, echoes), counts, strict=True):
+                rates.append(way(size, *count))
         ratios = [a / b for a, b in zip(ours, echoes, strict=True)]
         return [
             {**self._row("psframe", n_bytes, ours), **Spread(ratios).fields("ratio")},
@@ -201,9 +210,8 @@ class _Bench:
         part = size // self._servers
         params = {f"shard {s}": np.zeros(part, np.float32) for s in range(self._servers)}
         result = run(work, params, optimizer=optim.SGD(lr=1.0), servers=self._servers, device="cpu")
-        steps = warm_up + measured
         if result.params is not None:
-            self._check_end(result.params, result.version, steps)
+            self._check_end(result.params, result.version, warm_up + measured)
         return self._rate(seconds, measured)
 
     def _work(self, worker: Worker, warm_up: int, measured: int) -> float:

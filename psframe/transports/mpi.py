@@ -10,6 +10,7 @@ A buffer given to MPI is not touched until its request is complete.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,17 +32,17 @@ from psframe.events import (
     Stop,
     Withheld,
 )
-from psframe.launcher import Launcher, lone_process_message
+from psframe.launcher import Launcher, find_launcher, lone_process_message
 from psframe.layout import Array
 from psframe.wire import HEADER_BYTES, Delivery, Event, encode, encode_into
 
-# `_start` does what the import would do: by then the library can be asked what it is, and a wrong
-# one refused; MPICH's would end this process with a message that nobody understands.
-_initialize, mpi4py.rc.initialize = mpi4py.rc.initialize, False
-_finalize, mpi4py.rc.finalize = mpi4py.rc.finalize, True
+# What the import would do by itself is done below, once the library has said what it is: MPICH's
+# would end this process with a message of its own under another MPI's launcher.
+_rc = mpi4py.rc.initialize, mpi4py.rc.finalize
+mpi4py.rc(initialize=False, finalize=True)
 from mpi4py import MPI  # noqa: E402
 
-mpi4py.rc.initialize, mpi4py.rc.finalize = _initialize, _finalize
+mpi4py.rc(initialize=_rc[0], finalize=_rc[1])
 
 __all__ = ["Mesh", "Patience", "Post", "Transfers", "open_mesh"]
 
@@ -54,8 +55,32 @@ _SENDS = 2  # persistent sends under way to one peer
 # spinning rank takes its core from the one that it waits for.
 _SPINS, _YIELDS, _YIELDS_CROWDED = 2000, 20000, 200
 _SLEEP_S = 100e-6
+# Who has slept so often (about half a second) is waiting for something slow, and sleeps longer: a
+# message is then late by a hundredth of what it took, and the core is left to others.
+_SLEEPS, _LONG_SLEEP_S = 2500, 1e-3
 # Set-up and end need every rank; one that does not come within this has died or gone astray.
 SETUP_BOUND_S = 120.0
+
+
+def _library() -> str:
+    return MPI.Get_library_version().splitlines()[0].partition(",")[0].strip("\x00 ")
+
+
+def _start() -> None:
+    """Start MPI, unless the program has done so.
+
+    Raises:
+        LaunchError: the launcher is of another MPI.
+    """
+    if MPI.Is_initialized():
+        return
+    launcher = find_launcher()
+    if launcher is not None and launcher.is_open_mpi and "Open MPI" not in _library():
+        raise LaunchError(lone_process_message(launcher, _library(), sys.prefix))
+    MPI.Init_thread()
+
+
+_start()
 
 
 class Patience:
@@ -82,7 +107,7 @@ class Patience:
         if self._turns <= self._yields:
             os.sched_yield()
             return self._turns % 64 == 0
-        time.sleep(_SLEEP_S)
+        time.sleep(_SLEEP_S if self._turns <= self._yields + _SLEEPS else _LONG_SLEEP_S)
         return True
 
 
@@ -91,11 +116,13 @@ class Mesh:
 
     Attributes:
         rank, size: of this process and of the run.
+        library: the MPI library's name and version.
     """
 
     def __init__(self, comm: Any) -> None:
         self.rank: int = comm.rank
         self.size: int = comm.size
+        self.library = _library()
         self.patience = Patience(crowded=True)
         self._comm, request = comm.Idup()
         self._complete([request], SETUP_BOUND_S, "the duplicated communicator")
@@ -376,22 +403,9 @@ def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
     """
     if comm is not None and not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm: expected an mpi4py communicator, got {comm!r}")
-    _start(launcher, prefix)
     if MPI.COMM_WORLD.size == 1 and launcher is not None and (launcher.size or 1) > 1:
         raise LaunchError(lone_process_message(launcher, _library(), prefix))
     return Mesh(MPI.COMM_WORLD if comm is None else comm)
-
-
-def _start(launcher: Launcher | None, prefix: str) -> None:
-    if MPI.Is_initialized():
-        return
-    if launcher is not None and launcher.is_open_mpi and "Open MPI" not in _library():
-        raise LaunchError(lone_process_message(launcher, _library(), prefix))
-    MPI.Init_thread()
-
-
-def _library() -> str:
-    return MPI.Get_library_version().splitlines()[0].partition(",")[0].strip("\x00 ")
 
 
 def _pieces(array: Array) -> Sequence[Any]:

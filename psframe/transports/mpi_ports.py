@@ -144,7 +144,6 @@ class MpiServerPort:
     Attributes:
         workers: W.
         buffers: memory for the store.
-        memory: where the machine finds gradients and landing areas.
     """
 
     def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
@@ -162,7 +161,6 @@ class MpiServerPort:
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
-        self.memory = ServerMemory(self._gradient, self._landing, self._shared)
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
         self._patience = Patience(neighbours.crowded)
         self._transfers = Transfers()
@@ -173,6 +171,11 @@ class MpiServerPort:
         self._post: Post = mesh.post(
             max(_MESSAGE_BYTES, HEADER_BYTES + payload_limit(self.workers))
         )
+
+    @property
+    def memory(self) -> ServerMemory:
+        """Where the machine finds gradients and landing areas."""
+        return ServerMemory(self._gradient, self._landing, self._shared)
 
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one."""

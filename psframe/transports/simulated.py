@@ -96,6 +96,7 @@ class VirtualTime:
         self._heap: list[_Event] = []
         self._beside: _Event | None = None
         self._order = itertools.count()
+        self._afterwards: list[Callable[[], None]] = []
         nodes = servers + workers
         self._egress = [0.0] * nodes
         self._ingress = [0.0] * nodes
@@ -115,10 +116,9 @@ class VirtualTime:
         else:
             heapq.heappush(self._heap, event)
 
-    def next_time(self) -> float | None:
-        """Say when the next thing happens; None if nothing is to come."""
-        times = [event[0] for event in (self._beside, *self._heap[:1]) if event is not None]
-        return min(times, default=None)
+    def after_the_next(self, action: Callable[[], None]) -> None:
+        """Let something happen after the next thing that is to come, whatever that is."""
+        self._afterwards.append(action)
 
     def run(self) -> None:
         """Let one thing after the other happen until nothing is to come."""
@@ -134,6 +134,10 @@ class VirtualTime:
                 return
             self.now = event[0]
             event[3](*event[4])
+            if self._afterwards:
+                actions, self._afterwards = self._afterwards, []
+                for action in actions:
+                    action()
 
     def compute_time_s(self, worker: int, clock: int, rng: np.random.Generator) -> float:
         """Ask the user how long the worker computes.
@@ -317,12 +321,11 @@ class SimulatedEndpoint:
         """
         virtual = self._virtual
         self._waiting = True
-        self._wait_number += 1
-        until = None if timeout_s is None else virtual.now + timeout_s
+        number = self._wait_number = self._wait_number + 1
         if timeout_s == 0:
-            until = virtual.next_time()
-        if until is not None:
-            virtual.at(until, self.index, self._time_out, self._wait_number)
+            virtual.after_the_next(lambda: self._time_out(number))
+        elif timeout_s is not None:
+            virtual.at(virtual.now + timeout_s, self.index, self._time_out, number)
         self._greenlet.parent.switch()
 
     def _compute(self, answered_at: float) -> None:

@@ -1,0 +1,258 @@
+"""Jobs that go wrong where no rank can tell the others: all of it ends within 5 s, and says why.
+
+What all ranks can raise together is in tests/mpi/test_run.py. Each test here starts a job of its
+own and waits for it with a bound.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "tests" / "mpi" / "failing_job.py"
+VENVS = [name for name in (".venv", ".venv-mpich") if (ROOT / name / "bin" / "mpirun").exists()]
+SETTINGS = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMP_NUM_THREADS": "1",
+}
+START_BOUND_S = 60.0
+END_BOUND_S = 5.0  # the requirement: from what befell the job to its end
+
+pytestmark = pytest.mark.skipif(not VENVS, reason="needs .venv or .venv-mpich of `make test`")
+
+
+def bare() -> dict[str, str]:
+    """The environment without what a launcher above this process has set."""
+    launchers = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "PRTE_", "HYDRA_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    return {**clean, **SETTINGS}
+
+
+class Job:
+    """`failing_job.py` under one venv's mpirun, in a session of its own."""
+
+    def __init__(self, venv: str, what: str, folder: Path, ranks: int = 3) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.output = folder / "output"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [
+                    ROOT / venv / "bin" / "mpirun",
+                    "-n",
+                    str(ranks),
+                    ROOT / venv / "bin" / "python",
+                    PROGRAM,
+                    what,
+                    folder,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=bare(),
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def pid(self, rank: int) -> int:
+        return int((self.folder / f"pid-{rank}").read_text(encoding="ascii"))
+
+    def wait_until_in_place(self) -> None:
+        names = [f"pid-{rank}" for rank in range(self.ranks)]
+        self.wait_for(lambda: all((self.folder / name).exists() for name in names))
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_BOUND_S
+        while not happened():
+            assert time.monotonic() < deadline, self.text
+            assert self.process.poll() is None or happened(), self.text
+            time.sleep(0.01)
+
+    def end(self) -> dict[str, object]:
+        """Wait for the end within the bound; returns the verdict."""
+        begun = time.monotonic()
+        try:
+            status = self.process.wait(START_BOUND_S)
+        finally:
+            self.kill()
+        took = time.monotonic() - begun
+        assert took < END_BOUND_S, f"the job took {took:.1f} s to end:\n{self.text}"
+        assert status != 0, self.text
+        deadline = begun + END_BOUND_S
+        while any(map(alive, self.pids())) or self.status().get("state") == "running":
+            assert time.monotonic() < deadline, f"left running: {self.pids()}, {self.status()}"
+            time.sleep(0.01)
+        return self.status()
+
+    def pids(self) -> list[int]:
+        return [int(file.read_text(encoding="ascii")) for file in self.folder.glob("pid-*")]
+
+    def status(self) -> dict[str, object]:
+        file = self.folder / "run" / "status.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")[-8000:]
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            for pid in filter(alive, self.pids()):
+                os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists, and not only because nobody has asked for its exit status."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def begin(venv: str, what: str, ranks: int = 3) -> Job:
+        jobs.append(Job(venv, what, tmp_path, ranks))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+@pytest.mark.parametrize("venv", VENVS)
+@pytest.mark.parametrize(
+    ("what", "state", "reason"),
+    [
+        ("raise", "failed", "worker 1 (rank 2) failed with ValueError: the data are gone"),
+        ("raise-sleep", "failed", "workers [0] did not come back"),
+        ("observer", "failed", "OSError: the observer has no room"),
+        ("kill", "", ""),
+    ],
+)
+def test_what_happens_on_one_rank_ends_the_job(
+    start: Callable[..., Job], venv: str, what: str, state: str, reason: str
+) -> None:
+    """An exception beside a long computation, one of an observer, a death."""
+    job = start(venv, what)
+    job.wait_for((job.folder / "now").exists)
+    status = job.end()
+    assert status["state"] == (state or status["state"]) != "completed"
+    assert status["state"] in ("failed", "interrupted")
+    assert reason in str(status["reason"])
+    if reason:
+        assert reason.rpartition(": ")[2] in job.text
+
+
+@pytest.mark.parametrize("venv", VENVS)
+@pytest.mark.parametrize(
+    ("what", "number", "target"),
+    [
+        ("loop", signal.SIGINT, "mpirun"),
+        ("sleep", signal.SIGINT, "group"),
+        ("sleep", signal.SIGTERM, "0"),
+        ("sleep", signal.SIGINT, "1"),
+        ("loop-2", signal.SIGINT, "1"),  # the second server
+    ],
+)
+def test_an_interrupt_ends_the_job(
+    start: Callable[..., Job], venv: str, what: str, number: signal.Signals, target: str
+) -> None:
+    """Ctrl-C and SIGTERM, wherever they arrive and whatever the workers do."""
+    job = start(venv, what, 4 if what == "loop-2" else 3)
+    job.wait_until_in_place()
+    if target == "group":
+        os.killpg(job.process.pid, number)
+    else:
+        os.kill(job.process.pid if target == "mpirun" else job.pid(int(target)), number)
+    state = job.end()["state"]
+    # Where MPICH kills rank 0 at once, its witness can only say that it was killed.
+    assert state == "interrupted" or (what == "loop-2" and state == "failed")
+
+
+@pytest.mark.skipif(len(VENVS) < 2, reason="needs .venv and .venv-mpich")
+@pytest.mark.parametrize(("launcher", "python"), [VENVS, VENVS[::-1]])
+def test_the_launcher_of_another_mpi(launcher: str, python: str, tmp_path: Path) -> None:
+    """Refused with the remedy, and not N runs of one rank."""
+    job = subprocess.run(
+        [
+            ROOT / launcher / "bin" / "mpirun",
+            "-n",
+            "2",
+            ROOT / python / "bin" / "python",
+            PROGRAM,
+            "loop",
+            tmp_path,
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=bare(),
+        cwd=ROOT,
+        timeout=START_BOUND_S,
+    )
+    assert job.returncode != 0
+    assert "started 2 processes, but" in job.stderr + job.stdout
+    assert f"{python}/bin/mpirun" in job.stderr + job.stdout
+
+
+@pytest.mark.parametrize("venv", VENVS)
+def test_lone_processes_of_srun(venv: str, tmp_path: Path) -> None:
+    environ = {**bare(), "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
+    job = subprocess.run(
+        [ROOT / venv / "bin" / "python", PROGRAM, "loop", tmp_path],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environ,
+        cwd=ROOT,
+        timeout=START_BOUND_S,
+    )
+    assert job.returncode != 0
+    assert "srun started 3 processes" in job.stderr
+    assert "--mpi=pmi" in job.stderr
+
+
+@pytest.mark.parametrize("where", ["threads", "stuck"])
+def test_ctrl_c_without_a_launcher(where: str, tmp_path: Path) -> None:
+    """One process, with a worker thread that loops or sits in a long computation."""
+    job = subprocess.Popen(
+        [sys.executable, PROGRAM, "loop" if where == "threads" else "sleep", tmp_path],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=bare(),
+        cwd=ROOT,
+    )
+    try:
+        deadline = time.monotonic() + START_BOUND_S
+        while not (tmp_path / "run" / "status.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        job.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        _, stderr = job.communicate(timeout=START_BOUND_S)
+    finally:
+        job.kill()
+        job.wait()
+    assert time.monotonic() - begun < END_BOUND_S
+    assert job.returncode == -signal.SIGINT
+    assert stderr.rstrip().endswith("KeyboardInterrupt: SIGINT")
+    status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+    assert status["state"] == "interrupted"

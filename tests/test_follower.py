@@ -1,0 +1,276 @@
+"""A server beside the first: it applies what the leader decided, with the parts that it gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fakes import POISON, Desk, params_of
+
+from psframe import BSP, SSP
+from psframe.errors import MessageError
+from psframe.events import (
+    ALL_REQUESTS,
+    Answer,
+    Decision,
+    End,
+    Gone,
+    Leave,
+    Lost,
+    Pin,
+    Pull,
+    Push,
+    Reason,
+    Withheld,
+)
+
+
+def follower(workers: int, mode: Any = None, **how: Any) -> Desk:
+    return Desk(workers, mode, follower=True, **how)
+
+
+def answered(out: list[Any]) -> list[tuple[int, int, bool]]:
+    """(worker, request, applied) of every answer."""
+    return [(a.worker, a.seq, a.applied) for a in out if isinstance(a, Answer)]
+
+
+def test_a_short_story() -> None:
+    """Part first or decision first, a push is applied when both are here."""
+    desk = follower(2)
+    desk.pull(0)
+    assert desk.push(0, 3.0) == []
+    assert desk.pull(0) == [], "its own push comes first"
+    out = desk.hears(Decision([(0, 1)]))
+    assert answered(out) == [(0, 1, True), (0, 2, False)]
+    assert params_of(desk, out[1]) == -3.0
+    assert desk.hears(Decision([(1, 0)])) == []
+    assert answered(desk.push(1)) == [(1, 0, True)]
+    assert desk.store.version == 2
+    for worker in (0, 1):
+        desk.hears(Leave(worker))
+    assert not desk.machine.finished, "the leader has not said that it is over"
+    desk.hears(End())
+    assert desk.machine.finished
+
+
+def test_others_pulls_do_not_wait() -> None:
+    desk = follower(2)
+    desk.push(0)
+    assert answered(desk.pull(1)) == [(1, 0, False)]
+
+
+def test_parts_are_applied_as_they_come() -> None:
+    """Async: who has decision and part is not kept waiting by who has not."""
+    desk = follower(2)
+    desk.hears(Decision([(0, 0)]))
+    desk.hears(Decision([(1, 0)]))
+    assert answered(desk.push(1)) == [(1, 0, True)]
+    assert answered(desk.push(0)) == [(0, 0, True)]
+
+
+@pytest.mark.parametrize("reason", [Reason.NON_FINITE, Reason.NON_FINITE_UPDATE, Reason.LATE])
+def test_a_verdict_is_followed(reason: Reason) -> None:
+    desk = follower(1)
+    desk.push(0)
+    (answer,) = desk.hears(Decision([(0, 0)], reason))
+    assert not answer.applied
+    assert answer.reason is reason
+    assert desk.store.version == 0
+
+
+def test_a_round_is_closed_when_its_parts_are_here() -> None:
+    desk = follower(3, BSP())
+    desk.push(2, 1e16)
+    desk.hears(Decision([(0, 0), (1, 0), (2, 0)], round=True))
+    desk.push(1, -1e16)
+    assert desk.pull(1) == []
+    out = desk.push(0, 1.0)
+    assert answered(out) == [(0, 0, True), (1, 0, True), (1, 1, False), (2, 0, True)]
+    assert desk.store.params[0] == -(((1.0 - 1e16) + 1e16) / 3)
+
+
+def test_rounds_close_in_the_leaders_order() -> None:
+    desk = follower(2, BSP(1))
+    desk.hears(Decision([(0, 0)], round=True))
+    desk.hears(Decision([(1, 0)], round=True))
+    assert desk.push(1, 2.0) == []
+    out = desk.push(0, 1.0)
+    assert desk.store.version == 2
+    assert answered(out) == [(0, 0, True), (1, 0, True)]
+
+
+def test_a_pull_brings_every_round_that_the_leader_had_closed() -> None:
+    """A worker that waited for a lease has skipped rounds: its clock here is behind."""
+    desk = follower(2, BSP())
+    desk.hears(Decision([(0, 0)], round=True))
+    assert desk.pull(1) == []
+    out = desk.push(0)
+    assert answered(out) == [(0, 0, True), (1, 0, False)]
+    assert out[1].version == 1
+
+
+def test_a_pull_does_not_wait_for_a_round_that_waits_for_what_is_behind_it() -> None:
+    """A prefetch: the pull was first, and the leader has long closed the round."""
+    desk = follower(2, BSP())
+    desk.hears(Decision([(0, 1), (1, 0)], round=True))
+    assert answered(desk.pull(0)) == [(0, 0, False)]
+    desk.push(1)
+    desk.push(0)
+    assert desk.store.version == 1
+
+
+def test_the_dropped_join_the_leaders_round_not_the_one_here() -> None:
+    desk = follower(3, BSP(1))
+    desk.hears(Decision([(0, 0), (1, 0)], round=True))
+    desk.hears(Decision([(2, 0)], Reason.LATE))
+    assert answered(desk.push(2)) == [(2, 0, False)]
+    assert desk.pull(2) == [], "round 0 is not applied here"
+    desk.push(0)
+    out = desk.push(1)
+    assert (2, 1, False) in answered(out)
+    assert desk.policy.clocks == [1, 1, 1]
+
+
+# ---- ends and losses ---------------------------------------------------------------------------
+
+
+def test_after_the_end_what_was_decided_is_still_applied() -> None:
+    desk = follower(2)
+    desk.push(0)
+    desk.hears(Decision([(1, 0)]))
+    (answer,) = desk.hears(End())
+    assert answer.reason is Reason.STOPPED
+    desk.hears(Leave(0))
+    assert desk.pull(0)[0].seq == ALL_REQUESTS
+    assert answered(desk.push(1)) == [(1, 0, True)]
+    assert desk.store.version == 1
+
+
+def test_a_missing_part_is_withheld() -> None:
+    desk = follower(2)
+    out = desk.hears(Lost(0))
+    assert out == [Lost(0)], "the leader may not know"
+    assert desk.hears(Decision([(0, 0)])) == [Withheld(1, 0, 0, 0)]
+    assert [type(e) for e in desk.hears(Gone(0))] == [Answer]
+    assert desk.store.version == 0
+    desk.hears(Leave(1))
+    desk.hears(End())
+    assert desk.machine.finished
+
+
+@pytest.mark.parametrize("mode", [SSP(0), BSP()])
+@pytest.mark.parametrize("reason", [Reason.NON_FINITE, Reason.LATE])
+def test_a_missing_part_of_a_discarded_push_is_no_loss(mode: Any, reason: Reason) -> None:
+    desk = follower(2, mode)
+    desk.hears(Lost(0))
+    assert desk.hears(Decision([(0, 0)], reason)) == []
+
+
+def test_a_part_that_is_here_is_applied_though_its_worker_is_lost() -> None:
+    desk = follower(2)
+    desk.push(0)
+    desk.push(0)
+    assert desk.hears(Lost(0)) == [Lost(0)]
+    desk.hears(Decision([(0, 0)]))
+    assert Withheld(1, 0, 1, 0) not in desk.hears(Gone(0)), "of the second nothing was decided"
+    assert desk.store.version == 1
+    assert desk.store.held == 0
+
+
+def test_a_round_goes_on_without_the_part_of_the_lost() -> None:
+    desk = follower(3, BSP())
+    desk.push(0, 2.0)
+    desk.push(2, 4.0)
+    desk.hears(Decision([(0, 0), (1, 0), (2, 0)], round=True))
+    out = desk.hears(Gone(1))
+    assert Withheld(1, 1, 0, 0) in out
+    assert desk.store.params[0] == -3.0, "the mean of what there is"
+    assert answered(out)[1:] == [(0, 0, True), (2, 0, True)]
+
+
+def test_a_round_of_the_lost_alone_changes_nothing() -> None:
+    desk = follower(2, BSP())
+    desk.hears(Decision([(1, 0)], round=True))
+    desk.hears(Gone(1))
+    assert desk.store.version == 0
+    assert answered(desk.pull(0)) == [(0, 0, False)]
+
+
+def test_what_a_shard_cannot_apply_is_told_to_the_leader() -> None:
+    desk = follower(1)
+    for k in range(3):
+        desk.push(0, POISON)
+        out = desk.hears(Decision([(0, k)]))
+        assert out[0] == Withheld(1, 0, k, k + 1), "so many in a row"
+        assert out[1].reason is Reason.NON_FINITE_UPDATE
+    desk.push(0)
+    desk.hears(Decision([(0, 3)]))
+    desk.push(0, POISON)
+    assert desk.hears(Decision([(0, 4)]))[0] == Withheld(1, 0, 4, 1)
+
+
+def test_a_worker_that_left_is_not_lost() -> None:
+    desk = follower(1)
+    desk.hears(Leave(0))
+    assert desk.hears(Lost(0)) == []
+    assert desk.hears(Gone(0)) == []
+
+
+# ---- pins --------------------------------------------------------------------------------------
+
+
+def test_a_pin_holds_the_snapshot() -> None:
+    desk = follower(1)
+    assert desk.pull(0, pinned=True) == []
+    (answer,) = desk.hears(Pin(on=True))
+    desk.hears(Decision([(0, 1)]))
+    desk.push(0)
+    (again,) = desk.pull(0, pinned=True)
+    assert again.version == answer.version == 0
+    desk.hears(Pin(on=False))
+    desk.hears(Leave(0))
+    assert desk.store.held == 0
+
+
+def test_a_pin_is_of_the_leaders_round() -> None:
+    """Its decision comes before the parts of the round that it comes after."""
+    desk = follower(2, BSP())
+    desk.hears(Decision([(0, 0), (1, 0)], round=True))
+    desk.hears(Pin(on=True))
+    desk.hears(Decision([(0, 1), (1, 2)], round=True))
+    desk.push(0)
+    desk.push(0)
+    assert desk.push(1) != []
+    assert desk.pull(1, pinned=True)[0].version == 1
+    desk.push(1)
+    assert desk.store.version == 2
+    assert desk.store.held == 1
+
+
+def test_a_pin_taken_back_before_its_round_never_holds() -> None:
+    desk = follower(1, BSP())
+    desk.hears(Decision([(0, 0)], round=True))
+    desk.hears(Pin(on=True))
+    desk.hears(Pin(on=False))
+    desk.push(0)
+    assert desk.store.held == 0
+
+
+def test_the_end_unpins() -> None:
+    desk = follower(1)
+    desk.hears(Pin(on=True))
+    desk.hears(End())
+    assert desk.store.held == 0
+
+
+# ---- what it must not take ---------------------------------------------------------------------
+
+
+def test_it_checks_like_any_server() -> None:
+    desk = follower(1)
+    with pytest.raises(MessageError, match="slot 7"):
+        desk.hears(Push(0, 0, 7, 0, True, 1.0, False, 0))
+    with pytest.raises(MessageError, match="does not hold"):
+        desk.hears(Pull(0, 0, False, 3))
+    with pytest.raises(MessageError, match="cannot take Withheld"):
+        desk.hears(Withheld(1, 0, 0, 0))

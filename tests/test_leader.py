@@ -1,0 +1,344 @@
+"""What server 0 decides: staleness, rounds, refusals, ends, and the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fakes import POISON, Desk, params_of
+
+from psframe import BSP, SSP
+from psframe.events import (
+    Answer,
+    Decision,
+    EpochDone,
+    Evaluated,
+    Failure,
+    Gone,
+    Lease,
+    LeaseKind,
+    LeaseRequest,
+    Leave,
+    Log,
+    Logged,
+    Lost,
+    Pin,
+    PushHandled,
+    Reason,
+    Report,
+    Stop,
+    TaskSpec,
+    Withheld,
+)
+
+
+def kinds(out: list[Any]) -> list[str]:
+    return [type(event).__name__ for event in out]
+
+
+def receipts(out: list[Any]) -> dict[int, Answer]:
+    return {a.worker: a for a in out if isinstance(a, Answer)}
+
+
+def one(out: list[Any], kind: type) -> Any:
+    (event,) = [event for event in out if isinstance(event, kind)]
+    return event
+
+
+# ---- pushes ------------------------------------------------------------------------------------
+
+
+def test_staleness_is_the_version_before_minus_the_version_read() -> None:
+    desk = Desk(3, trace=True)
+    for worker, staleness in ((0, 0), (1, 1), (2, 2)):
+        out = desk.push(worker, version=0)
+        assert receipts(out)[worker].staleness == staleness
+    assert one(out, PushHandled) == PushHandled(2, 0, 0, 3, 2, True)
+    assert desk.leader.staleness == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_push_of_an_unknown_version_is_refused() -> None:
+    desk = Desk(1)
+    for version in (-1, 1):
+        receipt = receipts(desk.push(0, version=version))[0]
+        assert not receipt.applied
+        assert receipt.reason is Reason.BAD_VERSION
+    assert desk.store.version == 0
+
+
+def test_refused_pushes_tick_the_clock() -> None:
+    desk = Desk(2, SSP(0), servers=2)
+    out = desk.push(0, finite=False)
+    assert one(out, Decision) == Decision([(0, 0)], Reason.NON_FINITE)
+    out = desk.push(1, POISON)
+    assert one(out, Decision) == Decision([(1, 0)], Reason.NON_FINITE_UPDATE)
+    assert desk.policy.clocks == [1, 1]
+    assert desk.store.version == 0
+    assert desk.leader.ledger.ledger().refused == 2
+
+
+def test_ten_refusals_a_worker_in_a_row_diverge() -> None:
+    desk = Desk(2)
+    for _ in range(19):
+        desk.push(0, finite=False)
+    desk.push(1)
+    for _ in range(19):
+        desk.push(0, POISON)
+    assert not desk.leader.diverged
+    desk.push(1, finite=False)
+    assert desk.leader.diverged
+    assert desk.machine.stopped
+
+
+def test_late_pushes_do_not_diverge() -> None:
+    desk = Desk(2, BSP(1))
+    for _ in range(40):
+        desk.push(0)
+        assert receipts(desk.push(1))[1].reason is Reason.LATE
+    assert not desk.leader.diverged
+    assert desk.leader.ledger.ledger().dropped == 40
+
+
+def test_refusals_of_a_follower_count_for_divergence() -> None:
+    desk = Desk(1, servers=2)
+    desk.push(0)
+    desk.hears(Withheld(1, 0, 0, 9))
+    assert not desk.leader.diverged
+    desk.hears(Withheld(1, 0, 0, 10))
+    assert desk.leader.diverged
+    assert desk.leader.ledger.ledger().partial == 1
+
+
+# ---- rounds ------------------------------------------------------------------------------------
+
+
+def test_a_round_is_the_mean_in_worker_order() -> None:
+    desk = Desk(3, BSP(), servers=2, trace=True)
+    assert desk.push(2, 1e16) == []
+    assert desk.push(0, 1.0) == []
+    out = desk.push(1, -1e16)
+    assert one(out, Decision) == Decision([(0, 0), (1, 0), (2, 0)], round=True)
+    assert [r.worker for r in out if isinstance(r, PushHandled)] == [0, 1, 2]
+    assert [a.worker for a in out if isinstance(a, Answer)] == [0, 1, 2]
+    assert desk.store.params[0] == -(((1.0 - 1e16) + 1e16) / 3)
+    assert desk.store.version == 1
+    assert all(a.staleness == 0 for a in receipts(out).values())
+
+
+def test_a_round_tells_the_staleness_that_it_had() -> None:
+    """Two pushes of one pull: the second is one version behind, in BSP too."""
+    desk = Desk(1, BSP(), trace=True)
+    desk.push(0, version=0)
+    assert one(desk.push(0, version=0), PushHandled) == PushHandled(0, 1, 0, 2, 1, True)
+
+
+def test_a_pull_waits_for_the_round() -> None:
+    desk = Desk(2, BSP())
+    desk.push(0)
+    assert desk.pull(0) == []
+    assert receipts(desk.pull(1))[1].version == 0, "this one has not pushed"
+    out = desk.push(1)
+    assert [(a.worker, a.version) for a in out if a.buffer >= 0] == [(0, 1)]
+
+
+def test_a_poisoned_round_is_refused_whole() -> None:
+    desk = Desk(2, BSP(), servers=2)
+    desk.push(0, POISON)
+    desk.slots[0, 0] *= 2  # the mean with zero is poison again
+    out = desk.push(1, 0.0)
+    assert one(out, Decision).reason is Reason.NON_FINITE_UPDATE
+    assert [r.reason for r in receipts(out).values()] == [Reason.NON_FINITE_UPDATE] * 2
+    assert desk.policy.clocks == [1, 1]
+
+
+def test_an_empty_round_tells_the_followers() -> None:
+    desk = Desk(1, BSP(), servers=2)
+    out = desk.push(0, finite=False)
+    decisions = [event for event in out if isinstance(event, Decision)]
+    assert decisions == [Decision([(0, 0)], Reason.NON_FINITE), Decision([], round=True)]
+
+
+def test_a_round_goes_on_without_the_lost() -> None:
+    desk = Desk(3, BSP(), servers=2)
+    desk.push(0, 2.0)
+    desk.push(1, 8.0)
+    desk.hears(Lost(1))
+    out = desk.push(2, 4.0)
+    assert one(out, Decision).members == [(0, 0), (2, 0)]
+    assert desk.store.params[0] == -3.0
+    ledger = desk.leader.ledger.ledger()
+    assert (ledger.lost, ledger.applied) == (1, 2)
+
+
+# ---- ends --------------------------------------------------------------------------------------
+
+
+def test_max_updates_is_exact() -> None:
+    desk = Desk(2, servers=2, max_updates=2)
+    desk.push(0)
+    out = desk.push(1)
+    assert kinds(out) == ["Decision", "End", "Answer"]
+    assert receipts(out)[1].applied
+    assert receipts(desk.push(0))[0].reason is Reason.STOPPED
+    assert desk.store.version == 2
+
+
+def test_max_updates_0_is_over_before_it_begins() -> None:
+    desk = Desk(1, servers=2, max_updates=0)
+    out = desk.pull(0)
+    assert kinds(out) == ["End", "Answer"]
+    assert receipts(out)[0].stopped
+
+
+def test_a_failure_ends_the_run_and_the_first_counts() -> None:
+    desk = Desk(2)
+    failure = Failure("Oops", "no", "...")
+    desk.hears(Leave(1, failure))
+    desk.hears(Leave(0, Failure("Later", "", "")))
+    assert desk.leader.failure == (1, failure)
+    assert desk.machine.finished
+
+
+def test_ending_from_outside() -> None:
+    desk = Desk(2, BSP(), servers=2)
+    desk.push(0)
+    assert kinds(desk.leader.end()) == ["End", "Answer"]
+    assert desk.leader.end() == []
+    assert desk.leader.ledger.ledger().stopped == 1
+
+
+def test_the_loss_of_a_worker_that_has_left_is_passed_on() -> None:
+    """A follower may wait for a good-bye of it that died on its way."""
+    desk = Desk(2, servers=2)
+    desk.hears(Leave(0))
+    assert desk.hears(Lost(0)) == [Gone(0)]
+    assert Desk(1).hears(Leave(0)) == []
+
+
+def test_logs_are_passed_on() -> None:
+    desk = Desk(1)
+    assert desk.hears(Log(0, {"loss": (2.0, 4)})) == [Logged(0, {"loss": (2.0, 4)})]
+
+
+# ---- leases ------------------------------------------------------------------------------------
+
+SPEC = TaskSpec(4, 2, 1, False)
+EVALUATING = TaskSpec(2, 2, 2, False, eval_samples=3, eval_batch_size=2)
+
+
+def ask(desk: Desk, worker: int, spec: TaskSpec = SPEC, plan: int = 0) -> list[Any]:
+    return desk.hears(LeaseRequest(worker, desk.seq(worker), plan, spec))
+
+
+def lease(out: list[Any]) -> Lease:
+    found = one(out, Lease)
+    assert isinstance(found, Lease)
+    return found
+
+
+def test_a_push_completes_the_lease() -> None:
+    desk = Desk(1)
+    ask(desk, 0)
+    assert [e for e in desk.push(0) if isinstance(e, EpochDone)] == []
+    ask(desk, 0)
+    assert one(desk.push(0, version=0), EpochDone) == EpochDone(0, 2, 4, 0.5)
+    assert lease(ask(desk, 0)).kind is LeaseKind.EXHAUSTED
+
+
+def test_asking_for_the_next_completes_the_lease() -> None:
+    desk = Desk(1)
+    ask(desk, 0)
+    ask(desk, 0)
+    out = ask(desk, 0)
+    assert kinds(out) == ["EpochDone", "Lease"]
+    assert lease(out).kind is LeaseKind.EXHAUSTED
+
+
+def test_a_lost_workers_block_goes_to_who_waits() -> None:
+    desk = Desk(2)
+    for worker in (0, 1):
+        ask(desk, worker)
+    desk.push(1)
+    assert ask(desk, 1) == [], "all is handed out"
+    out = desk.hears(Lost(0))
+    assert (lease(out).worker, lease(out).begin) == (1, 0)
+
+
+def test_who_asks_for_something_else_is_told_so() -> None:
+    desk = Desk(2)
+    ask(desk, 0)
+    assert lease(ask(desk, 1, TaskSpec(5, 2, 1, False))).kind is LeaseKind.CONFLICT
+    assert lease(ask(desk, 1)).kind is LeaseKind.TRAIN
+
+
+def test_the_end_answers_who_waits_for_a_lease() -> None:
+    desk = Desk(2)
+    for worker in (0, 1):
+        ask(desk, worker)
+    desk.push(1)
+    ask(desk, 1)
+    out = desk.hears(Stop(0))
+    assert lease(out).kind is LeaseKind.STOPPED
+    assert lease(ask(desk, 0)).kind is LeaseKind.STOPPED
+
+
+def test_an_evaluation_is_of_one_pinned_snapshot() -> None:
+    desk = Desk(2, servers=2)
+    ask(desk, 0, EVALUATING)
+    out = desk.push(0)
+    assert kinds(out) == ["Decision", "EpochDone", "Pin", "Answer"]
+    assert lease(ask(desk, 0, EVALUATING)).kind is LeaseKind.EVALUATE
+    assert lease(ask(desk, 1, EVALUATING)).begin == 2
+    desk.push(1)  # the clock goes on, and completes the block without numbers
+    out = desk.pull(0, pinned=True)
+    assert receipts(out)[0].version == 1
+    assert params_of(desk, receipts(out)[0]) == -1.0
+    out = desk.hears(Report(0, {"n": 2.0}))
+    assert out == [Evaluated(0, 1, {"n": 2.0}), Pin(on=False)]
+    assert desk.store.held == 1, "worker 0's hold of it"
+
+
+def test_a_pinned_pull_waits_for_the_pin() -> None:
+    desk = Desk(2)
+    ask(desk, 0, EVALUATING)
+    assert desk.pull(1, pinned=True) == []
+    out = desk.push(0)
+    assert receipts(out)[1].version == 1
+    assert desk.store._holds[receipts(out)[1].buffer] == 2
+
+
+def test_bsp_does_not_wait_for_who_waits_for_a_lease() -> None:
+    desk = Desk(2, BSP())
+    spec = TaskSpec(2, 2, 1, False)
+    assert lease(ask(desk, 0, spec)).kind is LeaseKind.TRAIN
+    assert ask(desk, 1, spec) == []
+    out = desk.push(0)
+    assert receipts(out)[0].applied
+    assert lease(out).kind is LeaseKind.EXHAUSTED
+
+
+@pytest.mark.parametrize("mode", [SSP(0), BSP()])
+def test_nobody_ahead_is_given_an_evaluation(mode: Any) -> None:
+    """It would wait for workers that wait for that evaluation."""
+    desk = Desk(2, mode)
+    spec = TaskSpec(2, 1, 1, False, eval_samples=1)
+    for worker in (0, 1):
+        ask(desk, worker, spec)
+    desk.push(0, finite=False)  # a refused step is finished at once, in BSP too
+    ask(desk, 0, spec)
+    assert ask(desk, 0, spec) == []
+    out = ask(desk, 1, spec)
+    assert lease(out).worker == 1
+    assert lease(out).kind is LeaseKind.EVALUATE
+
+
+def test_bsp_waves_over_a_loss() -> None:
+    desk = Desk(3, BSP())
+    spec = TaskSpec(6, 1, 1, False)
+    assert [lease(ask(desk, w, spec)).begin for w in (2, 0, 1)] == [2, 0, 1]
+    desk.push(0)
+    desk.push(2)
+    desk.hears(Lost(1))
+    assert desk.store.version == 1, "the round has closed without it"
+    assert lease(ask(desk, 2, spec)).begin == 3, "the second of the free blocks 1, 3, 4, 5"
+    assert lease(ask(desk, 0, spec)).begin == 1

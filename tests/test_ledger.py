@@ -1,0 +1,53 @@
+"""The account of pushes adds up."""
+
+from __future__ import annotations
+
+from psframe import Ledger
+from psframe.events import Reason
+from psframe.ledger import LedgerBook
+
+
+def test_every_reason_has_its_column() -> None:
+    book = LedgerBook()
+    for reason in Reason:
+        book.received += 1
+        book.count(reason)
+    book.count_fenced()
+    ledger = book.ledger()
+    assert book.settled == ledger.received == len(Reason) + 1
+    assert ledger.applied == 1
+    assert ledger.refused == 4  # three reasons, and one from a worker that counts as lost
+    assert ledger.dropped == ledger.lost == ledger.stopped == 1
+    assert ledger.reasons == {
+        "non-finite gradient": 1,
+        "non-finite update": 1,
+        "unknown version": 1,
+        "late": 1,
+        "stopped": 1,
+        "lost": 1,
+        "fenced": 1,
+    }
+    settled = ledger.applied + ledger.refused + ledger.dropped + ledger.lost + ledger.stopped
+    assert settled == ledger.received
+
+
+def test_a_push_is_partial_once() -> None:
+    book = LedgerBook()
+    for push in ((0, 3), (1, 3), (0, 3)):
+        book.count_partial(*push)
+    assert book.ledger().partial == 2
+
+
+def test_empty_and_as_dict() -> None:
+    assert LedgerBook().ledger() == Ledger()
+    book = LedgerBook()
+    book.received = 1
+    book.count(Reason.LATE)
+    plain = book.ledger().as_dict()
+    assert plain["reasons"] == {"late": 1}
+    assert Ledger(**plain) == book.ledger()
+
+
+def test_reasons_have_words() -> None:
+    assert Reason.NONE.text == ""
+    assert len({reason.text for reason in Reason}) == len(Reason)
