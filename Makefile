@@ -5,7 +5,7 @@
 MPI ?= openmpi
 # Processes: one parameter server and NP - 1 workers.
 NP ?= 4
-# More arguments for the command: make train ARGS="--model cnn --epochs 5"
+# More arguments for the command: make train ARGS="--mode bsp --epochs 5"
 ARGS ?=
 # The interpreter that makes the virtual environments.
 PYTHON ?= python3

@@ -67,7 +67,7 @@ class Layout:
             if not isinstance(name, str):
                 raise TypeError(f"params: expected names that are strings, got {name!r}")
             dtype = getattr(value, "dtype", None)
-            if dtype not in _DTYPES:
+            if dtype is None or dtype not in _DTYPES:  # numpy.dtype("f8") == None
                 got = "no dtype" if dtype is None else str(dtype)
                 raise TypeError(
                     f"params: {name!r} has {got}, expected a float32 or float64 array; "

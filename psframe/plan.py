@@ -95,7 +95,7 @@ class Plan:
         if not callable(work):
             raise TypeError(f"work: expected a function of one worker, got {work!r}")
         layout = Layout.of(params)
-        if not callable(getattr(optimizer, "updater", None)):
+        if not callable(getattr(optimizer, "updater", None)) or isinstance(optimizer, type):
             raise TypeError(
                 f"optimizer: expected one of psframe.optim, such as psframe.optim.SGD(lr=0.1),"
                 f" got {optimizer!r}"

@@ -177,6 +177,19 @@ def test_a_part_that_is_here_is_applied_though_its_worker_is_lost() -> None:
     assert desk.store.held == 0
 
 
+def test_no_pull_of_the_lost_is_waited_for() -> None:
+    desk = follower(2, SSP(0))
+    desk.push(0)
+    desk.hears(Decision([(0, 0)]))
+    assert desk.pull(0) == [], "worker 1's step is not here yet"
+    desk.push(0)
+    desk.hears(Decision([(0, 2)]))
+    assert desk.store.version == 1
+    out = desk.hears(Gone(0))
+    assert desk.store.version == 2
+    assert not any(isinstance(event, Withheld) for event in out)
+
+
 def test_a_round_goes_on_without_the_part_of_the_lost() -> None:
     desk = follower(3, BSP())
     desk.push(0, 2.0)

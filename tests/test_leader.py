@@ -332,6 +332,17 @@ def test_nobody_ahead_is_given_an_evaluation(mode: Any) -> None:
     assert lease(out).kind is LeaseKind.EVALUATE
 
 
+def test_who_has_to_wait_in_bsp_frees_what_others_wait_for() -> None:
+    desk = Desk(3, BSP())
+    spec = TaskSpec(3, 1, 1, False)
+    assert lease(ask(desk, 2, spec)).begin == 2, "reserves 0 and 1 for the others"
+    assert lease(ask(desk, 1, spec, plan=1)).begin == 1, "and here 0 and 2"
+    assert ask(desk, 1, spec, plan=1) == []
+    assert [lease(ask(desk, 0, spec)).begin for _ in range(2)] == [0, 1]
+    out = ask(desk, 0, spec)
+    assert (lease(out).worker, lease(out).begin) == (1, 0)
+
+
 def test_bsp_waves_over_a_loss() -> None:
     desk = Desk(3, BSP())
     spec = TaskSpec(6, 1, 1, False)

@@ -226,13 +226,13 @@ def test_an_evaluation_is_merged_in_block_order() -> None:
         (EVALUATE, 2, 4),
         (EVALUATE, 4, 5),
     ]
-    sums = {2: 1e16, 0: 1.0, 1: -1e16}
+    sums = {2: 1.0, 0: 1e16, 1: -1e16}
     assert office.book.report(1, {"loss": sums[1], "n": 1.0}) is None
     assert office.book.report(0, {"loss": sums[0]}) is None
     assert office.book.report(0, {"loss": 99.0}) is None, "nothing in its hand"
     merged = office.book.report(2, {"loss": sums[2], "n": 2.0})
     assert merged is not None
-    assert merged.sums == {"loss": (1e16 + 1.0) - 1e16, "n": 3.0}
+    assert merged.sums == {"loss": (1.0 + 1e16) - 1e16, "n": 3.0}
     assert merged.version == 5
     assert not office.book.evaluating
 
