@@ -1,7 +1,7 @@
 """psframe: a parameter server for MPI clusters, in Python."""
 
 from psframe import optim
-from psframe.client import Params, Pending, PendingPull, Receipt, Task, Worker
+from psframe.client import Pending, PendingPull, Worker
 from psframe.consistency import BSP, SSP, Async
 from psframe.errors import (
     ArgumentError,
@@ -16,8 +16,10 @@ from psframe.errors import (
     WorkerFailed,
 )
 from psframe.ledger import Ledger
+from psframe.params import Params, Receipt
 from psframe.runtime import Result, run
 from psframe.simulation import Network, SimResult, simulate
+from psframe.tasks import Task
 
 __all__ = [
     "BSP",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
@@ -20,16 +19,17 @@ from psframe.events import (
     LeaseKind,
     Leave,
     Log,
-    Reason,
     Report,
     Stop,
     TaskSpec,
 )
 from psframe.layout import Array, Layout
 from psframe.packing import GradientSlot, Snapshots, check_gradients, is_plain
+from psframe.params import Params, Receipt, receipt_of
+from psframe.tasks import EpochOrders, Task, real_number, task_spec
 from psframe.worker import Request, WorkerProtocol
 
-__all__ = ["Endpoint", "Params", "Pending", "PendingPull", "Receipt", "Task", "Worker"]
+__all__ = ["Endpoint", "Pending", "PendingPull", "Worker"]
 
 # Calls of `log` after which the sums are sent even if no lease is asked for.
 _LOG_EVERY = 64
@@ -70,72 +70,6 @@ class Endpoint(Protocol):
         """The server's shard in that buffer, or COPIED; valid until it is released."""
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What became of a push.
-
-    Attributes:
-        applied: whether it is part of the parameters.
-        version: server 0's version after handling it.
-        staleness: the version just before handling it minus the version it was computed on.
-        reason: why it was not applied; empty if it was.
-    """
-
-    applied: bool
-    version: int
-    staleness: int
-    reason: str
-
-
-def _receipt(answer: Answer | None) -> Receipt:
-    if answer is None:
-        return Receipt(False, 0, 0, Reason.STOPPED.text)
-    return Receipt(answer.applied, answer.push_version, answer.staleness, answer.reason.text)
-
-
-class Params(Mapping[str, Any]):
-    """The parameters of one pull: names to arrays on the worker's device, not to be written.
-
-    Valid until this worker's next pull or push_pull (with `pull_async`: until its `wait`).
-
-    Attributes:
-        version: updates that server 0's shard had seen.
-        versions: the same, of every shard; each shard is one consistent version.
-    """
-
-    __slots__ = ("_arrays", "_push", "versions")
-
-    def __init__(
-        self, arrays: Mapping[str, Any], versions: tuple[int, ...], push: Answer | None
-    ) -> None:
-        self._arrays = arrays  # shared with other pulls of the same buffer: never given out
-        self._push = push
-        self.versions = versions
-
-    @property
-    def version(self) -> int:
-        """Server 0's version."""
-        return self.versions[0]
-
-    @property
-    def receipt(self) -> Receipt | None:
-        """What became of the push in a `push_pull`; None of a pull."""
-        return None if self._push is None else _receipt(self._push)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def copy(self) -> dict[str, Any]:
-        """Copy the arrays; the copies are the caller's and stay."""
-        return {name: array.copy() for name, array in self._arrays.items()}
-
-
 class Pending:
     """A push under way."""
 
@@ -162,7 +96,7 @@ class Pending:
             WaitTimeout: the bound has passed; the push stays under way.
         """
         self._worker._wait(self._request, timeout_s)
-        return _receipt(self._request.receipt)
+        return receipt_of(self._request.receipt)
 
 
 class PendingPull:
@@ -192,35 +126,6 @@ class PendingPull:
             if self._worker._prefetch is self:
                 self._worker._prefetch = None
         return self._params
-
-
-class Task:
-    """A block of work leased to this worker.
-
-    Attributes:
-        kind: "train" or "evaluate".
-        epoch: counted from 0.
-        indices: int64 indices of the samples.
-    """
-
-    def __init__(self, worker: Worker, kind: str, epoch: int, indices: Array) -> None:
-        self._worker = worker
-        self.kind = kind
-        self.epoch = epoch
-        self.indices = indices
-
-    def params(self) -> Params:
-        """Pull the snapshot that this evaluation is about; ends the present parameters.
-
-        Raises:
-            Stopped: the run is over.
-        """
-        return self._worker._pull(pinned=True)
-
-    def report(self, **sums: float) -> None:
-        """Report sums over this evaluation block; they are added over all blocks in order."""
-        sums = {name: _number(name, value) for name, value in sums.items()}
-        self._worker._send(0, Report(self._worker.index, sums))
 
 
 class Worker:
@@ -279,13 +184,14 @@ class Worker:
     def pull_async(self) -> PendingPull:
         """Start a pull and return at once; the present parameters stay valid until its wait.
 
-        With another such pull under way, waits for that one first.
+        With another such pull under way, gives that one.
 
         Raises:
             Stopped: the run is over.
         """
         self._check_running()
-        self._end_prefetch()
+        if self._prefetch is not None:
+            return self._prefetch
         request, messages = self._protocol.pull()
         for server, message in enumerate(messages):
             self._send(server, message)
@@ -335,6 +241,7 @@ class Worker:
         """
         self._check_running()
         self._wait_for_slot()
+        self._check_running()  # or it would write into a push that servers have still to apply
         index = self._filling = self._protocol.slot
         slot = self._slot(index)
         staging = self._staging[index]
@@ -390,23 +297,7 @@ class Worker:
         Yields:
             Tasks. Raises as `leases`.
         """
-        eval_samples, eval_batch = evaluate if evaluate is not None else (0, 1)
-        for name, value, least in (
-            ("n_samples", n_samples, 1),
-            ("batch_size", batch_size, 1),
-            ("epochs", epochs, 0),
-            ("evaluate: samples", eval_samples, 0),
-            ("evaluate: batch size", eval_batch, 1),
-        ):
-            _check_count(name, value, least)
-        spec = TaskSpec(
-            int(n_samples),
-            int(batch_size),
-            int(epochs),
-            bool(shuffle),
-            int(eval_samples),
-            int(eval_batch),
-        )
+        spec = task_spec(n_samples, batch_size, epochs, shuffle, evaluate)
         plan = self._plans
         self._plans += 1
         return self._tasks(plan, spec)
@@ -425,7 +316,7 @@ class Worker:
         """
         for name, value in numbers.items():
             total, count = self._logged.get(name, (0.0, 0))
-            self._logged[name] = (total + _number(name, value), count + 1)
+            self._logged[name] = (total + real_number(name, value), count + 1)
         self._log_calls += 1
         if self._log_calls >= _LOG_EVERY:
             self._flush_log()
@@ -504,13 +395,16 @@ class Worker:
         if not plain:
             self._check_gradients(grads)
         self._check_running()
+        versions = self._protocol.versions  # a prefetch that ends now is no reason to tell others
         if want_params:
             self._end_prefetch()
         self._wait_for_slot()
         self._check_running()
         finite, norm = self._fill(grads, plain)
         self._filling = None
-        request, messages = self._protocol.push(finite=finite, norm=norm, want_params=want_params)
+        request, messages = self._protocol.push(
+            finite=finite, norm=norm, want_params=want_params, versions=versions
+        )
         for server, message in enumerate(messages):
             self._endpoint.send(server, message)
         return request
@@ -556,16 +450,9 @@ class Worker:
         return Params(arrays, tuple(request.versions), push)
 
     def _tasks(self, plan: int, spec: TaskSpec) -> Iterator[Task]:
-        orders: dict[int, Array] = {}
+        orders = EpochOrders(self._seed, plan, spec)
         while True:
-            self._check_running()
-            self._flush_log()
-            request, message = self._protocol.ask_lease(plan, spec)
-            self._send(0, message)
-            self._wait(request, None)
-            lease = request.lease
-            if request.stopped or lease is None:
-                raise Stopped("the run is over")
+            lease = self._lease(plan, spec)
             if lease.kind is LeaseKind.EXHAUSTED:
                 return
             if lease.kind is LeaseKind.CONFLICT:
@@ -575,42 +462,33 @@ class Worker:
                 )
             if lease.kind is LeaseKind.EVALUATE:
                 indices = np.arange(lease.begin, lease.end, dtype=np.int64)
-                yield Task(self, "evaluate", lease.epoch, indices)
+                task = Task("evaluate", lease.epoch, indices, self._pull_pinned, self._report)
             else:
-                order = self._order(orders, plan, lease.epoch, spec)
-                yield Task(self, "train", lease.epoch, order[lease.begin : lease.end].copy())
+                indices = orders.block(lease)
+                task = Task("train", lease.epoch, indices, self._pull_pinned, self._report)
+            try:
+                yield task
+            finally:
+                task.close()
 
-    def _order(self, orders: dict[int, Array], plan: int, epoch: int, spec: TaskSpec) -> Array:
-        """The epoch's order of samples: a function of (seed, plan, epoch) alone."""
-        order = orders.get(epoch)
-        if order is None:
-            order = np.arange(spec.n_samples, dtype=np.int64)
-            if spec.shuffle:
-                sequence = np.random.SeedSequence(self._seed, spawn_key=(1, plan, epoch))
-                np.random.Generator(np.random.PCG64(sequence)).shuffle(order)
-            if len(orders) > 1:
-                del orders[min(orders)]
-            orders[epoch] = order
-        return order
+    def _lease(self, plan: int, spec: TaskSpec) -> Lease:
+        self._check_running()
+        self._flush_log()
+        request, message = self._protocol.ask_lease(plan, spec)
+        self._send(0, message)
+        self._wait(request, None)
+        if request.stopped or request.lease is None:
+            raise Stopped("the run is over")
+        return request.lease
+
+    def _pull_pinned(self) -> Params:
+        return self._pull(pinned=True)
+
+    def _report(self, sums: dict[str, float]) -> None:
+        self._send(0, Report(self.index, sums))
 
     def _flush_log(self) -> None:
         if self._logged:
             self._send(0, Log(self.index, self._logged))
             self._logged = {}
         self._log_calls = 0
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if not isinstance(value, (str, bytes)):
-            return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected a real number, got {value!r}") from error
-    raise TypeError(f"{name}: expected a real number, got {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"leases: {name}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"leases: {name}: expected at least {least}, got {value}")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from psframe.agreement import agree, tell
+from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.devices import choose_device, make_device
 from psframe.errors import Diverged, RankLost, WorkerFailed
@@ -39,8 +40,9 @@ from psframe.roles import (
     serve,
     take_part,
 )
+from psframe.transports.meeting import Neighbours, meet
 from psframe.transports.mpi import Mesh, open_mesh
-from psframe.transports.mpi_ports import MpiEndpoint, MpiServerPort, Neighbours, meet
+from psframe.transports.mpi_ports import MpiEndpoint, MpiServerPort
 
 __all__ = ["fail_together", "run_cluster"]
 
@@ -186,22 +188,17 @@ class _ClusterRun:
 
     def _serve_first(self, leader: Leader, port: MpiServerPort) -> bool:
         """Serve as server 0; True if the run was interrupted."""
-        grace = Grace(leader)
+        grace = Grace(leader, self.interrupts)
         self.host.watch(lambda: leader.store.version)
-
-        def tick() -> None:
-            self.interrupts.check()
-            grace.check()
-
         with self.interrupts.held():
             try:
-                serve(leader, port, self.host, tick)
+                serve(leader, port, self.host, grace.check)
                 self.interrupts.check()
             except KeyboardInterrupt:
                 grace.interrupted = True
                 for out in leader.end():
                     route(out, port, no_host_event)
-                serve(leader, port, no_host_event, tick)
+                serve(leader, port, no_host_event, grace.check)
         return grace.interrupted
 
     def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
@@ -222,7 +219,8 @@ class _ClusterRun:
             self._error = error
             decline(endpoint, error)
         else:
-            self._error = take_part(self._work, worker)
+            with limited_threads(neighbours.ranks_here):
+                self._error = take_part(self._work, worker)
         endpoint.close()
 
     # ---- the end -------------------------------------------------------------------------
@@ -248,7 +246,8 @@ class _ClusterRun:
             RankLost: some rank did not come; the job must be aborted.
         """
         try:
-            self.mesh.all_gather(b"", "the end of the run", _END_BOUND_S)
+            # One byte: a collective of none need not wait for anybody, and MPICH's does not.
+            self.mesh.all_gather(b".", "the end of the run", _END_BOUND_S)
         except RankLost as lost:
             raise lost from error
 

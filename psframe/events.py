@@ -5,6 +5,12 @@ alone, and tells the other servers, the *followers*. Events carry handles of buf
 snapshot buffer), never the bytes. They are slotted dataclasses, not frozen: building a frozen
 one costs half a microsecond, and these are made for every message. Whoever receives an event
 owns it.
+
+What the leader tells its followers (Decision, Gone, Pin, End) is its *log*; a position in it is
+a count of records. Messages between two processes arrive in order, but a worker that the leader
+has answered may reach a follower before the record that came before the answer. So answers say
+in `log` how many records came before them, the worker's later pulls repeat it, and a follower
+answers a pull only once it has handled so many.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ __all__ = [
     "EpochDone",
     "Evaluated",
     "Failure",
+    "Finished",
     "FromWorker",
     "Gone",
     "HostEvent",
@@ -41,6 +48,7 @@ __all__ = [
     "RELEASE_HOLD",
     "RELEASE_NONE",
     "Reason",
+    "Record",
     "Report",
     "Sent",
     "Stop",
@@ -143,6 +151,7 @@ class Push:
         norm: Euclidean norm of the whole gradient.
         want_params: answer with the parameters as well (push_pull).
         release: what the worker no longer uses, as RELEASE_* bits.
+        log: the leader's records that a follower handles before it answers with parameters.
         receipt: filled in by the server between deciding the push and granting the pull.
     """
 
@@ -154,17 +163,19 @@ class Push:
     norm: float
     want_params: bool
     release: int
+    log: int = 0
     receipt: Answer | None = None
 
 
 @dataclass(slots=True)
 class Pull:
-    """A wish for the current parameters, or for the pinned ones."""
+    """A wish for the current parameters, or for the pinned ones; `release`, `log` as in Push."""
 
     worker: int
     seq: int
     pinned: bool
     release: int
+    log: int = 0
 
 
 @dataclass(slots=True)
@@ -239,6 +250,7 @@ class Answer:
         applied, reason, push_version, staleness: the receipt; push_version is after handling it.
         buffer: where the parameters are: a snapshot buffer, COPIED, or NO_BUFFER for none.
         version: the version of the parameters in it.
+        log: the leader's records before this answer; 0 from a follower.
     """
 
     worker: int
@@ -250,11 +262,12 @@ class Answer:
     staleness: int = 0
     buffer: int = NO_BUFFER
     version: int = 0
+    log: int = 0
 
 
 @dataclass(slots=True)
 class Lease:
-    """A block [begin, end) of the epoch's order, or why there is none."""
+    """A block [begin, end) of the epoch's order, or why there is none; `log` as in Answer."""
 
     worker: int
     seq: int
@@ -262,6 +275,7 @@ class Lease:
     epoch: int = 0
     begin: int = 0
     end: int = 0
+    log: int = 0
 
 
 # ---- leader to followers, and back -------------------------------------------------------
@@ -300,6 +314,9 @@ class End:
     """The run is over; pushes that have no decision by now are not applied."""
 
 
+Record = Decision | Gone | Pin | End  # of the leader's log
+
+
 @dataclass(slots=True)
 class Withheld:
     """A follower could not apply its part of a push that the leader applied.
@@ -314,7 +331,14 @@ class Withheld:
     in_a_row: int
 
 
-ToServer = FromWorker | Lost | Sent | Decision | Gone | Pin | End | Withheld
+@dataclass(slots=True)
+class Finished:
+    """A follower has carried out all that was decided; this is the last that it tells."""
+
+    server: int
+
+
+ToServer = FromWorker | Lost | Sent | Record | Withheld | Finished
 
 # ---- the leader to its host --------------------------------------------------------------
 
@@ -361,5 +385,6 @@ class PushHandled:
 HostEvent = Logged | EpochDone | Evaluated | PushHandled
 
 # What a server hands to its driver: answers go to the worker they name, decisions to every other
-# server (Withheld and Lost to the leader), host events to the process that the leader runs in.
-Output = Answer | Lease | Decision | Gone | Pin | End | Withheld | Lost | HostEvent
+# server (Withheld, Lost and Finished to the leader), host events to the process that the leader
+# runs in.
+Output = Answer | Lease | Record | Withheld | Lost | Finished | HostEvent

@@ -15,13 +15,14 @@ from psframe.events import (
     Answer,
     Decision,
     End,
-    Gone,
+    Finished,
     Leave,
     Lost,
     Pin,
     Pull,
     Push,
     Reason,
+    Record,
     ToServer,
     Withheld,
 )
@@ -75,11 +76,12 @@ class Follower(Server):
         self._pin_at: int | None = None  # rounds closed before the snapshot to be pinned
         self._dead: set[int] = set()  # no part of theirs comes any more
         self._refusals = 0
+        self._told = False  # that it has finished
 
     @property
     def finished(self) -> bool:
         """Whether the run is over, every worker has left and every decision is carried out."""
-        return self.stopped and super().finished and not any(self._verdicts)
+        return self.stopped and self.all_gone and not any(self._verdicts)
 
     # ---- events --------------------------------------------------------------------------
 
@@ -97,6 +99,21 @@ class Follower(Server):
         raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
 
     def _other(self, event: ToServer) -> None:
+        if isinstance(event, Lost):
+            if not self.gone[event.worker]:
+                self._out.append(event)  # the leader may not have noticed
+                self._mourn(event.worker)
+        elif isinstance(event, Record):
+            self._record(event)
+        else:
+            raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
+
+    def _record(self, event: Record) -> None:
+        """Handle the next record of the leader, and let those go on who wait for it."""
+        self.position += 1
+        if self._awaited is not None and self._awaited <= self.position:
+            self._awaited = None
+            self._wake = True
         if isinstance(event, Decision):
             self._decide(event)
         elif isinstance(event, End):
@@ -107,19 +124,16 @@ class Follower(Server):
             self._pin_at = self._decided if event.on else None
             if not event.on:
                 self._unpin()
-        elif isinstance(event, Lost):
-            if not self.gone[event.worker]:
-                self._out.append(event)  # the leader may not have noticed
-                self._mourn(event.worker)
-        elif isinstance(event, Gone):
-            self._lose(event.worker)
         else:
-            raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
+            self._lose(event.worker)
 
     def _settle_all(self) -> None:
         super()._settle_all()
         while self._give_up() or self._pin_now() or self._close_round():
             super()._settle_all()
+        if self.finished and not self._told:
+            self._told = True
+            self._out.append(Finished(self.index))
 
     @property
     def _decided(self) -> int:

@@ -24,13 +24,16 @@ class Interrupts:
 
     Args:
         verdict: called with the reason at the first signal.
+
+    Attributes:
+        pending: the name of the signal that waits, or empty.
     """
 
     def __init__(self, verdict: Callable[[str], None]) -> None:
         self._verdict = verdict
         self._before: dict[signal.Signals, Any] = {}
         self._held = False
-        self._pending = ""
+        self.pending = ""
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
@@ -60,15 +63,15 @@ class Interrupts:
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that waits, if one does."""
-        if self._pending:
-            name, self._pending = self._pending, ""
+        if self.pending:
+            name, self.pending = self.pending, ""
             raise KeyboardInterrupt(name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self._verdict(f"{name} received")
-        if self._held and not self._pending:
-            self._pending = name
+        if self._held and not self.pending:
+            self.pending = name
             return
         raise KeyboardInterrupt(name)
 

@@ -10,6 +10,7 @@ from psframe.events import (
     End,
     EpochDone,
     Failure,
+    Finished,
     Gone,
     Lease,
     LeaseKind,
@@ -24,6 +25,7 @@ from psframe.events import (
     Push,
     PushHandled,
     Reason,
+    Record,
     Report,
     Stop,
     ToServer,
@@ -75,6 +77,7 @@ class Leader(Server):
         self.diverged = False
         self.failure: tuple[int, Failure] | None = None
         self._followers = servers > 1
+        self._unfinished = set(range(1, servers))
         self._max_updates = max_updates
         self._trace = trace
         self._book = LeaseBook(workers, policy.live, waves=policy.aggregates)
@@ -88,7 +91,34 @@ class Leader(Server):
 
     _kinds = (Push, Pull, LeaseRequest, Report, Leave)
 
+    @property
+    def finished(self) -> bool:
+        """Whether every worker has left or is lost, and the followers have told all they had to."""
+        return self.all_gone and not self._unfinished
+
     # ---- events --------------------------------------------------------------------------
+
+    def handle(self, event: ToServer) -> list[Output]:
+        """Take one event and return what follows from it; see `Server.handle`."""
+        return self._number(super().handle(event))
+
+    def _number(self, out: list[Output]) -> list[Output]:
+        """Write into each answer how many records for the followers come before it."""
+        if self._followers:
+            for event in out:
+                if isinstance(event, (Answer, Lease)):
+                    event.log = self.position
+                elif isinstance(event, Record):
+                    self.position += 1
+        return out
+
+    def _check(self, event: Queued, queued: int) -> None:
+        if isinstance(event, (Push, Pull)) and event.log > self.position:
+            # A follower would make it wait for what may never be.
+            raise MessageError(
+                f"worker {event.worker} has seen {event.log} records, of {self.position}"
+            )
+        super()._check(event, queued)
 
     def _received(self, event: Queued, *, fenced: bool) -> None:
         if isinstance(event, Push):
@@ -126,6 +156,10 @@ class Leader(Server):
         elif isinstance(event, Withheld):
             self.ledger.count_partial(event.worker, event.seq)
             self._diverge_at(event.in_a_row)
+        elif isinstance(event, Finished):
+            if not self._ended or event.server not in self._unfinished:
+                raise MessageError(f"server {event.server} has finished before the end, or twice")
+            self._unfinished.remove(event.server)
         else:
             raise MessageError(f"the first server cannot take {type(event).__name__}")
 
@@ -137,7 +171,7 @@ class Leader(Server):
                 break
             self._close_round(members)
             super()._settle_all()
-        if self.finished:
+        if self.all_gone:
             self._stop()
 
     def end(self) -> list[Output]:
@@ -145,7 +179,7 @@ class Leader(Server):
         self._stop()
         self._settle_all()
         out, self._out = self._out, []
-        return out
+        return self._number(out)
 
     # ---- pushes --------------------------------------------------------------------------
 

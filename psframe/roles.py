@@ -14,6 +14,7 @@ from psframe.events import (
     EpochDone,
     Evaluated,
     Failure,
+    Finished,
     HostEvent,
     Lease,
     Leave,
@@ -24,6 +25,7 @@ from psframe.events import (
     ToServer,
     Withheld,
 )
+from psframe.interrupts import Interrupts
 from psframe.leader import Leader
 from psframe.plan import Observer
 from psframe.server import Server
@@ -80,7 +82,7 @@ def route(out: Output, port: Outgoing, observe: Observer) -> None:
         port.to_worker(out)
     elif isinstance(out, _HOST_EVENTS):
         observe(out)
-    elif isinstance(out, (Withheld, Lost)):
+    elif isinstance(out, (Withheld, Lost, Finished)):
         port.to_leader(out)
     else:
         port.to_followers(out)
@@ -92,7 +94,7 @@ def serve(
     observe: Observer,
     tick: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until every worker has left and all is decided.
+    """Serve until every worker has left and, on every server, all is decided.
 
     Args:
         machine: the leader or a follower.
@@ -142,42 +144,43 @@ class Overdue(RankLost):
 
 
 class Grace:
-    """The check that a run which has failed ends in time; a `tick` for `serve`.
+    """The check that a run which has failed ends in time; its `check` is a `tick` for `serve`.
 
     Args:
         leader: the machine that knows.
+        interrupts: whose signals are held; the check lets them through.
 
     Attributes:
         interrupted: set it when the run was interrupted.
     """
 
-    def __init__(self, leader: Leader) -> None:
+    def __init__(self, leader: Leader, interrupts: Interrupts) -> None:
         self._leader = leader
+        self._interrupts = interrupts
         self._deadline: float | None = None
         self.interrupted = False
-
-    @property
-    def failing(self) -> bool:
-        """Whether the run ends with an error."""
-        leader = self._leader
-        return leader.failure is not None or leader.diverged or self.interrupted
 
     def check(self) -> None:
         """Raise once the workers have had their time.
 
         Raises:
-            Overdue: some did not come back.
+            KeyboardInterrupt: the run has been interrupted just now.
+            Overdue: some workers did not come back.
         """
-        if not self.failing:
+        leader, interrupts = self._leader, self._interrupts
+        if interrupts.pending:
+            interrupts.check()
+        if leader.failure is None and not leader.diverged and not self.interrupted:
             return
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + _GRACE_S
         elif now > self._deadline:
-            failure = self._leader.failure
-            busy = [worker for worker, gone in enumerate(self._leader.gone) if not gone]
+            failure = leader.failure
+            busy = [worker for worker, gone in enumerate(leader.gone) if not gone]
+            who = f"workers {busy}" if busy else "the other servers"
             raise Overdue(
-                f"workers {busy} did not come back within {_GRACE_S:.0f} s after the run had"
+                f"{who} did not come back within {_GRACE_S:.0f} s after the run had"
                 f" ended: {self._why()}",
                 interrupted=self.interrupted
                 or (failure is not None and failure[1].type == KeyboardInterrupt.__name__),

@@ -117,7 +117,7 @@ def run(
     with starting_mpi():
         from psframe.cluster import run_cluster  # imports MPI
 
-    if workers is not None:
+    if workers is not None and (launcher is None or launcher.rank == 0):
         _log.warning("workers=%s is ignored: the launcher decides how many ranks work", workers)
     return run_cluster(
         work,

@@ -101,15 +101,23 @@ class Server(ABC):
         self._landed = [False] * workers
         self._pinned = NO_BUFFER
         self._pinned_version = 0
+        # The leader's records: how many it has made, or this follower has handled.
+        self.position = 0
+        self._awaited: int | None = None  # the least position that a blocked request waits for
         self._out: list[Output] = []
 
     # The requests that this kind of server serves.
     _kinds: tuple[type, ...] = (Push, Pull, Leave)
 
     @property
-    def finished(self) -> bool:
-        """Whether every worker has left or is lost, and all is decided."""
+    def all_gone(self) -> bool:
+        """Whether every worker has left or is lost."""
         return self._n_gone == self.workers
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether nothing more is to come."""
 
     def handle(self, event: ToServer) -> list[Output]:
         """Take one event and return what follows from it, in order.
@@ -210,20 +218,29 @@ class Server(ABC):
             answer.stopped = True
             self._out.append(answer)
             return True
-        return self._grant(answer, pinned=event.pinned)
+        return self._grant(answer, event.log, pinned=event.pinned)
 
     def _serve_wanted(self, event: Push) -> bool:
         """Answer a push that has its receipt, with the parameters if it wants them."""
         receipt = event.receipt
         assert receipt is not None
         if event.want_params and not self.stopped:
-            return self._grant(receipt, pinned=False)
+            return self._grant(receipt, event.log, pinned=False)
         receipt.stopped = self.stopped
         self._out.append(receipt)
         return True
 
-    def _grant(self, answer: Answer, *, pinned: bool) -> bool:
-        """Answer with the parameters; False if the worker may not have them yet."""
+    def _grant(self, answer: Answer, log: int, *, pinned: bool) -> bool:
+        """Answer with the parameters; False if the worker may not have them yet.
+
+        Args:
+            answer: what is answered.
+            log: the position that the worker has seen; the parameters are not of before it.
+            pinned: give the pinned ones.
+        """
+        if log > self.position:
+            self._awaited = log if self._awaited is None else min(self._awaited, log)
+            return False
         worker = answer.worker
         if pinned and self._pinned == NO_BUFFER:
             return False

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import HostDevice
+from psframe.errors import Stopped
 from psframe.events import Answer, HostEvent, PushHandled, ToServer
 from psframe.host import Host
 from psframe.leader import Leader
@@ -188,9 +189,17 @@ class Simulation:
         endpoint = self._virtual.endpoints[index]
         layout, seed = self._plan.layout, self._plan.seed
 
+        def work(worker: Worker) -> None:
+            try:
+                self._work(worker)
+            except Stopped:
+                raise
+            except BaseException as error:
+                self._errors[index] = error  # before anybody hears of it
+                raise
+
         def body() -> None:
-            worker = Worker(endpoint, layout, HostDevice(), seed)
-            self._errors[index] = take_part(self._work, worker)
+            take_part(work, Worker(endpoint, layout, HostDevice(), seed))
 
         endpoint.start(body)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.devices import choose_device, make_device
 from psframe.errors import RankLost, Stopped
@@ -42,7 +43,7 @@ def run_threads(work: Callable[[Worker], Any], plan: Plan, workers: int, host: H
     """Run with `workers` worker threads, and a thread a server but the first; see `psframe.run`."""
     interrupts = Interrupts(lambda reason: host.verdict("interrupted", reason=reason))
     try:
-        with interrupts:
+        with interrupts, limited_threads(workers):
             result = _ThreadRun(work, plan, workers, host, interrupts).run()
             with interrupts.held():  # it is complete, whatever comes now
                 host.verdict("completed", updates=result.version)
@@ -114,23 +115,18 @@ class _ThreadRun:
 
     def _serve(self, leader: Leader) -> None:
         """Serve to the end; after Ctrl-C, to the end of what the workers are at."""
-        grace, port = Grace(leader), self._ports[0]
+        grace, port = Grace(leader, self._interrupts), self._ports[0]
         self._host.watch(lambda: leader.store.version)
-
-        def tick() -> None:
-            self._interrupts.check()
-            grace.check()
-
         with self._interrupts.held():
             try:
-                serve(leader, port, self._host, tick)
+                serve(leader, port, self._host, grace.check)
                 self._interrupts.check()
             except KeyboardInterrupt as error:
                 self._interrupt = error
                 grace.interrupted = True
                 for out in leader.end():
                     route(out, port, no_host_event)
-                serve(leader, port, no_host_event, tick)
+                serve(leader, port, no_host_event, grace.check)
 
     def _follow(self, server: int) -> None:
         try:

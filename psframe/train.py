@@ -116,17 +116,29 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
     if settings.resume and _is_completed(settings, launched):
         return 0
     try:
-        data = load(settings.data)
-        train, test = prepare(data, settings.test_fraction, settings.split_seed)
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
-    model = create(settings.model, data.input_shape, data.n_classes)
-    trainer = _trainer(settings, model, train, launched)
+        trainer, train, test = _prepare(settings, launched)
+    except Exception as error:
+        if launched is None:
+            raise
+        from psframe.cluster import fail_together
+
+        raise fail_together(launched, error) from error  # or the other ranks would wait for this
     trained = trainer.fit(train, test)
     if trained.result.is_root:
         _save(trained)
         _summarise(trained, time.monotonic() - start)
     return 0
+
+
+def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Dataset, Dataset]:
+    """Load the data and make the model and its trainer."""
+    try:
+        data = load(settings.data)
+        train, test = prepare(data, settings.test_fraction, settings.split_seed)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    model = create(settings.model, data.input_shape, data.n_classes)
+    return _trainer(settings, model, train, launched), train, test
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:

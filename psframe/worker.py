@@ -84,6 +84,7 @@ class WorkerProtocol:
         self.stopped = False
         self._in_place = list(in_place)
         self._ended = False  # a server has ended every request
+        self._log = 0  # the leader's records before what it has answered
         self._seq = 0
         self._requests: dict[int, Request] = {}
         self._slots: list[Request | None] = [None, None]
@@ -109,8 +110,21 @@ class WorkerProtocol:
         user = self._slots[self._next_slot]
         return None if user is None or user.done else user
 
-    def push(self, *, finite: bool, norm: float, want_params: bool) -> tuple[Request, list[Push]]:
+    def push(
+        self,
+        *,
+        finite: bool,
+        norm: float,
+        want_params: bool,
+        versions: Sequence[int] | None = None,
+    ) -> tuple[Request, list[Push]]:
         """Make a push of the gradient in `slot`; its parameters, if wanted, end the present ones.
+
+        Args:
+            finite: whether all of the gradient is.
+            norm: its Euclidean norm.
+            want_params: whether the answer is to bring the parameters.
+            versions: by server, what it was computed on; the present versions if None.
 
         Returns:
             The request, and the message to each server.
@@ -122,16 +136,18 @@ class WorkerProtocol:
         self._next_slot = 1 - slot
         if want_params:
             self.drop_params()
+        read = self.versions if versions is None else versions
         messages = [
             Push(
                 self.index,
                 request.seq,
                 slot,
-                self.versions[server],
+                read[server],
                 finite,
                 norm,
                 want_params,
                 self._take_release(server),
+                self._log,
             )
             for server in range(self.servers)
         ]
@@ -141,7 +157,7 @@ class WorkerProtocol:
         """Make a pull. Call `drop_params` before if the present parameters end with it."""
         request = self._request(self.servers, True)
         messages = [
-            Pull(self.index, request.seq, pinned, self._take_release(server))
+            Pull(self.index, request.seq, pinned, self._take_release(server), self._log)
             for server in range(self.servers)
         ]
         return request, messages
@@ -173,6 +189,8 @@ class WorkerProtocol:
         """
         if answer.worker != self.index:
             raise MessageError(f"worker {self.index} got an answer for worker {answer.worker}")
+        if answer.log > self._log:
+            self._log = answer.log
         if isinstance(answer, Answer) and answer.seq == ALL_REQUESTS:
             self._end_all()
             return

@@ -118,6 +118,7 @@ class Desk:
         version: int | None = None,
         finite: bool = True,
         want: bool = False,
+        log: int = 0,
     ) -> list[Any]:
         """The worker pushes the gradient (value, 2 value), by default on the current version."""
         slot = self._slot[worker] = 1 - self._slot[worker]
@@ -126,13 +127,15 @@ class Desk:
         norm = float(np.hypot(value, 2 * value))
         release = self._take(worker) if want else 0
         seq = self.seq(worker)
-        return self.hears(Push(worker, seq, slot, read, finite, norm, want, release))
+        return self.hears(Push(worker, seq, slot, read, finite, norm, want, release, log))
 
-    def pull(self, worker: int, *, pinned: bool = False, keep: bool = False) -> list[Any]:
+    def pull(
+        self, worker: int, *, pinned: bool = False, keep: bool = False, log: int = 0
+    ) -> list[Any]:
         """The worker pulls; unless `keep`, it uses its present parameters no longer."""
-        if self.machine.memory.in_place[worker] and not keep:
-            return self.hears(Pull(worker, self.seq(worker), pinned, self._take(worker)))
-        return self.hears(Pull(worker, self.seq(worker), pinned, 0))
+        in_place = self.machine.memory.in_place[worker]
+        release = self._take(worker) if in_place and not keep else 0
+        return self.hears(Pull(worker, self.seq(worker), pinned, release, log))
 
     def _take(self, worker: int) -> int:
         release, self._release[worker] = self._release[worker], 0

@@ -177,21 +177,40 @@ def test_gradients_count_as_computed_on_the_params_that_were_waited_for():
 
 
 def test_only_one_pull_is_ahead():
-    """The next pull, of whatever kind, waits for the one before it first."""
+    """Another one is the same; a pull or push_pull waits for it first."""
 
     def work(worker):
         first = worker.pull_async()
-        second = worker.pull_async()
-        assert first.done
-        assert not second.done
+        assert worker.pull_async() is first
+        assert not first.done
         assert worker.pull().version == 0
-        assert second.done
+        assert first.done
         third = worker.pull_async()
         assert worker.push_pull(ones()).version == 1
         assert third.done
         assert third.wait().version == 0
+        assert worker.pull_async() is not third
 
     play(work, network=Network(latency_s=1.0))
+
+
+def test_what_belongs_to_an_evaluation_only():
+    def work(worker):
+        for task in worker.tasks(2, 1, evaluate=(1, 1)):
+            if task.kind == "train":
+                with pytest.raises(ValueError, match="this one is to train"):
+                    task.params()
+                with pytest.raises(ValueError, match="this one is to train"):
+                    task.report(loss=1.0)
+            else:
+                task.params()
+                task.report(loss=1.0)
+                with pytest.raises(ValueError, match="this evaluation is over"):
+                    task.report(loss=1.0)
+                with pytest.raises(ValueError, match="this evaluation is over"):
+                    task.params()
+
+    play(work)
 
 
 def test_a_pull_in_advance_may_take_too_long():

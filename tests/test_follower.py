@@ -14,6 +14,7 @@ from psframe.events import (
     Answer,
     Decision,
     End,
+    Finished,
     Gone,
     Leave,
     Lost,
@@ -49,7 +50,7 @@ def test_a_short_story() -> None:
     for worker in (0, 1):
         desk.hears(Leave(worker))
     assert not desk.machine.finished, "the leader has not said that it is over"
-    desk.hears(End())
+    assert desk.hears(End()) == [Finished(1)]
     assert desk.machine.finished
 
 
@@ -129,6 +130,68 @@ def test_the_dropped_join_the_leaders_round_not_the_one_here() -> None:
     out = desk.push(1)
     assert (2, 1, False) in answered(out)
     assert desk.policy.clocks == [1, 1, 1]
+
+
+# ---- a worker that is ahead of the leader's records --------------------------------------------
+
+
+def test_a_pull_waits_for_the_records_that_its_worker_has_seen() -> None:
+    """Worker 1 waited for a lease while the leader closed round 0, and is here before the word."""
+    desk = follower(2, BSP())
+    desk.push(0)
+    assert desk.pull(1, log=1) == [], "this shard is still of before round 0"
+    out = desk.hears(Decision([(0, 0)], round=True))
+    assert answered(out) == [(0, 0, True), (1, 0, False)]
+    assert out[1].version == 1
+
+
+def test_a_push_that_wants_parameters_waits_for_the_records_too() -> None:
+    desk = follower(2)
+    assert desk.push(0, want=True, log=3) == []
+    assert desk.hears(Decision([(0, 0)])) == []
+    assert desk.store.version == 1, "the push itself does not wait"
+    assert desk.hears(Gone(1))[1:] == []
+    (answer,) = desk.hears(Pin(on=True))
+    assert (answer.seq, answer.applied, answer.version) == (0, True, 1)
+
+
+def test_each_goes_on_at_its_own_record() -> None:
+    desk = follower(3)
+    for worker, log in ((2, 1), (0, 3), (1, 2)):
+        assert desk.pull(worker, log=log) == []
+    for worker in (2, 1, 0):
+        assert answered(desk.hears(Decision([(0, 9)]))) == [(worker, 0, False)]
+
+
+def test_a_pinned_pull_is_not_of_the_pin_before() -> None:
+    desk = follower(2)
+    desk.hears(Pin(on=True))
+    desk.push(0)
+    desk.hears(Decision([(0, 0)]))
+    assert desk.pull(0, pinned=True, log=4) == []
+    assert desk.hears(Pin(on=False)) == []
+    (answer,) = desk.hears(Pin(on=True))
+    assert answer.version == 1
+
+
+def test_what_is_no_record_is_not_counted() -> None:
+    desk = follower(3)
+    assert desk.pull(0, log=1) == []
+    assert desk.hears(Lost(2)) == [Lost(2)]
+    with pytest.raises(MessageError, match="cannot take Withheld"):
+        desk.hears(Withheld(1, 0, 0, 0))
+    assert answered(desk.pull(1)) == [(1, 0, False)]
+    assert answered(desk.hears(Pin(on=False))) == [(0, 0, False)]
+
+
+def test_who_speaks_of_records_that_never_come_is_told_of_the_end() -> None:
+    desk = follower(1)
+    assert desk.pull(0, log=2**62) == []
+    assert desk.push(0, want=True, log=2**62) == []
+    assert desk.hears(Leave(0)) == []
+    out = desk.hears(End())
+    assert [answer.stopped for answer in out[:2]] == [True, True]
+    assert out[2:] == [Finished(1)]
 
 
 # ---- ends and losses ---------------------------------------------------------------------------
@@ -227,6 +290,16 @@ def test_a_worker_that_left_is_not_lost() -> None:
     desk.hears(Leave(0))
     assert desk.hears(Lost(0)) == []
     assert desk.hears(Gone(0)) == []
+
+
+def test_its_last_word_comes_after_everything_else_and_once() -> None:
+    desk = follower(2)
+    desk.hears(Decision([(0, 0)]))
+    desk.hears(End())
+    assert desk.hears(Leave(1)) == []
+    out = desk.hears(Gone(0))
+    assert out[1:] == [Withheld(1, 0, 0, 0), Finished(1)]
+    assert desk.hears(Gone(1)) == desk.hears(Lost(0)) == []
 
 
 # ---- pins --------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import pytest
 from fakes import POISON, Desk, params_of
 
 from psframe import BSP, SSP
+from psframe.errors import MessageError
 from psframe.events import (
     Answer,
     Decision,
     EpochDone,
     Evaluated,
     Failure,
+    Finished,
     Gone,
     Lease,
     LeaseKind,
@@ -215,9 +217,95 @@ def test_the_loss_of_a_worker_that_has_left_is_passed_on() -> None:
     assert Desk(1).hears(Leave(0)) == []
 
 
+def test_it_waits_for_what_the_followers_have_still_to_tell() -> None:
+    """The last worker dies, and a follower withholds its part after everyone has left."""
+    desk = Desk(1, servers=3)
+    desk.push(0)
+    assert kinds(desk.hears(Lost(0))) == ["Gone", "Answer", "End"]
+    desk.hears(Finished(2))
+    assert not desk.machine.finished
+    desk.hears(Withheld(1, 0, 0, 0))
+    desk.hears(Finished(1))
+    assert desk.machine.finished
+    assert desk.leader.ledger.ledger().partial == 1
+
+
+def test_a_follower_does_not_finish_before_the_end_or_twice() -> None:
+    desk = Desk(2, servers=2)
+    with pytest.raises(MessageError, match="server 1 has finished before the end, or twice"):
+        desk.hears(Finished(1))
+    desk.leader.end()
+    desk.hears(Finished(1))
+    with pytest.raises(MessageError, match="server 1 has finished"):
+        desk.hears(Finished(1))
+    assert not desk.machine.finished, "its workers have not left"
+    for worker in (0, 1):
+        desk.hears(Leave(worker))
+    assert desk.machine.finished
+
+
 def test_logs_are_passed_on() -> None:
     desk = Desk(1)
     assert desk.hears(Log(0, {"loss": (2.0, 4)})) == [Logged(0, {"loss": (2.0, 4)})]
+
+
+# ---- the log -----------------------------------------------------------------------------------
+
+
+def logs(out: list[Any]) -> list[int]:
+    """The position in every answer."""
+    return [event.log for event in out if isinstance(event, (Answer, Lease))]
+
+
+def test_an_answer_says_how_many_records_came_before_it() -> None:
+    desk = Desk(2, servers=2)
+    assert logs(desk.pull(0)) == [0]
+    assert logs(desk.push(0)) == [1], "the decision"
+    assert logs(desk.pull(1)) == [1]
+    assert logs(desk.push(1, finite=False)) == [2]
+    assert logs(desk.hears(Lost(1))) == [3], "that it is gone"
+    assert logs(desk.hears(Stop(0)) + desk.pull(0)) == [4], "the end"
+
+
+def test_a_lease_says_it_too() -> None:
+    desk = Desk(2, BSP(), servers=2)
+    spec = TaskSpec(2, 2, 1, False)
+    ask(desk, 0, spec)
+    assert ask(desk, 1, spec) == []
+    out = desk.push(0)
+    assert kinds(out) == ["Decision", "EpochDone", "Answer", "Lease"]
+    assert logs(out) == [1, 1]
+
+
+def test_a_lease_of_an_evaluation_comes_after_its_pin() -> None:
+    desk = Desk(1, servers=2)
+    ask(desk, 0, EVALUATING)
+    assert logs(desk.push(0)) == [2], "the decision and the pin"
+    assert logs(ask(desk, 0, EVALUATING)) == [2]
+
+
+def test_without_followers_there_is_no_log() -> None:
+    desk = Desk(1)
+    assert logs(desk.push(0) + desk.pull(0) + desk.hears(Lost(0))) == [0, 0, 0]
+
+
+def test_who_ends_the_run_from_outside_is_in_the_log() -> None:
+    desk = Desk(2, BSP(), servers=2)
+    desk.push(0)
+    assert logs(desk.leader.end()) == [1]
+    assert logs(desk.pull(1)) == [1]
+
+
+@pytest.mark.parametrize("want", [False, True])
+def test_nobody_has_seen_a_record_that_is_not_there(want: bool) -> None:
+    desk = Desk(2, servers=2)
+    desk.push(0)
+    with pytest.raises(MessageError, match="worker 1 has seen 2 records, of 1"):
+        desk.push(1, want=want, log=2)
+    with pytest.raises(MessageError, match="worker 1 has seen 2 records, of 1"):
+        desk.pull(1, log=2)
+    assert desk.leader.ledger.received == 1
+    assert receipts(desk.push(1, want=want, log=1))[1].applied
 
 
 # ---- leases ------------------------------------------------------------------------------------

@@ -10,8 +10,23 @@ import pytest
 
 from psframe import Async, optim, roles
 from psframe.errors import MessageError
-from psframe.events import Decision, Failure, Lease, Leave, Log, Logged, Lost, Pull, Push, ToServer
+from psframe.events import (
+    Decision,
+    End,
+    Failure,
+    Finished,
+    Gone,
+    Lease,
+    Leave,
+    Log,
+    Logged,
+    Lost,
+    Pull,
+    Push,
+    ToServer,
+)
 from psframe.follower import Follower
+from psframe.interrupts import Interrupts
 from psframe.leader import Leader
 from psframe.plan import Plan
 from psframe.roles import Grace, Overdue, describe, handle, no_host_event, serve
@@ -49,7 +64,7 @@ class Port:
 
 
 def test_serve_ends_when_everyone_has_left() -> None:
-    port, heard = Port(Log(0, {"loss": (1.0, 1)}), Leave(0), Leave(1)), []
+    port, heard = Port(Log(0, {"loss": (1.0, 1)}), Leave(0), Leave(1), Finished(1)), []
     serve(make(), port, heard.append)
     assert heard == [Logged(0, {"loss": (1.0, 1)})]
     assert [to for to, _ in port.sent] == ["followers"]  # the end
@@ -57,7 +72,7 @@ def test_serve_ends_when_everyone_has_left() -> None:
 
 def test_a_tick_that_raises_loses_no_event() -> None:
     """The event that comes next is still there for whoever serves on."""
-    port = Port(Leave(0), Leave(1))
+    port = Port(Leave(0), Leave(1), Finished(1))
     ticks = iter([None, KeyboardInterrupt()])
 
     def tick() -> None:
@@ -94,10 +109,9 @@ def test_grace_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roles.time, "monotonic", lambda: now[0])
     leader = make()
     assert isinstance(leader, Leader)
-    grace = Grace(leader)
+    grace = Grace(leader, Interrupts(print))
     now[0] = 1e6
     grace.check()  # nothing has failed
-    assert not grace.failing
     handle(leader, Leave(1, Failure(kind, "boom", "")))
     grace.check()
     now[0] += roles._GRACE_S
@@ -106,13 +120,21 @@ def test_grace_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Overdue, match=rf"workers \[0\] .* worker 1 failed with {kind}: boom") as at:
         grace.check()
     assert at.value.interrupted == (kind == "KeyboardInterrupt")
-    assert grace.failing
 
 
-def test_an_interrupted_run_has_its_grace_too() -> None:
-    grace = Grace(make())
+def test_an_interrupt_is_let_through_and_has_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(roles.time, "monotonic", lambda: now[0])
+    interrupts = Interrupts(print)
+    grace = Grace(make(), interrupts)
+    interrupts.pending = "SIGINT"
+    with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        grace.check()
     grace.interrupted = True
-    assert grace.failing
+    grace.check()
+    now[0] += roles._GRACE_S + 0.01
+    with pytest.raises(Overdue, match=r"workers \[0, 1\] .* it was interrupted"):
+        grace.check()
 
 
 # ---- words -----------------------------------------------------------------------------------
@@ -155,5 +177,8 @@ def test_what_a_follower_says_goes_to_the_leader() -> None:
     port = Port()
     for out in handle(follower, Lost(0)):
         roles.route(out, port, no_host_event)
-    assert ("leader", Lost(0)) in port.sent
+    for event in (Leave(1), End(), Gone(0)):
+        for out in handle(follower, event):
+            roles.route(out, port, no_host_event)
+    assert [event for to, event in port.sent if to == "leader"] == [Lost(0), Finished(1)]
     assert not [event for _, event in port.sent if isinstance(event, (Lease, Push))]

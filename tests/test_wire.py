@@ -20,6 +20,7 @@ from psframe.events import (
     Decision,
     End,
     Failure,
+    Finished,
     Gone,
     Lease,
     LeaseKind,
@@ -62,17 +63,21 @@ IN_PLACE, INLINE, RANGE = Delivery
 
 
 def header(*fields) -> bytes:
-    return struct.pack("<4sBBHiiqqqdqq", b"PSF1", *fields)
+    """The log, the last field, may be left out: it is 0 then."""
+    log = () if len(fields) == 12 else (0,)
+    return struct.pack("<4sBBHiiqqqdqqq", b"PSF1", *fields, *log)
 
 
-# Event, link, and the bytes: kind flags reason worker slot seq version staleness norm payload aux.
+# Event, link, and the bytes: kind flags reason worker slot seq version staleness norm payload aux
+# log.
 PLAIN = [
     (
-        Push(4, 7, 1, 5, True, 1.5, True, 2),
+        Push(4, 7, 1, 5, True, 1.5, True, 2, 258),
         TO_LEADER,
         bytes.fromhex(
             "50534631 01 0c 0000 04000000 01000000 0700000000000000 0500000000000000"
             "0000000000000000 000000000000f83f 0000000000000000 0200000000000000"
+            "0201000000000000"
         ),
     ),
     (
@@ -81,6 +86,7 @@ PLAIN = [
         header(1, 0, 0, 0, 0, 0, 0, 0, math.inf, 0, 0),
     ),
     (Pull(3, 8, True, 3), TO_LEADER, header(2, 4, 0, 3, 0, 8, 0, 0, 0.0, 0, 3)),
+    (Pull(3, 8, False, 0, 9), TO_LEADER, header(2, 0, 0, 3, 0, 8, 0, 0, 0.0, 0, 0, 9)),
     (
         LeaseRequest(2, 9, 1, TaskSpec(100, 32, 3, True, 50, 16)),
         TO_LEADER,
@@ -106,9 +112,9 @@ PLAIN = [
         + struct.pack("<H1sH3sH4s", 1, b"E", 3, b"\xc3\xa9!", 4, b"at 1"),
     ),
     (
-        Answer(2, 7, False, True, Reason.NONE, 11, 3, 6, 12),
+        Answer(2, 7, False, True, Reason.NONE, 11, 3, 6, 12, 13),
         TO_WORKER,
-        header(8, 8, 0, 2, 6, 7, 12, 3, 0.0, 0, 11),
+        header(8, 8, 0, 2, 6, 7, 12, 3, 0.0, 0, 11, 13),
     ),
     (
         Answer(2, 7, False, False, Reason.BAD_VERSION, 11, -3, COPIED, 12),
@@ -121,9 +127,9 @@ PLAIN = [
         header(8, 4, 6, 2, -1, -1, 0, 0, 0.0, 0, 0),
     ),
     (
-        Lease(2, 9, LeaseKind.EVALUATE, 1, 32, 64),
+        Lease(2, 9, LeaseKind.EVALUATE, 1, 32, 64, 5),
         TO_WORKER,
-        header(9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64),
+        header(9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64, 5),
     ),
     (Lease(2, 9, LeaseKind.CONFLICT), TO_WORKER, header(9, 0, 4, 2, 0, 9, 0, 0, 0.0, 0, 0)),
     (
@@ -143,6 +149,7 @@ PLAIN = [
     (End(), TO_FOLLOWER, header(13, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Withheld(2, 4, 7, 3), FROM_FOLLOWER, header(14, 0, 0, 4, 2, 7, 0, 0, 0.0, 0, 3)),
     (Lost(3), FROM_FOLLOWER, header(15, 0, 0, 3, 0, 0, 0, 0, 0.0, 0, 0)),
+    (Finished(2), FROM_FOLLOWER, header(16, 0, 0, 0, 2, 0, 0, 0, 0.0, 0, 0)),
 ]
 ARRAY = bytes(range(SHARD_BYTES))
 # The same with an array: the delivery is in the two lowest bits of flags.
@@ -241,10 +248,19 @@ PUSHES = st.builds(
     st.floats(min_value=0.0),
     st.booleans(),
     RELEASES,
+    COUNTS,
 )
 BUFFERS = st.integers(-2, buffer_count(WORKERS) - 1)
 APPLIED = st.builds(
-    Answer, WORKER, COUNTS, st.just(False), st.just(True), st.just(Reason.NONE), COUNTS, COUNTS
+    Answer,
+    WORKER,
+    COUNTS,
+    st.just(False),
+    st.just(True),
+    st.just(Reason.NONE),
+    COUNTS,
+    COUNTS,
+    log=COUNTS,
 )
 REFUSED = st.builds(
     Answer,
@@ -259,19 +275,20 @@ REFUSED = st.builds(
 PARAMS = st.builds(Answer, WORKER, COUNTS, buffer=BUFFERS.filter(lambda b: b != -1), version=COUNTS)
 RANGES = st.lists(COUNTS, min_size=2, max_size=2, unique=True).map(sorted)
 BLOCKS = st.builds(
-    lambda worker, seq, kind, epoch, block: Lease(worker, seq, kind, epoch, *block),
+    lambda worker, seq, kind, epoch, block, log: Lease(worker, seq, kind, epoch, *block, log),
     WORKER,
     COUNTS,
     st.sampled_from((LeaseKind.TRAIN, LeaseKind.EVALUATE)),
     COUNTS,
     RANGES,
+    COUNTS,
 )
 DECIDED = st.sampled_from([r for r in Reason if r < Reason.STOPPED])
 MEMBERS = st.dictionaries(WORKER, COUNTS).map(lambda members: sorted(members.items()))
 EVENTS = {
     TO_LEADER: st.one_of(
         PUSHES,
-        st.builds(Pull, WORKER, COUNTS, st.booleans(), RELEASES),
+        st.builds(Pull, WORKER, COUNTS, st.booleans(), RELEASES, COUNTS),
         st.builds(LeaseRequest, WORKER, COUNTS, COUNTS, TASKS),
         st.builds(Report, WORKER, st.dictionaries(NAMES, FLOATS, max_size=5)),
         st.builds(Log, WORKER, st.dictionaries(NAMES, st.tuples(FLOATS, POSITIVE), max_size=5)),
@@ -285,7 +302,10 @@ EVENTS = {
         st.builds(Gone, WORKER),
         st.builds(Pin, st.booleans()),
     ),
-    FROM_FOLLOWER: st.builds(Withheld, st.integers(1, SERVERS - 1), WORKER, COUNTS, COUNTS),
+    FROM_FOLLOWER: st.one_of(
+        st.builds(Withheld, st.integers(1, SERVERS - 1), WORKER, COUNTS, COUNTS),
+        st.builds(Finished, st.integers(1, SERVERS - 1)),
+    ),
 }
 
 
@@ -316,7 +336,7 @@ def test_a_message_cut_short_or_too_long_is_refused(link: Link, data: bytes) -> 
         with pytest.raises(MessageError):
             decode(data, length, LIMITS[link])
     refuse(data + b"\0", LIMITS[link], "expected")
-    with pytest.raises(MessageError, match="expected 64 to"):
+    with pytest.raises(MessageError, match="expected 72 to"):
         decode(data, len(data) + 1, LIMITS[link])
 
 
@@ -351,12 +371,12 @@ def test_random_bytes_are_refused(link: Link, data: bytes) -> None:
 @pytest.mark.parametrize("link", Link)
 @given(
     kind=st.sampled_from(Kind),
-    head=st.binary(min_size=59, max_size=59),
+    head=st.binary(min_size=67, max_size=67),
     rest=st.binary(),
     d=st.data(),
 )
 def test_what_begins_like_a_message_is_refused_or_is_one(link, kind, head, rest, d) -> None:
-    zeros = d.draw(st.sets(st.integers(0, 58)))
+    zeros = d.draw(st.sets(st.integers(0, 66)))
     head = bytes(0 if i in zeros else byte for i, byte in enumerate(head))
     head = head[:43] + len(rest).to_bytes(8, "little") + head[51:]
     data = b"PSF1" + bytes([kind]) + head + rest
@@ -391,10 +411,12 @@ def test_a_message_on_the_wrong_link_is_refused(link: Link, data: bytes) -> None
             refuse(data, LIMITS[other], rf"{other.value} has kind {data[4]}, expected")
 
 
-PUSH = [1, 12, 0, 4, 1, 7, 5, 0, 1.5, 0, 2]
-ANSWER = [8, 8, 0, 2, 6, 7, 12, 3, 0.0, 0, 11]
-LEASE = [9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64]
-(FLAGS, REASON, WHO, SLOT, SEQ, VERSION, STALENESS, NORM, PAYLOAD, AUX) = range(1, 11)
+PUSH = [1, 12, 0, 4, 1, 7, 5, 0, 1.5, 0, 2, 3]
+PULL = [2, 0, 0, 4, 0, 7, 0, 0, 0.0, 0, 2, 3]
+ANSWER = [8, 8, 0, 2, 6, 7, 12, 3, 0.0, 0, 11, 3]
+LEASE = [9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64, 3]
+STOP = [6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0, 0]
+(FLAGS, REASON, WHO, SLOT, SEQ, VERSION, STALENESS, NORM, PAYLOAD, AUX, LOG) = range(1, 12)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +439,12 @@ LEASE = [9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64]
         (PUSH, {FLAGS: 15}, r"delivery is 3, expected 0 \(IN_PLACE\) or 1"),
         (PUSH, {PAYLOAD: 24}, "payload_bytes is 24, expected 0"),
         (PUSH, {FLAGS: 14, PAYLOAD: 23}, "payload_bytes is 23, expected 24"),
-        (PUSH, {FLAGS: 13, PAYLOAD: 24}, r"length is 64, expected 64 \+ 24"),
+        (PUSH, {FLAGS: 13, PAYLOAD: 24}, r"length is 72, expected 72 \+ 24"),
+        (PUSH, {LOG: -1}, "log is -1, expected 0 to"),
+        (PUSH, {LOG: 2**62 + 1}, "log is 4611686018427387905"),
+        (PULL, {LOG: -1}, "log is -1"),
+        (PULL, {LOG: 2**62 + 1}, "log is 4611686018427387905"),
+        (STOP, {LOG: 1}, "does not use"),
         (ANSWER, {REASON: 7}, "reason is 7, expected 0 to 6"),
         (ANSWER, {REASON: 1}, "reason is 1, expected 0 to 6, and 0 if applied"),
         (ANSWER, {STALENESS: -1}, "staleness is -1"),
@@ -432,6 +459,10 @@ LEASE = [9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64]
         (ANSWER, {SLOT: -2, FLAGS: 10, PAYLOAD: 24}, "the array has been copied"),
         (ANSWER, {VERSION: -1}, "version is -1"),
         (ANSWER, {NORM: -0.0}, "norm is -0.0, expected 0"),
+        (ANSWER, {LOG: -1}, "log is -1"),
+        (ANSWER, {LOG: 2**62 + 1}, "log is 4611686018427387905"),
+        (LEASE, {LOG: -1}, "log is -1"),
+        (LEASE, {LOG: 2**62 + 1}, "log is 4611686018427387905"),
         (LEASE, {REASON: 5}, "lease kind is 5, expected 0 to 4"),
         (LEASE, {STALENESS: 64}, "begin, end"),
         (LEASE, {STALENESS: -1}, "begin, end"),
@@ -443,7 +474,7 @@ LEASE = [9, 0, 1, 2, 0, 9, 1, 32, 0.0, 0, 64]
     ],
 )
 def test_a_wrong_field_is_named(fields: list, change: dict, text: str) -> None:
-    link = TO_LEADER if fields is PUSH else TO_WORKER
+    link = TO_WORKER if fields in (ANSWER, LEASE) else TO_LEADER
     read(header(*fields), LIMITS[link])
     refuse(header(*(change.get(i, value) for i, value in enumerate(fields))), LIMITS[link], text)
 
@@ -529,8 +560,11 @@ def test_a_follower_speaks_for_itself_only() -> None:
     limits = Limits(FROM_FOLLOWER, WORKERS, SERVERS, server=2)
     assert read(encode(Withheld(2, 0, 0, 0)), limits)[0] == Withheld(2, 0, 0, 0)
     refuse(encode(Withheld(1, 0, 0, 0)), limits, "server is 1, expected 2")
+    assert read(encode(Finished(2)), limits)[0] == Finished(2)
+    refuse(encode(Finished(1)), limits, "server is 1, expected 2")
     for server in (0, SERVERS, -1):
-        refuse(encode(Withheld(server, 0, 0, 0)), LIMITS[FROM_FOLLOWER], "expected 1 to 2")
+        for event in (Withheld(server, 0, 0, 0), Finished(server)):
+            refuse(encode(event), LIMITS[FROM_FOLLOWER], "expected 1 to 2")
 
 
 @pytest.mark.parametrize("legal", Delivery)
@@ -708,6 +742,8 @@ def test_a_leader_survives_every_mutation(mode) -> None:
                 tell(leader, data)
             for worker in range(3):
                 leader.handle(Lost(worker))
+            assert not leader.finished
+            leader.handle(Finished(1))
             assert leader.finished
             check_ledger(leader)
             assert leader.ledger.received == leader.ledger.settled
@@ -725,8 +761,9 @@ STEPS = st.one_of(
         st.sampled_from([0.0, 1.0, 1e300, math.inf]),
         st.booleans(),
         RELEASES,
+        SMALL,
     ),
-    st.builds(Pull, st.integers(0, 2), SMALL, st.booleans(), RELEASES),
+    st.builds(Pull, st.integers(0, 2), SMALL, st.booleans(), RELEASES, SMALL),
     st.builds(LeaseRequest, st.integers(0, 2), SMALL, st.integers(0, 1), st.just(TASK)),
     st.builds(Report, st.integers(0, 2), st.just({"loss": 1.0})),
     st.builds(Stop, st.integers(0, 2)),

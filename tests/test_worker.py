@@ -150,6 +150,18 @@ def test_the_fenced_are_told_of_all_requests_at_once() -> None:
     assert requests[1].buffers == [NO_BUFFER] * 2
 
 
+def test_requests_carry_the_largest_position_seen() -> None:
+    protocol = WorkerProtocol(0, 2, [True, True])
+    lease, _ = protocol.ask_lease(0, SPEC)
+    first, messages = protocol.pull()
+    assert [m.log for m in messages] == [0, 0]
+    protocol.receive(0, Lease(0, lease.seq, LeaseKind.TRAIN, 0, 0, 2, log=5))
+    protocol.receive(1, answer(first))
+    assert [m.log for m in protocol.pull()[1]] == [5, 5]
+    protocol.receive(0, answer(first, log=3))
+    assert [m.log for m in push(protocol, want=True)[1]] == [5, 5], "it does not go back"
+
+
 def test_answers_to_nothing() -> None:
     protocol = WorkerProtocol(0, 1, [True])
     request, _ = protocol.pull()

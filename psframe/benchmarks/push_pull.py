@@ -228,9 +228,11 @@ class _Bench:
                 if second != second:
                     raise WrongAnswer(f"worker {worker.index}: {name} is not of version {version}")
 
-        for number in range(warm_up):
-            step(number, PAIRS_ALL)
-        self._echo.meet()
+        try:
+            for number in range(warm_up):
+                step(number, PAIRS_ALL)
+        finally:
+            self._echo.meet()  # whoever has failed, too: the others would wait for it here
         begin = time.perf_counter()
         for number in range(measured - 1):
             step(number, stride)

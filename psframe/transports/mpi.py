@@ -1,10 +1,7 @@
 """MPI, and it alone imports mpi4py: nonblocking calls on contiguous bytes, polled with a bound.
 
 `Mesh` is one run's duplicated communicator: collectives for set-up and end, arrays from rank to
-rank. `Post` carries the messages of `wire`: a small ring of persistent ANY_SOURCE receives,
-tested and restarted in the order in which they were posted (or one peer's messages would change
-places), and a small ring of persistent sends a peer, tested before reuse and never waited for.
-A buffer given to MPI is not touched until its request is complete.
+rank. A buffer given to MPI is not touched until its request is complete.
 """
 
 from __future__ import annotations
@@ -12,29 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import mpi4py
 import numpy as np
 
-from psframe.errors import LaunchError, MessageError, RankLost
-from psframe.events import (
-    Answer,
-    End,
-    Gone,
-    Lease,
-    Lost,
-    Pin,
-    Pull,
-    Push,
-    Stop,
-    Withheld,
-)
+from psframe.errors import LaunchError, RankLost
 from psframe.launcher import Launcher, find_launcher, lone_process_message
 from psframe.layout import Array
-from psframe.wire import HEADER_BYTES, Delivery, Event, encode, encode_into
 
 # What the import would do by itself is done below, once the library has said what it is: MPICH's
 # would end this process with a message of its own under another MPI's launcher.
@@ -44,13 +27,11 @@ from mpi4py import MPI  # noqa: E402
 
 mpi4py.rc(initialize=_rc[0], finalize=_rc[1])
 
-__all__ = ["Mesh", "Patience", "Post", "Transfers", "open_mesh"]
+__all__ = ["TAG_POST", "Mesh", "Patience", "Transfers", "open_mesh"]
 
-_TAG_POST, _TAG_ARRAY = 1, 2
+TAG_POST, _TAG_ARRAY = 1, 2
 # A count in MPI is an int in some places; and a transfer in pieces can be followed.
 _PIECE_BYTES = 64 << 20
-_RECEIVES = 4  # persistent receives posted at once
-_SENDS = 2  # persistent sends under way to one peer
 # Ranks fewer than the cores: Tests, then yields, then sleeps; more: yield at once, for a
 # spinning rank takes its core from the one that it waits for.
 _SPINS, _YIELDS, _YIELDS_CROWDED = 2000, 20000, 200
@@ -171,9 +152,10 @@ class Mesh:
         comm = self._comm
         return [comm.Irecv([p, MPI.BYTE], source, _TAG_ARRAY) for p in _pieces(array)]
 
-    def post(self, bytes_max: int) -> Post:
-        """Open the message service, for messages of at most so many bytes."""
-        return Post(self._comm, bytes_max)
+    @property
+    def comm(self) -> Any:
+        """The duplicated communicator."""
+        return self._comm
 
     def abort(self, status: int) -> NoReturn:
         """End the whole job at once."""
@@ -228,167 +210,6 @@ class Transfers:
         return bool(self._open)
 
 
-class Post:
-    """Messages of `wire` to and from any rank, in order between any two."""
-
-    def __init__(self, comm: Any, bytes_max: int) -> None:
-        self._comm = comm
-        self._bytes_max = bytes_max
-        self._status = MPI.Status()
-        self._inboxes = [bytearray(bytes_max) for _ in range(_RECEIVES)]
-        self._receives = [
-            comm.Recv_init([b, MPI.BYTE], MPI.ANY_SOURCE, _TAG_POST) for b in self._inboxes
-        ]
-        self._head = 0
-        self._peers: dict[int, _Peer] = {}
-        self._late: set[int] = set()  # peers with messages that wait for a send buffer
-        MPI.Prequest.Startall(self._receives)
-
-    def take(self) -> tuple[int, int, bytearray] | None:
-        """Give (source, bytes, buffer) of the next message; `next` must follow before more.
-
-        Raises:
-            MessageError: a message was longer than any can be; it is gone, the next can be taken.
-        """
-        if self._late:
-            self._send_late()
-        status = self._status
-        try:
-            if not self._receives[self._head].Test(status):
-                return None
-        except MPI.Exception as error:
-            if error.Get_error_class() != MPI.ERR_TRUNCATE:
-                raise
-            source = status.source
-            self.next()
-            raise TooLong(source) from error
-        return status.source, status.Get_count(MPI.BYTE), self._inboxes[self._head]
-
-    def next(self) -> None:
-        """Give the buffer of the message just taken back."""
-        self._receives[self._head].Start()
-        self._head = (self._head + 1) % _RECEIVES
-
-    def send(
-        self,
-        target: int,
-        event: Event,
-        delivery: Delivery = Delivery.IN_PLACE,
-        array: Array | None = None,
-    ) -> None:
-        """Send an event; an INLINE array goes with it, a RANGE is announced by its length."""
-        peer = self._peers.get(target)
-        if peer is None:
-            peer = self._peers[target] = _Peer(self._comm, target)
-        if array is not None:
-            message = encode(event, delivery, array.nbytes)
-            if delivery is Delivery.INLINE:
-                message += array.tobytes()
-            peer.send(message)
-        elif not peer.send_header(event):
-            peer.send(encode(event))
-        if peer.late:
-            self._late.add(target)
-
-    def flush(self) -> None:
-        """Send what waits for a free buffer, as far as possible."""
-        self._send_late()
-
-    @property
-    def sending(self) -> bool:
-        """Whether some message has not left yet."""
-        return any(peer.sending for peer in self._peers.values())
-
-    def close(self) -> None:
-        """Take the receives back; nothing more is expected."""
-        for request in self._receives:
-            request.Cancel()
-        while not MPI.Request.Testall(self._receives):
-            os.sched_yield()
-        for request in self._receives:
-            request.Free()
-        for peer in self._peers.values():
-            peer.close()
-
-    def _send_late(self) -> None:
-        for target in tuple(self._late):
-            if self._peers[target].send_late():
-                self._late.discard(target)
-
-
-class TooLong(MessageError):
-    """A message was longer than any can be.
-
-    Attributes:
-        source: the rank that sent it.
-    """
-
-    def __init__(self, source: int) -> None:
-        super().__init__(f"rank {source} sent a message longer than any of ours")
-        self.source = source
-
-
-class _Peer:
-    """What goes to one rank: headers from a ring of persistent sends, longer messages by Isend.
-
-    A message that finds no free buffer waits in `late`, and those after it behind it.
-    """
-
-    def __init__(self, comm: Any, target: int) -> None:
-        self._comm = comm
-        self._target = target
-        self._buffers = [bytearray(HEADER_BYTES) for _ in range(_SENDS)]
-        self._sends = [comm.Send_init([b, MPI.BYTE], target, _TAG_POST) for b in self._buffers]
-        self._next = 0
-        self._long: list[tuple[Any, bytes]] = []
-        self.late: deque[bytes] = deque()
-
-    def send_header(self, event: Event) -> bool:
-        """Send an event that is a header alone; False if it is more, or must wait its turn."""
-        if self.late or type(event) not in _HEADER_ONLY:
-            return False
-        request = self._sends[self._next]
-        if not request.Test():  # true of a request that is not started
-            return False
-        encode_into(event, self._buffers[self._next])
-        request.Start()
-        self._next = (self._next + 1) % _SENDS
-        return True
-
-    def send(self, message: bytes) -> None:
-        """Send a message, or queue it behind those that wait."""
-        self.late.append(message)
-        self.send_late()
-
-    def send_late(self) -> bool:
-        """Send what waits, in order, as far as possible; True if nothing waits any more."""
-        while self.late:
-            message = self.late[0]
-            if len(message) > HEADER_BYTES:
-                self._long = [(r, m) for r, m in self._long if not r.Test()]
-                request = self._comm.Isend([message, MPI.BYTE], self._target, _TAG_POST)
-                self._long.append((request, message))
-            else:
-                request = self._sends[self._next]
-                if not request.Test():
-                    return False
-                self._buffers[self._next][:] = message
-                request.Start()
-                self._next = (self._next + 1) % _SENDS
-            self.late.popleft()
-        return True
-
-    @property
-    def sending(self) -> bool:
-        """Whether something has not left yet."""
-        self._long = [(r, m) for r, m in self._long if not r.Test()]
-        return bool(self.late or self._long) or not all(r.Test() for r in self._sends)
-
-    def close(self) -> None:
-        for request in self._sends:
-            request.Free()
-
-
 def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
     """Duplicate the communicator of a run.
 
@@ -411,6 +232,3 @@ def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
 def _pieces(array: Array) -> Sequence[Any]:
     data = array.view(np.uint8)
     return [data[b : b + _PIECE_BYTES] for b in range(0, data.size, _PIECE_BYTES)]
-
-
-_HEADER_ONLY = frozenset((Answer, End, Gone, Lease, Lost, Pin, Pull, Push, Stop, Withheld))

@@ -1,4 +1,4 @@
-"""The ends of the MPI transport: a server's port, a worker's endpoint, and how they meet.
+"""The ends of the MPI transport: a server's port and a worker's endpoint.
 
 Between processes of one node arrays stay in shared memory and messages are doorbells; between
 nodes an array goes inside its message if it is small, and in transfers of its own behind the
@@ -8,12 +8,9 @@ message if it is not.
 from __future__ import annotations
 
 import logging
-import os
-import struct
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,110 +29,23 @@ from psframe.events import (
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
 from psframe.store import Buffers, HeapBuffers, buffer_count
-from psframe.transports.mpi import Mesh, Patience, Post, TooLong, Transfers
-from psframe.transports.shared_memory import Segment, SegmentBuffers, node_id
+from psframe.transports.meeting import LANDING, SLOTS, Neighbours
+from psframe.transports.mpi import Mesh, Patience, Transfers
+from psframe.transports.mpi_post import Post, TooLong
+from psframe.transports.shared_memory import SegmentBuffers
 from psframe.wire import HEADER_BYTES, Delivery, Limits, Link, decode, payload_limit
 
-__all__ = ["MpiEndpoint", "MpiServerPort", "Neighbours", "meet"]
+__all__ = ["MpiEndpoint", "MpiServerPort"]
 
 # An array that fits into this together with the header travels inside the message.
 _MESSAGE_BYTES = 4096
 _INLINE_BYTES_MAX = _MESSAGE_BYTES - HEADER_BYTES
-_HELLO = struct.Struct("<16sqi16s")
-# A worker's segment: two gradient slots and the landing area, each of P elements.
-_SLOTS, _LANDING, _WORKER_ARRAYS = 2, 2, 3
 _CLOSE_BOUND_S = 30.0
 
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 
 _log = logging.getLogger("psframe")
-
-
-@dataclass
-class Neighbours:
-    """What a rank knows of the others after they have met.
-
-    Attributes:
-        servers, workers: S and W; ranks [0, S) serve.
-        own: this rank's segment, None if it could not be made or is not wanted.
-        segments: rank -> segment, of those that share memory with this rank.
-        local_worker: how many workers of this rank's node come before it.
-        crowded: whether the node has more ranks than cores that this process may use.
-    """
-
-    servers: int
-    workers: int
-    own: Segment | None
-    segments: dict[int, Segment]
-    local_worker: int
-    crowded: bool
-
-
-def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neighbours:
-    """Find out who shares this rank's node, and open their memory; every rank calls it.
-
-    A pair shares memory only if both have opened all that they should on their node.
-    """
-    own = _make_segment(mesh, layout, servers) if shared_memory else None
-    node = node_id()
-    nonce, fd = (bytes(16), -1) if own is None else (own.nonce, own.fd)
-    hellos = [
-        _HELLO.unpack(record)
-        for record in mesh.all_gather(_HELLO.pack(node, os.getpid(), fd, nonce), "the hello")
-    ]
-    here = [rank for rank, hello in enumerate(hellos) if hello[0] == node]
-    segments: dict[int, Segment] = {}
-    good = own is not None
-    for rank in here if own is not None else []:
-        if (rank < servers) == (mesh.rank < servers):
-            continue  # servers share nothing with servers, nor workers with workers
-        _, pid, its_fd, its_nonce = hellos[rank]
-        segment = _open_segment(rank, pid, its_fd, its_nonce, mesh, layout, servers)
-        if segment is None:
-            good = False
-        else:
-            segments[rank] = segment
-    can = [bool(flag[0]) for flag in mesh.all_gather(bytes([good]), "the shared memory")]
-    if own is not None:
-        own.close_file()  # everyone has opened it
-    if shared_memory and not good:
-        _log.warning("rank %d cannot share memory on its node; all goes through MPI", mesh.rank)
-    workers_before = [rank for rank in here if servers <= rank < mesh.rank]
-    return Neighbours(
-        servers,
-        mesh.size - servers,
-        own,
-        {rank: segment for rank, segment in segments.items() if good and can[rank]},
-        len(workers_before),
-        len(here) > len(os.sched_getaffinity(0)),
-    )
-
-
-def _shape(rank: int, mesh: Mesh, layout: Layout, servers: int) -> tuple[int, int]:
-    """Count and length of the arrays in a rank's segment."""
-    if rank >= servers:
-        return _WORKER_ARRAYS, layout.size
-    begin, end = layout.shards(servers)[rank]
-    return buffer_count(mesh.size - servers), end - begin
-
-
-def _make_segment(mesh: Mesh, layout: Layout, servers: int) -> Segment | None:
-    count, size = _shape(mesh.rank, mesh, layout, servers)
-    try:
-        return Segment.create(count, size, layout.dtype)
-    except OSError as error:
-        _log.warning("rank %d: no shared memory: %s", mesh.rank, error)
-        return None
-
-
-def _open_segment(
-    rank: int, pid: int, fd: int, nonce: bytes, mesh: Mesh, layout: Layout, servers: int
-) -> Segment | None:
-    if fd < 0:
-        return None
-    count, size = _shape(rank, mesh, layout, servers)
-    return Segment.open(pid, fd, nonce, count, size, layout.dtype)
 
 
 class MpiServerPort:
@@ -157,7 +67,7 @@ class MpiServerPort:
         self.buffers: Buffers = (
             HeapBuffers(count, size, layout.dtype) if own is None else SegmentBuffers(own, count)
         )
-        self._gradients: list[list[Array | None]] = [[None] * _SLOTS for _ in range(self.workers)]
+        self._gradients: list[list[Array | None]] = [[None] * SLOTS for _ in range(self.workers)]
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
@@ -168,8 +78,8 @@ class MpiServerPort:
         # By rank: messages behind one whose array is on its way, [event, whether it waits].
         self._held: dict[int, deque[list[ToServer | bool]]] = {}
         self._distrusted: set[int] = set()
-        self._post: Post = mesh.post(
-            max(_MESSAGE_BYTES, HEADER_BYTES + payload_limit(self.workers))
+        self._post: Post = Post(
+            mesh.comm, max(_MESSAGE_BYTES, HEADER_BYTES + payload_limit(self.workers))
         )
 
     @property
@@ -290,7 +200,7 @@ class MpiServerPort:
 
     def _landing(self, worker: int) -> Array:
         segment = self._neighbours.segments[self._neighbours.servers + worker]
-        return segment.array(_LANDING)[self._begin : self._end]
+        return segment.array(LANDING)[self._begin : self._end]
 
     def _make_limits(self, rank: int, layout: Layout) -> Limits:
         servers, leads = self._neighbours.servers, self._mesh.rank == 0
@@ -326,9 +236,9 @@ class MpiEndpoint:
         own = neighbours.own
         self._slots = [
             np.empty(layout.size, layout.dtype) if own is None else own.array(index)
-            for index in range(_SLOTS)
+            for index in range(SLOTS)
         ]
-        self._landing = None if own is None else own.array(_LANDING)
+        self._landing = None if own is None else own.array(LANDING)
         # By server without shared memory: where parameters land, two in turn.
         self._landings: dict[tuple[int, int], Array] = {}
         self._turn = [0] * self.servers
@@ -348,10 +258,10 @@ class MpiEndpoint:
         ]
         self._patience = Patience(neighbours.crowded)
         self._transfers = Transfers()
-        self._slot_sends = [0] * _SLOTS
+        self._slot_sends = [0] * SLOTS
         self._answers: deque[tuple[int, Answer | Lease]] = deque()
         self._held: dict[int, deque[list[Answer | Lease | bool]]] = {}
-        self._post: Post = mesh.post(_MESSAGE_BYTES)
+        self._post: Post = Post(mesh.comm, _MESSAGE_BYTES)
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send a message, and the gradient with it unless the server reads it in place."""

@@ -97,6 +97,7 @@ class VirtualTime:
         self._beside: _Event | None = None
         self._order = itertools.count()
         self._afterwards: list[Callable[[], None]] = []
+        self._broken: Exception | None = None
         nodes = servers + workers
         self._egress = [0.0] * nodes
         self._ingress = [0.0] * nodes
@@ -120,8 +121,27 @@ class VirtualTime:
         """Let something happen after the next thing that is to come, whatever that is."""
         self._afterwards.append(action)
 
+    def abandon(self, error: Exception) -> None:
+        """Let nothing more happen; `run` raises the error."""
+        self._broken = error
+        self._heap.clear()
+        self._beside = None
+
     def run(self) -> None:
-        """Let one thing after the other happen until nothing is to come."""
+        """Let one thing after the other happen until nothing is to come.
+
+        Raises:
+            Exception: what compute_time_s raised, or a ValueError for what it returned.
+        """
+        try:
+            self._run()
+        finally:
+            for endpoint in self.endpoints:
+                endpoint.bury()  # those that still wait do so no more
+        if self._broken is not None:
+            raise self._broken
+
+    def _run(self) -> None:
         heap, pop, push_and_pop = self._heap, heapq.heappop, heapq.heappushpop
         while True:
             beside = self._beside
@@ -309,6 +329,10 @@ class SimulatedEndpoint:
             self._waiting = False
             self._greenlet.switch()
 
+    def bury(self) -> None:
+        """Make an end of the worker, should its greenlet still wait for something."""
+        self._dead = True
+
     def _has_polled_enough(self) -> bool:
         """Count a look at an empty inbox; after many, a loop of them must let time pass."""
         self._polls += 1
@@ -331,7 +355,13 @@ class SimulatedEndpoint:
     def _compute(self, answered_at: float) -> None:
         if self._rng is None:
             self._rng = self._virtual.compute_rng(self.index)
-        until = answered_at + self._virtual.compute_time_s(self.index, self._clock, self._rng)
+        try:
+            seconds = self._virtual.compute_time_s(self.index, self._clock, self._rng)
+        except Exception as error:
+            self._virtual.abandon(error)
+            self._dead = True
+            raise self._exit from error
+        until = answered_at + seconds
         self._answered_at = None
         if until > self._virtual.now:
             self._virtual.at(until, self.index, self._greenlet.switch)

@@ -1,9 +1,10 @@
 """Turns events into messages and back; validates everything before allocating anything.
 
-A message is a header of 64 bytes, little-endian, the same for all kinds, and a payload:
+A message is a header of 72 bytes, little-endian, the same for all kinds, and a payload:
 
     magic "PSF1" 4s | kind u8 | flags u8 | reason u16 | worker i32 | slot i32 |
-    seq i64 | version i64 | staleness i64 | norm f64 | payload_bytes i64 | aux i64
+    seq i64 | version i64 | staleness i64 | norm f64 | payload_bytes i64 | aux i64 |
+    log i64
 
     kind               flags              reason  slot    version  staleness  aux           payload
     1  Push            finite want_params         slot    version             release       array
@@ -21,11 +22,13 @@ A message is a header of 64 bytes, little-endian, the same for all kinds, and a 
     13 End
     14 Withheld                                   server                      in_a_row
     15 Lost
+    16 Finished                                   server
 
-`worker` and `seq` are the event's, where it has them; `norm` is Push's alone. A field that a
-kind does not use is zero. Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own
-begin at bit 2, in the order of the table. Only a Push, or an Answer with parameters, speaks of
-an array. The other payloads follow in the same message:
+`worker` and `seq` are the event's, where it has them; `norm` is Push's alone; `log`, a position
+in the leader's log, is in Push, Pull, Answer and Lease. A field that a kind does not use is zero.
+Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own begin at bit 2, in the order
+of the table. Only a Push, or an Answer with parameters, speaks of an array. The other payloads
+follow in the same message:
 
     task      7 i64: plan, n_samples, batch_size, epochs, shuffle, eval_samples, eval_batch_size
     sums      u32 count, then for each: text name, f64 sum, and in a Log i64 count

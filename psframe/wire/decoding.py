@@ -78,7 +78,9 @@ def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
 
 
 def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
-    _, _, flags, reason, worker, slot, seq, version, staleness, norm, n_payload, release = fields
+    _, _, flags, reason, worker, slot, seq, version, staleness, norm, n_payload, release, log = (
+        fields
+    )
     if flags > 15:
         raise bad_flags(fields, 15)
     if not limits.worker_min <= worker <= limits.worker_max:
@@ -93,6 +95,8 @@ def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limit
         raise bad(fields, "release", release, f"0 to {RELEASE_BITS}")
     if not norm >= 0.0 and (norm < 0.0 or flags & 4):
         raise bad(fields, "norm", norm, "0 or more, or NaN if the gradient is not finite")
+    if not 0 <= log <= COUNT_MAX:
+        raise bad_count(fields, "log", log)
     if reason or staleness:
         raise bad(fields, "(reason, staleness)", (reason, staleness), "0 both")
     if flags & 3 or n_payload or n_bytes != HEADER_BYTES or not limits.in_place:
@@ -100,12 +104,14 @@ def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limit
     else:
         delivery = _IN_PLACE
     finite, want_params = flags & 4 != 0, flags & 8 != 0
-    push = Push(worker, seq, slot, version, finite, norm, want_params, release)
+    push = Push(worker, seq, slot, version, finite, norm, want_params, release, log)
     return push, delivery, n_payload
 
 
 def _decode_pull(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
-    _, _, flags, reason, worker, slot, seq, version, staleness, norm, n_payload, release = fields
+    _, _, flags, reason, worker, slot, seq, version, staleness, norm, n_payload, release, log = (
+        fields
+    )
     if flags & ~4:
         raise bad_flags(fields, 4)
     if not limits.worker_min <= worker <= limits.worker_max:
@@ -114,16 +120,20 @@ def _decode_pull(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limit
         raise bad_count(fields, "seq", seq)
     if not 0 <= release <= RELEASE_BITS:
         raise bad(fields, "release", release, f"0 to {RELEASE_BITS}")
+    if not 0 <= log <= COUNT_MAX:
+        raise bad_count(fields, "log", log)
     if reason or slot or version or staleness or n_payload or norm or copysign(1.0, norm) < 0.0:
         unused = (reason, slot, version, staleness, norm, n_payload)
         raise bad(fields, "what this kind does not use", unused, "0")
     if n_bytes != HEADER_BYTES:
         raise bad_length(fields, n_bytes, 0)
-    return Pull(worker, seq, flags != 0, release), _IN_PLACE, 0
+    return Pull(worker, seq, flags != 0, release, log), _IN_PLACE, 0
 
 
 def _decode_answer(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
-    _, _, flags, reason, worker, index, seq, version, staleness, norm, n_payload, pushed = fields
+    _, _, flags, reason, worker, index, seq, version, staleness, norm, n_payload, pushed, log = (
+        fields
+    )
     if flags > 15:
         raise bad_flags(fields, 15)
     if not limits.worker_min <= worker <= limits.worker_max:
@@ -135,6 +145,8 @@ def _decode_answer(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Lim
         raise bad(fields, "seq", seq, f"0 to {COUNT_MAX}, or {ALL_REQUESTS} if stopped")
     if not (applied and not reason and 0 <= staleness <= COUNT_MAX and 0 <= pushed <= COUNT_MAX):
         _check_no_update(fields, applied)
+    if not 0 <= log <= COUNT_MAX:
+        raise bad_count(fields, "log", log)
     if index == NO_BUFFER:
         if version or n_payload or flags & 3 or n_bytes != HEADER_BYTES:
             raise bad(fields, "buffer", index, "one, since parameters are announced")
@@ -149,7 +161,7 @@ def _decode_answer(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Lim
         else:
             delivery = _IN_PLACE
     why = _REASONS[reason]
-    answer = Answer(worker, seq, stopped, applied, why, pushed, staleness, index, version)
+    answer = Answer(worker, seq, stopped, applied, why, pushed, staleness, index, version, log)
     return answer, delivery, n_payload
 
 

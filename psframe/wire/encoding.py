@@ -9,6 +9,7 @@ from psframe.events import (
     Answer,
     Decision,
     End,
+    Finished,
     Gone,
     Lease,
     LeaseRequest,
@@ -113,6 +114,7 @@ def _encode_push(event: Push, buffer: WriteBuffer, delivery: int, payload_bytes:
         event.norm,
         payload_bytes,
         event.release,
+        event.log,
     )
 
 
@@ -133,12 +135,13 @@ def _encode_answer(event: Answer, buffer: WriteBuffer, delivery: int, payload_by
         0.0,
         payload_bytes,
         event.push_version,
+        event.log,
     )
 
 
 def _encode_pull(event: Pull) -> bytes:
-    flags = 4 if event.pinned else 0
-    return _pack(MAGIC, _PULL, flags, 0, event.worker, 0, event.seq, 0, 0, 0.0, 0, event.release)
+    numbers = (event.worker, 0, event.seq, 0, 0, 0.0, 0, event.release, event.log)
+    return _pack(MAGIC, _PULL, 4 if event.pinned else 0, 0, *numbers)
 
 
 # ---- the others, in whole messages -------------------------------------------------------
@@ -155,9 +158,10 @@ def _message(
     version: int = 0,
     staleness: int = 0,
     aux: int = 0,
+    log: int = 0,
     payload: bytes = b"",
 ) -> bytes:
-    numbers = (flags, reason, worker, slot, seq, version, staleness, 0.0, len(payload), aux)
+    numbers = (flags, reason, worker, slot, seq, version, staleness, 0.0, len(payload), aux, log)
     return _pack(MAGIC, kind, *numbers) + payload
 
 
@@ -189,6 +193,7 @@ def _encode_lease(event: Lease) -> bytes:
         version=event.epoch,
         staleness=event.begin,
         aux=event.end,
+        log=event.log,
     )
 
 
@@ -217,4 +222,5 @@ _WHOLE: Mapping[type, Callable[[Any], bytes]] = {
     End: lambda event: _message(Kind.END),
     Withheld: _encode_withheld,
     Lost: lambda event: _message(Kind.LOST, event.worker),
+    Finished: lambda event: _message(Kind.FINISHED, slot=event.server),
 }

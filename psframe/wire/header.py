@@ -13,13 +13,11 @@ from psframe.events import (
     RELEASE_COPY,
     RELEASE_HOLD,
     Answer,
-    Decision,
-    End,
+    Finished,
     FromWorker,
-    Gone,
     Lease,
     Lost,
-    Pin,
+    Record,
     Withheld,
 )
 from psframe.store import buffer_count
@@ -51,10 +49,12 @@ __all__ = [
 ]
 
 MAGIC = b"PSF1"
-HEADER = struct.Struct("<4sBBHiiqqqdqq")
+HEADER = struct.Struct("<4sBBHiiqqqdqqq")
 HEADER_BYTES = HEADER.size
-assert HEADER_BYTES == 64
-FIELDS = "magic kind flags reason worker slot seq version staleness norm payload_bytes aux".split()
+assert HEADER_BYTES == 72
+FIELDS = (
+    "magic kind flags reason worker slot seq version staleness norm payload_bytes aux log"
+).split()
 
 DELIVERY_BITS = 3  # of flags
 BIT2 = 4  # the first flag of a kind's own
@@ -66,7 +66,7 @@ COUNT_MAX = 2**62
 # Above the longest Log, 4 + 64 (2 + 256 + 16) bytes; a failure's texts are 15 KiB at most.
 _PAYLOAD_BYTES_MIN = 18 << 10
 
-Event = FromWorker | Answer | Lease | Decision | Gone | Pin | End | Withheld | Lost
+Event = FromWorker | Answer | Lease | Record | Withheld | Lost | Finished
 WriteBuffer = bytearray | memoryview
 ReadBuffer = bytes | WriteBuffer
 Fields = tuple[Any, ...]  # of a header, as FIELDS names them
@@ -90,6 +90,7 @@ class Kind(enum.IntEnum):
     END = 13
     WITHHELD = 14
     LOST = 15
+    FINISHED = 16
 
 
 class Delivery(enum.IntEnum):
@@ -115,7 +116,7 @@ _LEGAL: Mapping[Link, str] = {
     Link.WORKER_TO_FOLLOWER: "PUSH PULL LEAVE",  # all else is the leader's business
     Link.SERVER_TO_WORKER: "ANSWER LEASE",
     Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN END",
-    Link.FOLLOWER_TO_LEADER: "WITHHELD LOST",
+    Link.FOLLOWER_TO_LEADER: "WITHHELD LOST FINISHED",
 }
 
 

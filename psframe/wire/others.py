@@ -11,6 +11,7 @@ from typing import Any
 from psframe.events import (
     Decision,
     End,
+    Finished,
     Gone,
     Lease,
     LeaseKind,
@@ -135,7 +136,10 @@ def _read_lease(fields: Fields, payload: memoryview, limits: Limits) -> Lease:
             raise bad(fields, "(epoch, begin, end)", block, "0 without a block")
     elif not (0 <= epoch <= COUNT_MAX and 0 <= begin < end <= COUNT_MAX):
         raise bad(fields, "(epoch, begin, end)", block, f"begin < end, all 0 to {COUNT_MAX}")
-    return Lease(fields[4], fields[6], _LEASE_KINDS[kind], epoch, begin, end)
+    log = fields[12]
+    if not 0 <= log <= COUNT_MAX:
+        raise bad_count(fields, "log", log)
+    return Lease(fields[4], fields[6], _LEASE_KINDS[kind], epoch, begin, end, log)
 
 
 def _read_decision(fields: Fields, payload: memoryview, limits: Limits) -> Decision:
@@ -149,13 +153,19 @@ def _read_decision(fields: Fields, payload: memoryview, limits: Limits) -> Decis
 
 
 def _read_withheld(fields: Fields, payload: memoryview, limits: Limits) -> Withheld:
-    server, in_a_row = fields[5], fields[11]
+    in_a_row = fields[11]
+    if not 0 <= in_a_row <= COUNT_MAX:
+        raise bad_count(fields, "in_a_row", in_a_row)
+    return Withheld(_follower(fields, limits), fields[4], fields[6], in_a_row)
+
+
+def _follower(fields: Fields, limits: Limits) -> int:
+    """Check which follower it comes from."""
+    server: int = fields[5]
     low, high = (1, limits.servers - 1) if limits.server is None else (limits.server,) * 2
     if not low <= server <= high:
         raise bad(fields, "server", server, f"{low} to {high}")
-    if not 0 <= in_a_row <= COUNT_MAX:
-        raise bad_count(fields, "in_a_row", in_a_row)
-    return Withheld(server, fields[4], fields[6], in_a_row)
+    return server
 
 
 _RULES: Mapping[int, _Rule] = {
@@ -164,12 +174,15 @@ _RULES: Mapping[int, _Rule] = {
     Kind.LOG: _rule(_read_log, "worker payload_bytes"),
     Kind.STOP: _rule(lambda fields, payload, limits: Stop(fields[4]), "worker"),
     Kind.LEAVE: _rule(_read_leave, "worker payload_bytes", flags=BIT2),
-    Kind.LEASE: _rule(_read_lease, "worker seq reason version staleness aux"),
+    Kind.LEASE: _rule(_read_lease, "worker seq reason version staleness aux log"),
     Kind.DECISION: _rule(_read_decision, "reason payload_bytes", flags=BIT2),
     Kind.GONE: _rule(lambda fields, payload, limits: Gone(fields[4]), "worker"),
     Kind.PIN: _rule(lambda fields, payload, limits: Pin(fields[2] != 0), flags=BIT2),
     Kind.END: _rule(lambda fields, payload, limits: End()),
     Kind.WITHHELD: _rule(_read_withheld, "worker seq slot aux"),
     Kind.LOST: _rule(lambda fields, payload, limits: Lost(fields[4]), "worker"),
+    Kind.FINISHED: _rule(
+        lambda fields, payload, limits: Finished(_follower(fields, limits)), "slot"
+    ),
 }
 OTHER_KINDS = frozenset(_RULES)

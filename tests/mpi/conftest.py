@@ -1,6 +1,8 @@
 """Tests that need a launcher: run by ``make test`` and by ``tests/mpi/run``."""
 
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         mpi.COMM_WORLD.Abort(1)
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """An empty folder, the same on every rank. (pytest's own are cleaned by all ranks at once.)"""
+    from mpi4py import MPI
+
+    folder = tempfile.TemporaryDirectory() if MPI.COMM_WORLD.rank == 0 else None
+    yield Path(MPI.COMM_WORLD.bcast(folder.name if folder else None))
+    MPI.COMM_WORLD.Barrier()
+    if folder is not None:
+        folder.cleanup()

@@ -304,9 +304,9 @@ def test_every_server_needs_a_worker() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_run_directory_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_used(shared_folder: Path) -> None:
     """Rank 0 says so, and nothing in it has changed; the verdict of a failed run is in its own."""
-    folder = Path(WORLD.bcast(str(tmp_path)))
+    folder = shared_folder
     (folder / "file").touch()
     for path in (folder / "file", Path("/proc/nowhere/run")):
         with pytest.raises(psframe.RunDirError if RANK == 0 else psframe.ArgumentError) as caught:

@@ -1,0 +1,143 @@
+"""Blocks of work as a worker sees them: which samples, and what it owes for an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psframe.events import Lease, TaskSpec
+from psframe.params import Params
+
+__all__ = ["EpochOrders", "Task", "real_number", "task_spec"]
+
+
+class Task:
+    """A block of work leased to this worker.
+
+    Attributes:
+        kind: "train" or "evaluate".
+        epoch: counted from 0.
+        indices: int64 indices of the samples, the caller's own.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        epoch: int,
+        indices: npt.NDArray[np.int64],
+        pull: Callable[[], Params],
+        report: Callable[[dict[str, float]], None],
+    ) -> None:
+        self.kind = kind
+        self.epoch = epoch
+        self.indices = indices
+        self._pull = pull
+        self._report = report
+        self._open = kind == "evaluate"
+
+    def params(self) -> Params:
+        """Pull the snapshot that this evaluation is about; ends the worker's present parameters.
+
+        Raises:
+            ValueError: this is no evaluation, or it is over.
+            Stopped: the run is over.
+        """
+        self._check("params()")
+        return self._pull()
+
+    def report(self, **sums: float) -> None:
+        """Report sums over this block, once; they are added over all blocks, in block order.
+
+        Raises:
+            ValueError: this is no evaluation, or it is over.
+            TypeError: a value is not a real number.
+        """
+        self._check("report()")
+        numbers = {name: real_number(name, value) for name, value in sums.items()}
+        self._open = False
+        self._report(numbers)
+
+    def close(self) -> None:
+        """The worker has gone on to something else."""
+        self._open = False
+
+    def _check(self, call: str) -> None:
+        if not self._open:
+            why = "this evaluation is over" if self.kind == "evaluate" else "this one is to train"
+            raise ValueError(f"{call} belongs to an evaluation task in hand; {why}")
+
+
+class EpochOrders:
+    """The orders of samples of one plan; each is a function of (seed, plan, epoch) alone."""
+
+    def __init__(self, seed: int, plan: int, spec: TaskSpec) -> None:
+        self._seed = seed
+        self._plan = plan
+        self._spec = spec
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}  # of two epochs: a block may come back from the last
+
+    def block(self, lease: Lease) -> npt.NDArray[np.int64]:
+        """Give the sample indices of a training lease, as a copy."""
+        order = self._orders.get(lease.epoch)
+        if order is None:
+            order = self._make(lease.epoch)
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            self._orders[lease.epoch] = order
+        block: npt.NDArray[np.int64] = order[lease.begin : lease.end].copy()
+        return block
+
+    def _make(self, epoch: int) -> npt.NDArray[np.int64]:
+        order = np.arange(self._spec.n_samples, dtype=np.int64)
+        if self._spec.shuffle:
+            sequence = np.random.SeedSequence(self._seed, spawn_key=(1, self._plan, epoch))
+            np.random.Generator(np.random.PCG64(sequence)).shuffle(order)
+        return order
+
+
+def task_spec(
+    n_samples: Any, batch_size: Any, epochs: Any, shuffle: Any, evaluate: tuple[Any, Any] | None
+) -> TaskSpec:
+    """Check the arguments of `Worker.tasks`.
+
+    Raises:
+        TypeError: a count is no integer.
+        ValueError: it is too small.
+    """
+    eval_samples, eval_batch_size = (0, 1) if evaluate is None else evaluate
+    for name, value, least in (
+        ("n_samples", n_samples, 1),
+        ("batch_size", batch_size, 1),
+        ("epochs", epochs, 0),
+        ("evaluate: samples", eval_samples, 0),
+        ("evaluate: batch size", eval_batch_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"leases: {name}: expected an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"leases: {name}: expected at least {least}, got {value}")
+    return TaskSpec(
+        int(n_samples),
+        int(batch_size),
+        int(epochs),
+        bool(shuffle),
+        int(eval_samples),
+        int(eval_batch_size),
+    )
+
+
+def real_number(name: str, value: Any) -> float:
+    """Turn a logged or reported value into a float.
+
+    Raises:
+        TypeError: it is not a real number.
+    """
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a real number, got {value!r}") from error
+    raise TypeError(f"{name}: expected a real number, got {value!r}")
