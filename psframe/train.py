@@ -7,15 +7,13 @@ runs in one process with worker threads.
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 
 from psframe.data import Dataset, load, prepare
-from psframe.errors import ArgumentError, PsframeError, RankLost, RunDirError
+from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost, RunDirError
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import Model, create
 from psframe.rundir import CHECKPOINTS, RunDir
@@ -42,8 +40,6 @@ same runs in one process. For example:
 
 _INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 _THREADS = 3
-# A process's number among those on its node, by launcher.
-_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
@@ -142,11 +138,9 @@ def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Da
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:
-    """Say what is wrong: once a node, for it may be wrong on one node only, as a missing file."""
-    local = [os.environ[name] for name in _LOCAL_RANKS if name in os.environ]
-    if rank == 0 or isinstance(error, RankLost) or (local and local[0] == "0"):
-        at = f"{platform.node()}: " if rank else ""
-        print(f"psframe: error: {at}{error}", file=sys.stderr, flush=True)
+    """Say what is wrong, once: what is wrong on another rank, rank 0 has been told."""
+    if rank == 0 or isinstance(error, (LaunchError, RankLost)):
+        print(f"psframe: error: {error}", file=sys.stderr, flush=True)
     return status
 
 

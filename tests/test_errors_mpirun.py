@@ -256,3 +256,31 @@ def test_ctrl_c_without_a_launcher(where: str, tmp_path: Path) -> None:
     assert stderr.rstrip().endswith("KeyboardInterrupt: SIGINT")
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert status["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("venv", VENVS)
+def test_a_file_that_one_rank_lacks_is_told_by_rank_0(venv: str, tmp_path: Path) -> None:
+    """Rank 2 cannot load its data and never comes to the run; the others are told, not kept."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from psframe.launcher import find_launcher\n"
+        "from psframe.train import main\n"
+        "lacking = find_launcher().rank == 2\n"
+        "sys.exit(main(['--epochs', '1', '--data', 'none.npz' if lacking else 'digits']))\n",
+        encoding="ascii",
+    )
+    done = subprocess.run(
+        [ROOT / venv / "bin" / "mpirun", "-n", "3", ROOT / venv / "bin" / "python", script],
+        env=bare(),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_BOUND_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "rank 2: ArgumentError: data 'none.npz': no such file" in done.stderr
+    status = json.loads(next(tmp_path.glob("runs/*/status.json")).read_text(encoding="utf-8"))
+    assert status["state"] == "failed"

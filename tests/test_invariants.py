@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import POISON, ExactSGD
-from watching import Watcher
+from watching import Watcher, slow_down
 
 from psframe import BSP, SSP, Async, Diverged, Network, Pending, Stopped, Worker
 from psframe.events import Lost
@@ -133,7 +133,7 @@ class Player:
         tasks = self.worker.tasks(n, batch, epochs=epochs, shuffle=shuffle, evaluate=evaluate)
         for task in tasks:
             if task.kind == "evaluate":
-                self.evaluate(task)
+                self.evaluate(plan, task)
             else:
                 self.watch.leased(self.index, plan, task.epoch, task.indices)
                 self.compute(style)
@@ -156,11 +156,12 @@ class Player:
         else:
             self.push()
 
-    def evaluate(self, task: Any) -> None:
+    def evaluate(self, plan: int, task: Any) -> None:
         if self.rng.random() < 0.1:
             return  # completed, with nothing to add, by asking for the next
         self.watch.still(self.index)
         params = task.params()
+        self.watch.pinned(self.index, (plan, task.epoch), params)
         self.take(params)
         if self.rng.random() < 0.9:
             count = float(len(task.indices))
@@ -220,6 +221,8 @@ class Scenario:
         self.suspects = {}
         if rng.random() < 0.2:
             self.suspects = {rng.randrange(self.workers): (rng.uniform(0, 20), rng.random())}
+        # Seconds that a message between servers may take more than a worker's.
+        self.lag_s = rng.choice([0.0, 0.0, 1.0, 10.0])
         self.optimizer = ExactSGD()
         self.plan = Plan.check(
             self.work,
@@ -254,6 +257,8 @@ class Scenario:
         )
         self.watch.attach(simulation)
         virtual = simulation._virtual
+        if self.lag_s:
+            slow_down(virtual, self.lag_s, random.Random(f"{self.seed} lag"))
         for worker, (time_s, which) in self.suspects.items():
             virtual.at(time_s, worker, virtual.deliver[int(which * self.servers)], Lost(worker))
         try:
@@ -273,3 +278,56 @@ def test_invariants(seed: int) -> None:
     scenario = Scenario(seed)
     scenario.run()
     scenario.watch.finish()
+
+
+# ---- servers that hear of each other late ------------------------------------------------------
+
+
+def simulate_late(work: Any, mode: Any, lag_s: float) -> Simulation:
+    """Three workers, three servers; what those tell each other takes longer than all else."""
+    params = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    plan = Plan.check(work, params, optimizer=ExactSGD(), mode=mode, servers=3)
+    simulation = Simulation(
+        work, plan, 3, Network(), lambda rng, worker, clock: float(rng.exponential())
+    )
+    slow_down(simulation._virtual, lag_s, random.Random(3))
+    simulation.run()
+    return simulation
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 1.0, 20.0])
+def test_shards_are_of_one_round_though_servers_hear_late(lag_s: float) -> None:
+    """Who waits for a lease takes no part in rounds meanwhile, and pulls as soon as it has one."""
+    pulls = 0
+
+    def work(worker: Worker) -> None:
+        nonlocal pulls
+        for plan in range(4):
+            for _ in worker.leases(8, 2, epochs=1 + plan):
+                params = worker.pull()
+                assert len(set(params.versions)) == 1, params.versions
+                pulls += 1
+                worker.push({name: np.ones(shape) for name, shape in SHAPES.items()})
+
+    simulation = simulate_late(work, BSP(), lag_s)
+    assert pulls == 4 * (1 + 2 + 3 + 4)
+    assert len({machine.store.version for machine in simulation.machines}) == 1
+
+
+@pytest.mark.parametrize("mode", [Async(), SSP(1), BSP()], ids=repr)
+@pytest.mark.parametrize("lag_s", [0.0, 1.0, 20.0])
+def test_an_evaluation_is_of_one_pin_though_servers_hear_late(mode: Any, lag_s: float) -> None:
+    """Who takes no part in an epoch has no push of its own that would make its pull wait."""
+    pins: dict[int, set[tuple[int, ...]]] = {}
+
+    def work(worker: Worker) -> None:
+        for task in worker.tasks(2, 1, epochs=5, evaluate=(6, 1)):
+            if task.kind == "evaluate":
+                pins.setdefault(task.epoch, set()).add(tuple(task.params().versions))
+                task.report(n=1.0)
+            else:
+                worker.push({name: np.ones(shape) for name, shape in SHAPES.items()})
+
+    simulate_late(work, mode, lag_s)
+    assert sorted(pins) == list(range(5))
+    assert [len(versions) for versions in pins.values()] == [1] * 5

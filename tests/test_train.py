@@ -24,8 +24,6 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in a folder of its own, as a process that no launcher started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "find_launcher", lambda: None)
-    for name in train._LOCAL_RANKS:
-        monkeypatch.delenv(name, raising=False)
     # Other ranks' logger is turned down; monkeypatch puts it back.
     logger = logging.getLogger("psframe")
     monkeypatch.setattr(logger, "level", logger.level)
@@ -325,16 +323,6 @@ def test_other_ranks_keep_silent_about_usage(
     with pytest.raises(SystemExit):
         main(flags)
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(("local", "says"), [("0", True), ("2", False)])
-def test_one_rank_a_node_tells_of_a_missing_file(
-    local: str, says: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(train, "find_launcher", lambda: Launcher("test", 2, 4))
-    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", local)
-    assert main(["--data", "none.npz"]) == 1
-    assert ("no such file" in capsys.readouterr().err) == says
 
 
 def test_importing_psframe_loads_no_face() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,29 @@ from psframe.plan import Plan
 from psframe.server import Server
 from psframe.simulation import Simulation
 from psframe.store import Store
+from psframe.transports.simulated import VirtualTime
 
-__all__ = ["Watcher"]
+__all__ = ["Watcher", "slow_down"]
+
+
+def slow_down(virtual: VirtualTime, lag_s: float, rng: random.Random) -> None:
+    """Let servers hear of each other up to `lag_s` late: between any two in order, and no more.
+
+    As over MPI, a worker that server 0 has answered may then be at another server before the
+    record that came before the answer.
+    """
+    last: dict[tuple[int, int], float] = defaultdict(float)
+    to_server = virtual.to_server
+
+    def slow(server: int, worker: int, event: Any, *, source: int) -> None:
+        if worker >= 0:
+            to_server(server, worker, event, source=source)
+            return
+        late = virtual.now + rng.choice([0.0, lag_s, lag_s * rng.random()])
+        last[source, server] = late = max(late, last[source, server])
+        virtual.at(late, -1, virtual.deliver[server], event)
+
+    virtual.to_server = slow  # type: ignore[method-assign]
 
 
 class Watcher:
@@ -52,6 +74,7 @@ class Watcher:
         self._samples: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
         self._blocks: set[tuple[int, int]] = set()
         self._using: dict[int, tuple[Params, bytes]] = {}
+        self._pins: dict[tuple[int, int], list[int]] = {}  # versions, by (plan, epoch)
         self._held: list[dict[int, bytes]] = [{} for _ in range(plan.servers)]
 
     # ---- attaching -------------------------------------------------------------------------
@@ -141,6 +164,12 @@ class Watcher:
         if self.plan.mode == BSP(0) and not any(self.withheld):
             assert len(set(params.versions)) == 1, "shards of different rounds"
         self._using[worker] = (params, flat.tobytes())
+
+    def pinned(self, worker: int, epoch: tuple[int, int], params: Params) -> None:
+        """Whoever evaluates a plan's epoch does so on the same versions of all shards."""
+        if not self.suspected(worker):
+            versions = self._pins.setdefault(epoch, list(params.versions))
+            assert list(params.versions) == versions, "blocks of one evaluation on several pins"
 
     def still(self, worker: int) -> None:
         """What the worker computes on has not changed under its hands."""
