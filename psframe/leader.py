@@ -164,7 +164,8 @@ class Leader(Server):
             raise MessageError(f"the first server cannot take {type(event).__name__}")
 
     def _settle_all(self) -> None:
-        super()._settle_all()
+        if self._wake:
+            super()._settle_all()
         while self.policy.aggregates and not self.stopped:
             members = self.policy.due()
             if members is None:
@@ -276,19 +277,13 @@ class Leader(Server):
             self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
             self._epoch_staleness[0] += staleness
             self._epoch_staleness[1] += 1
-        push.receipt = Answer(
-            worker,
-            push.seq,
-            applied=applied,
-            reason=reason,
-            push_version=version,
-            staleness=staleness,
-        )
+        push.receipt = Answer(worker, push.seq, False, applied, reason, version, staleness)
         if self._trace and reason is not Reason.STOPPED:
             self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
         if reason is not Reason.STOPPED:
             self._lease_done(worker)
-            self._report(worker, {})
+            if self._book.evaluating:
+                self._report(worker, {})
             if self._book.expire(worker, self.policy.clocks[worker]):
                 self._wake = True
         if applied and version == self._max_updates:

@@ -48,7 +48,7 @@ class LedgerBook:
 
     def __init__(self) -> None:
         self.received = 0
-        self._by_reason: Counter[Reason] = Counter()
+        self._by_reason = [0] * len(Reason)
         self._fenced = 0
         self._partial: set[tuple[int, int]] = set()
 
@@ -68,12 +68,12 @@ class LedgerBook:
     @property
     def settled(self) -> int:
         """Pushes whose fate is decided."""
-        return sum(self._by_reason.values()) + self._fenced
+        return sum(self._by_reason) + self._fenced
 
     def ledger(self) -> Ledger:
         """Close the account as it stands."""
         by_reason = self._by_reason
-        reasons = {r.text: n for r, n in sorted(by_reason.items()) if r is not Reason.NONE}
+        reasons = {r.text: by_reason[r] for r in Reason if r is not Reason.NONE and by_reason[r]}
         if self._fenced:
             reasons["fenced"] = self._fenced
         return Ledger(

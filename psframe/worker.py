@@ -92,6 +92,7 @@ class WorkerProtocol:
         # By server: what the worker's present parameters lie in, and what it no longer uses
         # and has still to say so.
         self._using = [NO_BUFFER] * servers
+        self._has_params = False
         self._releases = [RELEASE_NONE] * servers
 
     @property
@@ -108,7 +109,7 @@ class WorkerProtocol:
     def slot_user(self) -> Request | None:
         """The unanswered push that still uses the next push's slot; None if it is free."""
         user = self._slots[self._next_slot]
-        return None if user is None or user.done else user
+        return user if user is not None and user.waiting else None
 
     def push(
         self,
@@ -137,21 +138,12 @@ class WorkerProtocol:
         if want_params:
             self.drop_params()
         read = self.versions if versions is None else versions
-        messages = [
-            Push(
-                self.index,
-                request.seq,
-                slot,
-                read[server],
-                finite,
-                norm,
-                want_params,
-                self._take_release(server),
-                self._log,
-            )
-            for server in range(self.servers)
+        releases, self._releases = self._releases, [RELEASE_NONE] * self.servers
+        index, seq, log = self.index, request.seq, self._log
+        return request, [
+            Push(index, seq, slot, version, finite, norm, want_params, release, log)
+            for version, release in zip(read, releases, strict=True)
         ]
-        return request, messages
 
     def pull(self, *, pinned: bool = False) -> tuple[Request, list[Pull]]:
         """Make a pull. Call `drop_params` before if the present parameters end with it."""
@@ -169,17 +161,21 @@ class WorkerProtocol:
 
     def drop_params(self) -> None:
         """Use the present parameters no longer; the next push or pull says so to the servers."""
+        if not self._has_params:
+            return
+        self._has_params = False
         for server, buffer in enumerate(self._using):
-            if buffer != NO_BUFFER and self._in_place[server]:
+            if self._in_place[server]:
                 self._releases[server] |= RELEASE_COPY if buffer == COPIED else RELEASE_HOLD
-            self._using[server] = NO_BUFFER
 
     def take_params(self, request: Request) -> None:
         """Make the parameters of an answered request the present ones."""
         assert request.has_params, "the request brought no parameters"
-        self.drop_params()
-        self._using = list(request.buffers)
-        self.versions = list(request.versions)
+        if self._has_params:
+            self.drop_params()
+        self._using = request.buffers  # answered: nobody writes to it any more
+        self.versions = request.versions
+        self._has_params = True
 
     def receive(self, server: int, answer: Answer | Lease) -> None:
         """Take a server's answer.
@@ -222,11 +218,11 @@ class WorkerProtocol:
         self._requests.clear()
 
     def _request(self, waiting: int, wants_params: bool) -> Request:
-        request = Request(self._seq, waiting, wants_params)
-        request.buffers = [NO_BUFFER] * self.servers
-        request.versions = [0] * self.servers
-        self._requests[self._seq] = request
-        self._seq += 1
+        seq, servers = self._seq, self.servers
+        self._seq = seq + 1
+        request = self._requests[seq] = Request(
+            seq, waiting, wants_params, False, None, None, [NO_BUFFER] * servers, [0] * servers
+        )
         return request
 
     def _take_release(self, server: int) -> int:

@@ -46,7 +46,8 @@ def test_fit_learns_in_every_mode(mode: Any, workers: int) -> None:
     assert trained.accuracy is not None
     assert trained.accuracy > 0.9
     assert trained.result.ledger.received == trained.result.ledger.applied
-    assert [epoch.epoch for epoch in trained.history] == [0, 1, 2, 3]
+    # An epoch is done when its last block is: a slow thread may hold one of an earlier epoch.
+    assert sorted(epoch.epoch for epoch in trained.history) == [0, 1, 2, 3]
     for epoch in trained.history:
         assert epoch.samples == len(train)
         assert epoch.test_accuracy is not None
@@ -104,7 +105,7 @@ def test_the_run_directory_tells_of_every_epoch(tmp_path: Path) -> None:
     trained = trainer(workers=2, run_dir=tmp_path / "r", config=config).fit(train, test)
     text = (tmp_path / "r" / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert sorted(line["epoch"] for line in lines) == [0, 1, 2, 3]
     assert lines[-1]["test_accuracy"] == pytest.approx(trained.accuracy)
     assert json.loads((tmp_path / "r" / "status.json").read_text()) == {
         "state": "completed",

@@ -89,6 +89,7 @@ class Updater:
         self._runs = decay_runs(layout, begin, end, no_decay)
         self._mixed = not all(decays for _, _, decays in self._runs)
         self._names = optimizer.slots
+        self._whole = len(self._runs) == 1 and not self._mixed
         self._kernel: _Kernel | None = None
         # The arrays (old, new) of each slot in turn, as the kernel takes them; [0] for the next
         # update, [1] for the one after it.
@@ -177,6 +178,8 @@ class Updater:
         """Compute the parameters and the next slots; True if all are finite."""
         assert self._kernel is not None
         bad = False
+        if self._whole:
+            return not self._kernel(0, self.size, params, grad, out, self._decayed, *self._pairs[0])
         for begin, end, decays in self._runs:
             scalars = self._decayed if decays else self._plain
             bad |= self._kernel(begin, end, params, grad, out, scalars, *self._pairs[0])
