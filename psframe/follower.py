@@ -41,12 +41,14 @@ class _Pending:
         round: rounds that it had closed before, in BSP.
         waiting: parts that have still to arrive.
         parts: the others, by worker.
+        open: whether it has still to be carried out.
     """
 
     decision: Decision
     round: int
     waiting: int
     parts: dict[int, Push] = field(default_factory=dict)
+    open: bool = True
 
 
 class Follower(Server):
@@ -73,7 +75,8 @@ class Follower(Server):
         self._verdicts: list[deque[_Pending]] = [deque() for _ in range(workers)]
         self._rounds: deque[_Pending] = deque()  # closed in the leader's order
         self._closed = 0  # rounds, here
-        self._pin_at: int | None = None  # rounds closed before the snapshot to be pinned
+        # What is to be carried out before the snapshot is pinned that the leader has pinned.
+        self._pin_after: list[_Pending] | None = None
         self._dead: set[int] = set()  # no part of theirs comes any more
         self._refusals = 0
         self._told = False  # that it has finished
@@ -118,10 +121,10 @@ class Follower(Server):
             self._decide(event)
         elif isinstance(event, End):
             self.stopped = self._wake = True
-            self._pin_at = None
+            self._pin_after = None
             self._unpin()
         elif isinstance(event, Pin):
-            self._pin_at = self._decided if event.on else None
+            self._pin_after = self._undone() if event.on else None
             if not event.on:
                 self._unpin()
         else:
@@ -149,11 +152,18 @@ class Follower(Server):
         before = verdicts[0].round if verdicts else self._decided
         return self._closed >= before and super()._may_start(worker)
 
+    def _undone(self) -> list[_Pending]:
+        """List the decisions that have still to be carried out."""
+        return [*self._rounds, *(p for verdicts in self._verdicts for p in verdicts)]
+
     def _pin_now(self) -> bool:
-        """Pin the snapshot of the round after which the leader pinned its own."""
-        if self._pin_at is None or self._closed < self._pin_at:
+        """Pin the snapshot once it has in it whatever the leader's has.
+
+        In BSP it is that very round; otherwise a few later pushes may be in it as well.
+        """
+        if self._pin_after is None or any(pending.open for pending in self._pin_after):
             return False
-        self._pin_at = None
+        self._pin_after = None
         self._pin()
         return True
 
@@ -185,6 +195,7 @@ class Follower(Server):
         if pending.decision.round:
             return False
         self._verdicts[worker].popleft()
+        pending.open = False
         self._apply(push, pending)
         return self._serve_wanted(push)
 
@@ -215,6 +226,7 @@ class Follower(Server):
         if not self._rounds or self._rounds[0].waiting:
             return False
         pending = self._rounds.popleft()
+        pending.open = False
         self._closed += 1
         reason = pending.decision.reason
         members = [worker for worker, _ in pending.decision.members]
@@ -268,7 +280,10 @@ class Follower(Server):
                 seq = dict(pending.decision.members)[worker]
                 if pending.decision.reason is Reason.NONE:
                     self._out.append(Withheld(self.index, worker, seq, 0))
-                if pending.decision.round or not self.policy.live[worker]:
+                if pending.decision.round:
+                    continue
+                pending.open = False
+                if not self.policy.live[worker]:
                     continue
                 if pending.decision.reason is Reason.NONE:
                     self._wake |= self.policy.finish(worker)

@@ -8,7 +8,8 @@ from typing import Any
 
 from psframe.events import HostEvent
 from psframe.plan import Observer
-from psframe.rundir import Recorder, RunDir
+from psframe.recorder import Recorder
+from psframe.rundir import RunDir
 from psframe.witness import Witness
 
 __all__ = ["Host"]

@@ -77,7 +77,8 @@ class EpochOrders:
         self._seed = seed
         self._plan = plan
         self._spec = spec
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}  # of two epochs: a block may come back from the last
+        # Of two epochs: a block of the last one may come back.
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def block(self, lease: Lease) -> npt.NDArray[np.int64]:
         """Give the sample indices of a training lease, as a copy."""

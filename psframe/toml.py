@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -95,7 +94,8 @@ def _value(value: Any, where: str) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
-        return str(value) if not math.isfinite(value) else _float(value)
+        # '1.0', '1e+16', 'inf' and 'nan' are floats in TOML too, and read back equal.
+        return repr(float(value))
     if isinstance(value, (str, Path)):
         return _string(str(value))
     if isinstance(value, (list, tuple)):
@@ -104,8 +104,3 @@ def _value(value: Any, where: str) -> str:
         items = (f"{_key(k)} = {_value(v, where)}" for k, v in value.items() if v is not None)
         return "{" + ", ".join(items) + "}"
     raise TypeError(f"config: {where!r} is a {type(value).__name__}, which TOML cannot hold")
-
-
-def _float(value: float) -> str:
-    # repr(1e16) is '1e+16' and repr(1.0) '1.0': both are TOML floats, and both read back equal.
-    return repr(float(value))

@@ -333,6 +333,23 @@ def test_a_pin_is_of_the_leaders_round() -> None:
     assert desk.store.held == 1
 
 
+def test_a_pin_waits_for_the_parts_of_what_was_decided_before() -> None:
+    desk = follower(2)
+    desk.hears(Decision([(1, 0)]))
+    desk.hears(Pin(on=True))
+    assert desk.pull(0, pinned=True) == []
+    (of_push, of_pull) = desk.push(1)
+    assert (of_push.worker, of_pull.worker, of_pull.version) == (1, 0, 1)
+
+
+def test_a_pin_does_not_wait_for_the_dead() -> None:
+    desk = follower(2)
+    desk.hears(Decision([(1, 0)]))
+    desk.hears(Pin(on=True))
+    assert desk.pull(0, pinned=True) == []
+    assert answered([a for a in desk.hears(Lost(1)) if isinstance(a, Answer)]) == [(0, 0, False)]
+
+
 def test_a_pin_taken_back_before_its_round_never_holds() -> None:
     desk = follower(1, BSP())
     desk.hears(Decision([(0, 0)], round=True))

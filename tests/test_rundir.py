@@ -16,8 +16,7 @@ import pytest
 
 from psframe import toml
 from psframe.errors import RunDirError
-from psframe.events import EpochDone, Evaluated, Logged
-from psframe.rundir import Recorder, RunDir
+from psframe.rundir import RunDir
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -28,17 +27,6 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
     text = (folder / "metrics.jsonl").read_text()
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
-class Clock:
-    """Seconds that grow by one a look."""
-
-    def __init__(self) -> None:
-        self.now = -1.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
 
 
 def test_a_new_run_is_running(tmp_path: Path) -> None:
@@ -259,90 +247,3 @@ def test_a_status_that_cannot_be_written_is_an_error_in_the_log_only(
     run_dir = RunDir(tmp_path / "gone")
     assert not run_dir.status("completed", updates=9)
     assert "status.json" in caplog.text
-
-
-def test_recorder_writes_a_line_an_epoch_with_its_evaluation(tmp_path: Path) -> None:
-    run_dir = RunDir.create(tmp_path, config={})
-    recorder = Recorder(run_dir, Clock())
-    recorder(Logged(0, {"loss": (6.0, 2), "other": (1.0, 1)}))
-    recorder(Logged(1, {"loss": (3.0, 1)}))
-    recorder(EpochDone(0, 45, 1437, 1.5))
-    recorder(Logged(0, {"loss": (1.0, 1)}))
-    recorder(Evaluated(0, 45, {"loss": 10.0, "correct": 15.0, "count": 20.0}))
-    assert recorder.test_accuracy == 0.75
-    recorder(EpochDone(1, 90, 1437, 2.0))
-    recorder(Evaluated(1, 90, {"loss": 5.0, "correct": 18.0, "count": 20.0}))
-    recorder.close()
-    assert recorder.updates == 90
-    assert lines(tmp_path) == [
-        {
-            "time_s": 2.0,
-            "epoch": 0,
-            "update": 45,
-            "train_loss": 3.0,
-            "samples_per_s": 1437.0,
-            "staleness_mean": 1.5,
-            "test_loss": 0.5,
-            "test_accuracy": 0.75,
-        },
-        {
-            "time_s": 4.0,
-            "epoch": 1,
-            "update": 90,
-            "train_loss": 1.0,
-            "samples_per_s": 718.5,
-            "staleness_mean": 2.0,
-            "test_loss": 0.25,
-            "test_accuracy": 0.9,
-        },
-    ]
-
-
-@pytest.mark.parametrize("evaluations", [None, False])
-def test_recorder_without_evaluations(tmp_path: Path, evaluations: bool | None) -> None:
-    run_dir = RunDir.create(tmp_path, config={})
-    recorder = Recorder(run_dir, Clock(), evaluations=evaluations)
-    seen = []
-    for epoch in range(6):
-        recorder(EpochDone(epoch, 10 * epoch, 100, 0.0))
-        seen.append(len(lines(tmp_path)))
-    recorder.close()
-    assert seen == ([0, 0, 0, 4, 5, 6] if evaluations is None else [1, 2, 3, 4, 5, 6])
-    assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
-    assert "test_accuracy" not in lines(tmp_path)[0]
-    assert recorder.test_accuracy is None
-
-
-@pytest.mark.parametrize("evaluations", [None, True])
-def test_recorder_with_evaluations_that_come_late_or_never(
-    tmp_path: Path, evaluations: bool | None
-) -> None:
-    run_dir = RunDir.create(tmp_path, config={})
-    recorder = Recorder(run_dir, Clock(), evaluations=evaluations)
-    sums = {"correct": 1.0, "count": 2.0}
-    recorder(EpochDone(0, 10, 100, 0.0))
-    recorder(EpochDone(1, 20, 100, 0.0))
-    recorder(Evaluated(0, 10, sums))
-    for epoch in range(2, 6):
-        recorder(EpochDone(epoch, 10 + 10 * epoch, 100, 0.0))
-    recorder(Evaluated(1, 20, sums))
-    recorder(Evaluated(5, 60, sums))
-    recorder.close()
-    found = [(line["epoch"], line["update"], line.get("test_accuracy")) for line in lines(tmp_path)]
-    assert found == [
-        (0, 10, 0.5),
-        (1, 20, None),  # it has waited long enough
-        (2, 30, None),
-        (1, 20, 0.5),
-        (5, 60, 0.5),
-        (3, 40, None),
-        (4, 50, None),
-    ]
-
-
-def test_recorder_of_a_run_without_epochs_leaves_a_line(tmp_path: Path) -> None:
-    run_dir = RunDir.create(tmp_path, config={})
-    recorder = Recorder(run_dir, Clock())
-    recorder(Logged(0, {"train_loss": (4.0, 2)}))
-    recorder.close()
-    assert lines(tmp_path) == [{"time_s": 1.0, "update": 0, "train_loss": 2.0}]
