@@ -36,8 +36,8 @@ from psframe.roles import (
     decline,
     describe,
     no_host_event,
-    route,
     serve,
+    serve_first,
     take_part,
 )
 from psframe.transports.meeting import Neighbours, meet
@@ -167,8 +167,9 @@ class _ClusterRun:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         leader = plan.build_server(0, port.workers, port.buffers, port.memory)
         assert isinstance(leader, Leader)
-        interrupted = self._serve_first(leader, port)
-        summary = _summarise(leader, interrupted)
+        grace = Grace(leader, self.interrupts)
+        serve_first(grace, port, self.host)
+        summary = _summarise(leader, interrupted=grace.interrupt is not None)
         error = self._outcome(summary, plan)
         if error is not None:
             self.verdict_of(error, updates=summary["version"])
@@ -186,21 +187,6 @@ class _ClusterRun:
                 self.host.verdict("completed", updates=summary["version"])
         return make_result(plan, summary, params, self.host.path), error
 
-    def _serve_first(self, leader: Leader, port: MpiServerPort) -> bool:
-        """Serve as server 0; True if the run was interrupted."""
-        grace = Grace(leader, self.interrupts)
-        self.host.watch(lambda: leader.store.version)
-        with self.interrupts.held():
-            try:
-                serve(leader, port, self.host, grace.check)
-                self.interrupts.check()
-            except KeyboardInterrupt:
-                grace.interrupted = True
-                for out in leader.end():
-                    route(out, port, no_host_event)
-                serve(leader, port, no_host_event, grace.check)
-        return grace.interrupted
-
     def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         follower = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
@@ -215,7 +201,7 @@ class _ClusterRun:
             _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
         try:
             worker = Worker(endpoint, plan.layout, make_device(device, plan.layout), plan.seed)
-        except Exception as error:
+        except Exception as error:  # CuPy's are many
             self._error = error
             decline(endpoint, error)
         else:
@@ -287,7 +273,7 @@ def _was_interrupted(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt)
 
 
-def _summarise(leader: Leader, interrupted: bool) -> dict[str, Any]:
+def _summarise(leader: Leader, *, interrupted: bool) -> dict[str, Any]:
     failure = None
     if leader.failure is not None:
         worker, what = leader.failure

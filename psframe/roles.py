@@ -25,6 +25,7 @@ from psframe.events import (
     ToServer,
     Withheld,
 )
+from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.leader import Leader
 from psframe.plan import Observer
@@ -38,9 +39,11 @@ __all__ = [
     "decline",
     "describe",
     "handle",
+    "keeping_errors",
     "no_host_event",
     "route",
     "serve",
+    "serve_first",
     "take_part",
 ]
 
@@ -151,14 +154,15 @@ class Grace:
         interrupts: whose signals are held; the check lets them through.
 
     Attributes:
-        interrupted: set it when the run was interrupted.
+        leader, interrupts: as given.
+        interrupt: what has interrupted the run, to be set by whoever catches it; else None.
     """
 
     def __init__(self, leader: Leader, interrupts: Interrupts) -> None:
-        self._leader = leader
-        self._interrupts = interrupts
+        self.leader = leader
+        self.interrupts = interrupts
+        self.interrupt: KeyboardInterrupt | None = None
         self._deadline: float | None = None
-        self.interrupted = False
 
     def check(self) -> None:
         """Raise once the workers have had their time.
@@ -167,10 +171,10 @@ class Grace:
             KeyboardInterrupt: the run has been interrupted just now.
             Overdue: some workers did not come back.
         """
-        leader, interrupts = self._leader, self._interrupts
+        leader, interrupts = self.leader, self.interrupts
         if interrupts.pending:
             interrupts.check()
-        if leader.failure is None and not leader.diverged and not self.interrupted:
+        if leader.failure is None and not leader.diverged and self.interrupt is None:
             return
         now = time.monotonic()
         if self._deadline is None:
@@ -182,15 +186,56 @@ class Grace:
             raise Overdue(
                 f"{who} did not come back within {_GRACE_S:.0f} s after the run had"
                 f" ended: {self._why()}",
-                interrupted=self.interrupted
+                interrupted=self.interrupt is not None
                 or (failure is not None and failure[1].type == KeyboardInterrupt.__name__),
             )
 
     def _why(self) -> str:
-        if self._leader.failure is not None:
-            worker, failure = self._leader.failure
+        if self.leader.failure is not None:
+            worker, failure = self.leader.failure
             return f"worker {worker} failed with {failure.type}: {failure.message}"
-        return "it had diverged" if self._leader.diverged else "it was interrupted"
+        return "it had diverged" if self.leader.diverged else "it was interrupted"
+
+
+def serve_first(grace: Grace, port: ServerPort, host: Host) -> None:
+    """Serve as server 0; once interrupted, to the end of what the workers are at.
+
+    Args:
+        grace: of the leader; its `interrupt` says afterwards whether the run was interrupted.
+        port: the leader's end of the transport.
+        host: takes its events, until an interrupt.
+
+    Raises:
+        Overdue, MessageError: as `Grace.check` and `serve`.
+    """
+    leader, interrupts = grace.leader, grace.interrupts
+    host.watch(lambda: leader.store.version)
+    with interrupts.held():
+        try:
+            serve(leader, port, host, grace.check)
+            interrupts.check()
+        except KeyboardInterrupt as error:
+            grace.interrupt = error
+            for out in leader.end():
+                route(out, port, no_host_event)
+            serve(leader, port, no_host_event, grace.check)
+
+
+def keeping_errors(
+    work: Callable[[Worker], Any], errors: list[BaseException | None]
+) -> Callable[[Worker], None]:
+    """Wrap `work` so that what it raises is in `errors`, by worker, before anybody hears of it."""
+
+    def kept(worker: Worker) -> None:
+        try:
+            work(worker)
+        except Stopped:
+            raise  # the run is over; that is no error of this worker's
+        except BaseException as error:
+            errors[worker.index] = error
+            raise
+
+    return kept
 
 
 def take_part(work: Callable[[Worker], Any], worker: Worker) -> BaseException | None:
@@ -200,7 +245,7 @@ def take_part(work: Callable[[Worker], Any], worker: Worker) -> BaseException | 
         work(worker)
     except Stopped:
         pass  # the run is over; that is no error of this worker's
-    except BaseException as raised:
+    except BaseException as raised:  # whatever it is, the others hear of it and it is raised again
         error = raised
     worker.leave(None if error is None else describe(error))
     return error

@@ -13,13 +13,12 @@ import numpy.typing as npt
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import HostDevice
-from psframe.errors import Stopped
 from psframe.events import Answer, HostEvent, PushHandled, ToServer
 from psframe.host import Host
 from psframe.leader import Leader
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
 from psframe.results import diverged, make_result, summarise
-from psframe.roles import handle, route, take_part
+from psframe.roles import handle, keeping_errors, route, take_part
 from psframe.server import Server
 from psframe.transports.simulated import ComputeTime, Network, SimulatedPort, VirtualTime
 
@@ -133,11 +132,11 @@ class Simulation:
         deaths: Mapping[int, int] | None = None,
         inspect: Callable[[int, Server], None] | None = None,
     ) -> None:
-        self._work = work
         self._plan = plan
         self._host = Host(None, observer)
         self._inspect = inspect
         self._errors: list[BaseException | None] = [None] * workers
+        self._work = keeping_errors(work, self._errors)
         self._rows = bytearray()  # of the trace, packed: 45 bytes a push
         self._stop_time: float | None = None
         self._virtual = virtual = VirtualTime(
@@ -189,17 +188,8 @@ class Simulation:
         endpoint = self._virtual.endpoints[index]
         layout, seed = self._plan.layout, self._plan.seed
 
-        def work(worker: Worker) -> None:
-            try:
-                self._work(worker)
-            except Stopped:
-                raise
-            except BaseException as error:
-                self._errors[index] = error  # before anybody hears of it
-                raise
-
         def body() -> None:
-            take_part(work, Worker(endpoint, layout, HostDevice(), seed))
+            take_part(self._work, Worker(endpoint, layout, HostDevice(), seed))
 
         endpoint.start(body)
 

@@ -13,7 +13,7 @@ import numpy as np
 from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.devices import choose_device, make_device
-from psframe.errors import RankLost, Stopped
+from psframe.errors import RankLost
 from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.leader import Leader
@@ -24,9 +24,10 @@ from psframe.roles import (
     Overdue,
     decline,
     describe,
+    keeping_errors,
     no_host_event,
-    route,
     serve,
+    serve_first,
     take_part,
 )
 from psframe.transports.threads import ThreadEndpoint, ThreadHub, ThreadPort
@@ -67,11 +68,10 @@ class _ThreadRun:
         interrupts: Interrupts,
     ) -> None:
         self._interrupts = interrupts
-        self._work = work
         self._plan = plan
         self._host = host
         self._errors: list[BaseException | None] = [None] * workers
-        self._interrupt: KeyboardInterrupt | None = None
+        self._work = keeping_errors(work, self._errors)
         self._hub = hub = ThreadHub(plan.layout, plan.servers, workers)
         self._ports = [ThreadPort(hub, s) for s in range(plan.servers)]
         self._machines = [
@@ -97,10 +97,11 @@ class _ThreadRun:
     def run(self) -> Result:
         leader = self._machines[0]
         assert isinstance(leader, Leader)
+        grace = Grace(leader, self._interrupts)
         for thread in self._threads:
             thread.start()
         try:
-            self._serve(leader)
+            serve_first(grace, self._ports[0], self._host)
         except Overdue as error:
             # Nobody can end a thread; these are daemons, and end with the process.
             _log.warning("%s; they are left behind", error)
@@ -109,29 +110,16 @@ class _ThreadRun:
             raise
         else:
             self._join()
+        if grace.interrupt is not None:
+            raise grace.interrupt
         self._raise_failure(leader)
         params = np.concatenate([machine.store.params for machine in self._machines])
         return make_result(self._plan, summarise(leader), params, self._host.path)
 
-    def _serve(self, leader: Leader) -> None:
-        """Serve to the end; after Ctrl-C, to the end of what the workers are at."""
-        grace, port = Grace(leader, self._interrupts), self._ports[0]
-        self._host.watch(lambda: leader.store.version)
-        with self._interrupts.held():
-            try:
-                serve(leader, port, self._host, grace.check)
-                self._interrupts.check()
-            except KeyboardInterrupt as error:
-                self._interrupt = error
-                grace.interrupted = True
-                for out in leader.end():
-                    route(out, port, no_host_event)
-                serve(leader, port, no_host_event, grace.check)
-
     def _follow(self, server: int) -> None:
         try:
             serve(self._machines[server], self._ports[server], no_host_event)
-        except BaseException as error:
+        except BaseException as error:  # a thread has nobody to raise to but those that wait
             self._hub.broken = error
 
     def _take_part(self, index: int, device: str) -> None:
@@ -139,26 +127,17 @@ class _ThreadRun:
         try:
             opened = make_device(device, self._plan.layout)
             worker = Worker(endpoint, self._plan.layout, opened, self._plan.seed)
-        except Exception as error:
+        except Exception as error:  # CuPy's are many
             self._errors[index] = error
             decline(endpoint, error)
             return
         try:
-            take_part(self._keep_error, worker)
+            take_part(self._work, worker)
         except RankLost as error:
             _log.debug("worker %d ends: %s", index, error)  # a server thread has told why
         except BaseException as error:
             self._errors[index] = error
             self._hub.broken = error
-
-    def _keep_error(self, worker: Worker) -> None:
-        try:
-            self._work(worker)
-        except Stopped:
-            raise
-        except BaseException as error:
-            self._errors[worker.index] = error  # before anybody hears of it
-            raise
 
     def _join(self) -> None:
         deadline = time.monotonic() + _JOIN_BOUND_S
@@ -168,8 +147,6 @@ class _ThreadRun:
             raise RankLost("a thread of the run broke down") from self._hub.broken
 
     def _raise_failure(self, leader: Leader) -> None:
-        if self._interrupt is not None:
-            raise self._interrupt
         if leader.failure is not None:
             error = self._errors[leader.failure[0]]
             assert error is not None, "a failure was reported by its own thread"

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 from psframe.data import Dataset, load, prepare
 from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost, RunDirError
+from psframe.history import EpochSummary
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import Model, create
 from psframe.rundir import CHECKPOINTS, RunDir
 from psframe.settings import Settings, from_file
-from psframe.trainer import EpochSummary, Trainer, TrainResult, initial_params
+from psframe.trainer import Trainer, TrainResult, initial_params
 
 __all__ = ["main", "parse"]
 

@@ -17,41 +17,18 @@ import numpy as np
 from psframe.consistency import Async, Mode
 from psframe.data import Dataset
 from psframe.errors import ArgumentError
-from psframe.events import EpochDone, Evaluated, HostEvent, Logged
+from psframe.history import EpochSummary, History
 from psframe.layout import Layout
 from psframe.models.base import Model, check_model, takes_out
 from psframe.runtime import Result, run
 
-__all__ = ["EpochSummary", "TrainResult", "Trainer", "initial_params"]
+__all__ = ["TrainResult", "Trainer", "initial_params"]
 
 # Samples in a leased block of the test part: large enough for one matrix product to be worth a
 # message, small enough to be shared among workers.
 _EVAL_BATCH_MAX = 1024
 
 _log = logging.getLogger("psframe")
-
-
-@dataclass
-class EpochSummary:
-    """What the root learned about one epoch; None where it is not known.
-
-    Attributes:
-        epoch: counted from 0.
-        version: updates applied when its last block was completed.
-        samples: completed in it.
-        train_loss: mean over its batches, each computed on the parameters of its time.
-        staleness_mean: over its pushes.
-        test_loss: mean over the test part, on the parameters of `version`.
-        test_accuracy: on the same, in [0, 1].
-    """
-
-    epoch: int
-    version: int
-    samples: int = 0
-    train_loss: float | None = None
-    staleness_mean: float | None = None
-    test_loss: float | None = None
-    test_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +124,7 @@ class Trainer:
                 len(train),
                 batch_size,
             )
-        history = _History(test is not None, self._observer)
+        history = History(test is not None, self._observer)
         result = run(
             self._work(train, test, batch_size),
             initial_params(self.model, self.seed),
@@ -244,49 +221,6 @@ def initial_params(model: Model, seed: int) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"model: {type(model).__name__}.init: {error}") from error
     return dict(params)
-
-
-class _History:
-    """Collects the leader's events on the root into one `EpochSummary` an epoch."""
-
-    def __init__(self, waits: bool, observer: Callable[[EpochSummary], None] | None) -> None:
-        self.epochs: list[EpochSummary] = []
-        self._waits = waits
-        self._observer = observer
-        self._open: dict[int, EpochSummary] = {}
-        self._loss = [0.0, 0.0]
-
-    def __call__(self, event: HostEvent) -> None:
-        if isinstance(event, Logged):
-            total, count = event.sums.get("loss", (0.0, 0))
-            self._loss[0] += total
-            self._loss[1] += count
-        elif isinstance(event, EpochDone):
-            loss = self._loss[0] / self._loss[1] if self._loss[1] else None
-            self._loss = [0.0, 0.0]
-            self._open[event.epoch] = EpochSummary(
-                event.epoch, event.version, event.samples, loss, event.staleness_mean
-            )
-            if not self._waits:
-                self._finish(event.epoch)
-        elif isinstance(event, Evaluated) and event.epoch in self._open:
-            summary, sums = self._open[event.epoch], event.sums
-            if sums.get("count"):
-                summary.test_loss = sums["loss"] / sums["count"] if "loss" in sums else None
-                correct = sums.get("correct")
-                summary.test_accuracy = None if correct is None else correct / sums["count"]
-            self._finish(event.epoch)
-
-    def close(self) -> None:
-        """Hand on the epochs whose evaluation never came (the run was stopped)."""
-        for epoch in sorted(self._open):
-            self._finish(epoch)
-
-    def _finish(self, epoch: int) -> None:
-        summary = self._open.pop(epoch)
-        self.epochs.append(summary)
-        if self._observer is not None:
-            self._observer(summary)
 
 
 def _eval_batch(n: int) -> int:

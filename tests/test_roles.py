@@ -130,7 +130,7 @@ def test_an_interrupt_is_let_through_and_has_its_grace(monkeypatch: pytest.Monke
     interrupts.pending = "SIGINT"
     with pytest.raises(KeyboardInterrupt, match="SIGINT"):
         grace.check()
-    grace.interrupted = True
+    grace.interrupt = KeyboardInterrupt("SIGINT")
     grace.check()
     now[0] += roles._GRACE_S + 0.01
     with pytest.raises(Overdue, match=r"workers \[0, 1\] .* it was interrupted"):

@@ -15,9 +15,8 @@ import psframe
 from psframe import optim
 from psframe.data import Dataset, split
 from psframe.errors import ArgumentError
-from psframe.events import EpochDone, Evaluated, Logged
 from psframe.models import MLP, Softmax
-from psframe.trainer import EpochSummary, Trainer, _History, initial_params
+from psframe.trainer import Trainer, initial_params
 
 
 def blobs(n: int = 120, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -266,18 +265,3 @@ def test_a_step_is_one_round_trip(in_place: bool) -> None:
     assert worker.calls[0] == f"tasks {len(train)} 8 {{'epochs': 4, 'evaluate': (30, 64)}}"
     assert len(worker.logged) == 3
     assert [report["count"] for report in worker.reports] == [3]
-
-
-def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
-    seen: list[EpochSummary] = []
-    history = _History(True, seen.append)
-    history(Logged(0, {"loss": (6.0, 2)}))
-    history(EpochDone(0, 10, 90, 1.0))
-    history(EpochDone(1, 20, 90, 2.0))
-    history(Evaluated(0, 10, {"loss": 4.0, "correct": 1.0, "count": 2.0}))
-    assert [summary.epoch for summary in seen] == [0]
-    history.close()
-    assert history.epochs == [
-        EpochSummary(0, 10, 90, 3.0, 1.0, 2.0, 0.5),
-        EpochSummary(1, 20, 90, None, 2.0, None, None),
-    ]
