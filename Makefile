@@ -35,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test check bench clean
+.PHONY: help train test laws check bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -48,9 +48,12 @@ train: $(VENV)/.installed ## Train on the digits under mpirun: a server and NP -
 	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/python -m psframe.train $(ARGS)
 
 test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without MPI, then under Open MPI and MPICH at 1, 2 and 4 ranks.
-	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m "not mpi" tests </dev/null
+	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m "not mpi and not slow" tests </dev/null
 	@set -e; for venv in .venv .venv-mpich; do for ranks in $(TEST_RANKS); do \
 	    tests/mpi/run $$venv $$ranks; done; done
+
+laws: .venv/.installed-dev ## Run the slow tests: the laws of asynchronous training by their full protocols.
+	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m slow tests </dev/null
 
 check: .venv/.installed-dev ## Check format, lint and types, and run the docstrings' examples.
 	.venv/bin/ruff format --check .
