@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 from psframe.devices import choose_device
 from psframe.errors import ArgumentError
-from psframe.host import Host
 from psframe.plan import Plan
 from psframe.roles import describe
 from psframe.transports.mpi import Mesh
@@ -24,40 +23,38 @@ _TOLD = struct.Struct(f"<?H{_TEXT_BYTES_MAX}s")
 def agree(
     mesh: Mesh,
     make_plan: Callable[[], Plan],
-    make_host: Callable[[Plan], Host],
+    open_host: Callable[[Plan], None],
     same: Mapping[str, object],
-) -> tuple[Plan | None, Host, Exception | None]:
+) -> tuple[Plan | None, Exception | None]:
     """Check the arguments on every rank and compare them.
 
     Args:
         mesh: the ranks.
         make_plan: checks this rank's arguments.
-        make_host: opens the run directory (called on rank 0).
+        open_host: opens the run directory (called on rank 0).
         same: further arguments that must be equal on every rank.
 
     Returns:
-        The plan, the host, and the error that this rank must raise. If it is not None, every
-        rank has one.
+        The plan, and the error that this rank must raise. If it is not None, every rank has one.
 
     Raises:
         RankLost: some rank did not take part.
     """
     plan: Plan | None = None
-    host = Host(None, None)
     error: Exception | None = None
     try:
         plan = make_plan()
         if mesh.rank == 0:
-            host = make_host(plan)
+            open_host(plan)
         elif mesh.rank >= plan.servers:
             choose_device(plan.device, worker=0)
-    except Exception as raised:
+    except Exception as raised:  # every other rank has to hear of it, whatever it is
         error = raised
     error = tell(mesh, error)
     if error is None:
         assert plan is not None
         error = _compare(mesh, plan.digests(**same)) or _count_ranks(mesh, plan)
-    return plan, host, error
+    return plan, error
 
 
 def tell(mesh: Mesh, error: Exception | None) -> Exception | None:

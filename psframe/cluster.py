@@ -80,7 +80,7 @@ def run_cluster(
     error: BaseException | None = None
     try:
         with run.interrupts:
-            plan, run.host, wrong = agree(mesh, make_plan, make_host, same)
+            plan, wrong = agree(mesh, make_plan, lambda plan: run.open(make_host, plan), same)
             if wrong is None:
                 assert plan is not None
                 result, error = run.run(plan)
@@ -131,6 +131,12 @@ class _ClusterRun:
         self._error: BaseException | None = None  # what this rank's own `work` raised
 
     # ---- the run -------------------------------------------------------------------------
+
+    def open(self, make_host: Callable[[Plan], Host], plan: Plan) -> None:
+        """Open the run directory, on rank 0."""
+        with self.interrupts.held():  # or it might say "running" for ever
+            self.host = make_host(plan)
+        self.interrupts.check()
 
     def run(self, plan: Plan) -> tuple[Result, BaseException | None]:
         """Take part until the end.

@@ -113,7 +113,7 @@ def run(
         checked = plan()
         count = 1 if workers is None else workers
         check_count("workers", count, 1)
-        return run_threads(work, checked, int(count), host(checked))
+        return run_threads(work, checked, int(count), host)
     with starting_mpi():
         from psframe.cluster import run_cluster  # imports MPI
 

@@ -40,11 +40,17 @@ _JOIN_BOUND_S = 2.0
 _log = logging.getLogger("psframe")
 
 
-def run_threads(work: Callable[[Worker], Any], plan: Plan, workers: int, host: Host) -> Result:
+def run_threads(
+    work: Callable[[Worker], Any], plan: Plan, workers: int, make_host: Callable[[Plan], Host]
+) -> Result:
     """Run with `workers` worker threads, and a thread a server but the first; see `psframe.run`."""
+    host = Host(None, None)
     interrupts = Interrupts(lambda reason: host.verdict("interrupted", reason=reason))
     try:
         with interrupts, limited_threads(workers):
+            with interrupts.held():  # or a run directory might say "running" for ever
+                host = make_host(plan)
+            interrupts.check()
             result = _ThreadRun(work, plan, workers, host, interrupts).run()
             with interrupts.held():  # it is complete, whatever comes now
                 host.verdict("completed", updates=result.version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import psframe
 from psframe import BSP, SSP, Async, Worker, roles, threaded
 from psframe.events import HostEvent, Logged
+from psframe.host import Host
 
 PARAMS = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(5, np.float32)}
 ONES = {name: np.ones_like(p) for name, p in PARAMS.items()}
@@ -137,6 +139,22 @@ def test_an_observer_that_raises_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no room"):
         run(work, observer=observer, workers=2, run_dir=tmp_path / "run")
     assert status(tmp_path / "run")["reason"] == "OSError: no room"
+
+
+def test_ctrl_c_while_the_run_directory_is_opened_leaves_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_ = Host.open
+
+    def interrupted(*args: Any, **keywords: Any) -> Host:
+        host = open_(*args, **keywords)
+        signal.raise_signal(signal.SIGINT)  # status.json says "running", and nobody has the host
+        return host
+
+    monkeypatch.setattr(Host, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        run(lambda worker: None, run_dir=tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
 
 
 def test_diverged(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The update rules, their learning rates, and clipping."""
 
 from psframe.optim import schedules
+from psframe.optim.base import Optimizer
 from psframe.optim.clipping import clip_scale
-from psframe.optim.rules import SGD, Adagrad, Adam, AdamW, Optimizer, RMSProp
+from psframe.optim.rules import SGD, Adagrad, Adam, AdamW, RMSProp
 
 __all__ = [
     "SGD",

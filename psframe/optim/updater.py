@@ -16,7 +16,7 @@ from psframe.layout import Array, Layout
 from psframe.optim.formulas import SCALARS_MAX
 
 if TYPE_CHECKING:
-    from psframe.optim.rules import Optimizer
+    from psframe.optim.base import Optimizer
 
 __all__ = ["Updater", "decay_runs"]
 

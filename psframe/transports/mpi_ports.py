@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +28,7 @@ from psframe.events import (
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
 from psframe.store import Buffers, HeapBuffers, buffer_count
+from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers
 from psframe.transports.mpi_post import Post, TooLong
@@ -74,9 +74,8 @@ class MpiServerPort:
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
         self._patience = Patience(neighbours.crowded)
         self._transfers = Transfers()
-        self._events: deque[ToServer] = deque()
-        # By rank: messages behind one whose array is on its way, [event, whether it waits].
-        self._held: dict[int, deque[list[ToServer | bool]]] = {}
+        self._inbox: InOrder[ToServer] = InOrder()
+        self._events = self._inbox.ready
         self._distrusted: set[int] = set()
         self._post: Post = Post(
             mesh.comm, max(_MESSAGE_BYTES, HEADER_BYTES + payload_limit(self.workers))
@@ -147,35 +146,17 @@ class MpiServerPort:
             self._post.next()
             self._distrust(source, error)
             return True
-        waits = False
-        if isinstance(event, Push) and delivery is not Delivery.IN_PLACE:
-            target = self._gradient(event.worker, event.slot)
-            if delivery is Delivery.INLINE:
-                _copy_inline(target, buffer, payload_bytes)
-            else:
-                waits = True
-                requests = self._mesh.start_receive(target, source)
-                self._transfers.add(requests, lambda: self._arrived(source))
-        self._post.next()
-        self._queue(source, event, waits)  # type: ignore[arg-type]
-        return True
-
-    def _queue(self, source: int, event: ToServer, waits: bool) -> None:
-        held = self._held.get(source)
-        if held is None and not waits:
-            self._events.append(event)
-        elif held is None:
-            self._held[source] = deque([[event, True]])
+        inbox = self._inbox
+        if isinstance(event, Push) and delivery is Delivery.RANGE:
+            entry = inbox.hold(source, event)
+            requests = self._mesh.start_receive(self._gradient(event.worker, event.slot), source)
+            self._transfers.add(requests, lambda: inbox.arrived(source, entry))
         else:
-            held.append([event, waits])
-
-    def _arrived(self, source: int) -> None:
-        held = self._held[source]
-        held[0][1] = False  # arrays of one rank arrive in order
-        while held and not held[0][1]:
-            self._events.append(held.popleft()[0])  # type: ignore[arg-type]
-        if not held:
-            del self._held[source]
+            if isinstance(event, Push) and delivery is Delivery.INLINE:
+                _copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
+            inbox.add(source, event)  # type: ignore[arg-type]
+        self._post.next()
+        return True
 
     def _distrust(self, source: int, error: MessageError) -> None:
         """Believe a worker no more that sends what is no message; a server's is fatal."""
@@ -259,8 +240,8 @@ class MpiEndpoint:
         self._patience = Patience(neighbours.crowded)
         self._transfers = Transfers()
         self._slot_sends = [0] * SLOTS
-        self._answers: deque[tuple[int, Answer | Lease]] = deque()
-        self._held: dict[int, deque[list[Answer | Lease | bool]]] = {}
+        self._inbox: InOrder[tuple[int, Answer | Lease]] = InOrder()
+        self._answers = self._inbox.ready
         self._post: Post = Post(mesh.comm, _MESSAGE_BYTES)
 
     def send(self, server: int, message: FromWorker) -> None:
@@ -336,23 +317,16 @@ class MpiEndpoint:
         source, n_bytes, buffer = taken
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         assert isinstance(answer, (Answer, Lease)), "the limits of the link allow no other"
-        waits = False
-        if isinstance(answer, Answer) and delivery is not Delivery.IN_PLACE:
-            target = self._land(source, answer)
-            if delivery is Delivery.INLINE:
-                _copy_inline(target, buffer, payload_bytes)
-            else:
-                waits = True
-                requests = self._mesh.start_receive(target, source)
-                self._transfers.add(requests, lambda: self._arrived(source))
-        self._post.next()
-        held = self._held.get(source)
-        if held is None and not waits:
-            self._answers.append((source, answer))
-        elif held is None:
-            self._held[source] = deque([[answer, True]])
+        inbox = self._inbox
+        if isinstance(answer, Answer) and delivery is Delivery.RANGE:
+            entry = inbox.hold(source, (source, answer))
+            requests = self._mesh.start_receive(self._land(source, answer), source)
+            self._transfers.add(requests, lambda: inbox.arrived(source, entry))
         else:
-            held.append([answer, waits])
+            if isinstance(answer, Answer) and delivery is Delivery.INLINE:
+                _copy_inline(self._land(source, answer), buffer, payload_bytes)
+            inbox.add(source, (source, answer))
+        self._post.next()
         return True
 
     def _land(self, server: int, answer: Answer) -> Array:
@@ -364,14 +338,6 @@ class MpiEndpoint:
             begin, end = self._shards[server]
             array = self._landings[server, turn] = np.empty(end - begin, self._layout.dtype)
         return array
-
-    def _arrived(self, source: int) -> None:
-        held = self._held[source]
-        held[0][1] = False  # arrays of one rank arrive in order
-        while held and not held[0][1]:
-            self._answers.append((source, held.popleft()[0]))  # type: ignore[arg-type]
-        if not held:
-            del self._held[source]
 
 
 def _copy_inline(target: Array, buffer: bytearray, n_bytes: int) -> None:

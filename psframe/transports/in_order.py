@@ -1,0 +1,56 @@
+"""Messages in the order of their senders, those included whose arrays arrive after them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["InOrder"]
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(slots=True, eq=False)
+class _Held(Generic[_Item]):
+    item: _Item
+    waits: bool
+
+
+class InOrder(Generic[_Item]):
+    """Holds a message back until its array is there, and with it those that its sender sent later.
+
+    Attributes:
+        ready: messages that are whole, to be taken from the left.
+    """
+
+    def __init__(self) -> None:
+        self.ready: deque[_Item] = deque()
+        self._held: dict[int, deque[_Held[_Item]]] = {}  # by sender; never an empty one
+
+    def add(self, source: int, item: _Item) -> None:
+        """Take a message that is whole."""
+        held = self._held.get(source)
+        if held is None:
+            self.ready.append(item)
+        else:
+            held.append(_Held(item, waits=False))
+
+    def hold(self, source: int, item: _Item) -> _Held[_Item]:
+        """Take a message whose array is on its way; give what `arrived` is to be told."""
+        entry = _Held(item, waits=True)
+        self._held.setdefault(source, deque()).append(entry)
+        return entry
+
+    def arrived(self, source: int, entry: _Held[_Item]) -> None:
+        """Note that a message's array is there.
+
+        MPI promises that the arrays of one sender are matched in order, not that they are
+        complete in order.
+        """
+        entry.waits = False
+        held = self._held[source]
+        while held and not held[0].waits:
+            self.ready.append(held.popleft().item)
+        if not held:
+            del self._held[source]
