@@ -27,7 +27,7 @@ def test_a_message_waits_for_its_array_and_holds_up_its_own_sender_only() -> Non
     assert list(order.ready) == ["c", "a", "b", "d"]
 
 
-@pytest.mark.parametrize("turns", itertools.permutations(range(3)))
+@pytest.mark.parametrize("turns", list(itertools.permutations(range(3))))
 def test_arrays_that_are_complete_in_another_order(turns: tuple[int, ...]) -> None:
     order: InOrder[int] = InOrder()
     entries = []
