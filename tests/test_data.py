@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -105,7 +106,10 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     empty, text = tmp_path / "empty.npz", tmp_path / "text.npz"
     empty.write_bytes(b"")
     text.write_text("1,2,3\n")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # nobody writes: reading it would wait for ever
     for path, words in [
+        (pipe, "no regular file"),
         (array, "this is a .npy"),
         (empty, "truncated"),
         (text, "is not an .npz file"),

@@ -57,6 +57,9 @@ def _arrays(path: Path, where: str) -> dict[str, npt.NDArray[Any]]:
     """Read `x` and `y` of an npz file; other members are only listed."""
     if path.is_dir():
         raise ValueError(f"{where}: expected an .npz file, this is a directory")
+    if not path.is_file():
+        # A pipe would keep every rank waiting for whoever writes.
+        raise ValueError(f"{where}: expected an .npz file, this is no regular file")
     try:
         with path.open("rb") as stream:
             _check_magic(stream.read(6), where)
