@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from psframe.events import (
     Answer,
     Failure,
     FromWorker,
+    GiveBack,
     Lease,
     LeaseKind,
     Leave,
@@ -26,6 +27,7 @@ from psframe.events import (
 from psframe.layout import Array, Layout
 from psframe.packing import GradientSlot, Snapshots, check_gradients, is_plain
 from psframe.params import Params, Receipt, receipt_of
+from psframe.prefetch import Preparation
 from psframe.tasks import EpochOrders, Task, real_number, task_spec
 from psframe.worker import Request, WorkerProtocol
 
@@ -42,8 +44,10 @@ class Endpoint(Protocol):
         index: the worker, 0..W-1.
         workers, servers: W and S.
         in_place: by server, whether its snapshots are read in place.
+        virtual_time: whether this is a simulation, in which threads have no place.
     """
 
+    virtual_time: bool
     index: int
     workers: int
     servers: int
@@ -151,6 +155,7 @@ class Worker:
         self._on_host = device.name == "cpu"
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
+        self._abandoned: int | None = None  # the request of a block leased and not begun
         self._plans = 0
         self._logged: dict[str, tuple[float, int]] = {}
         self._log_calls = 0
@@ -192,6 +197,7 @@ class Worker:
         self._check_running()
         if self._prefetch is not None:
             return self._prefetch
+        self._give_back()
         request, messages = self._protocol.pull()
         for server, message in enumerate(messages):
             self._send(server, message)
@@ -285,6 +291,7 @@ class Worker:
         epochs: int = 1,
         shuffle: bool = True,
         evaluate: tuple[int, int] | None = None,
+        prepare: Callable[[Task], Any] | None = None,
     ) -> Iterator[Task]:
         """Lease blocks of training and, after each epoch, of evaluation on one snapshot.
 
@@ -293,14 +300,17 @@ class Worker:
             evaluate: (samples, batch size) of the evaluation set. When an epoch is completed
                 server 0 pins a snapshot and leases the evaluation to whichever worker is free;
                 such a task has `kind == "evaluate"`, `params()` and `report()`.
+            prepare: called with each training task; what it returns is `task.prepared`. The next
+                block is then leased while this one is in hand, and prepared in a thread of its
+                own (in a simulation: in line). It must not call the worker.
 
         Yields:
-            Tasks. Raises as `leases`.
+            Tasks. Raises as `leases`, and what `prepare` raises.
         """
         spec = task_spec(n_samples, batch_size, epochs, shuffle, evaluate)
         plan = self._plans
         self._plans += 1
-        return self._tasks(plan, spec)
+        return self._tasks(plan, spec) if prepare is None else self._prepared(plan, spec, prepare)
 
     def stop(self) -> None:
         """End the run for all workers; what they have pushed before is drained."""
@@ -332,6 +342,12 @@ class Worker:
             self._receive(None)
 
     # ---- inside --------------------------------------------------------------------------
+
+    def _give_back(self) -> None:
+        """Return the block that was leased ahead of time and will not be begun."""
+        seq, self._abandoned = self._abandoned, None
+        if seq is not None:
+            self._send(0, GiveBack(self.index, seq))
 
     def _send(self, server: int, message: FromWorker) -> None:
         self._endpoint.send(server, message)
@@ -379,6 +395,7 @@ class Worker:
     def _pull(self, *, pinned: bool) -> Params:
         self._check_running()
         self._end_prefetch()
+        self._give_back()
         self._protocol.drop_params()
         request, messages = self._protocol.pull(pinned=pinned)
         for server, message in enumerate(messages):
@@ -400,6 +417,8 @@ class Worker:
             self._end_prefetch()
         self._wait_for_slot()
         self._check_running()
+        if self._abandoned is not None:
+            self._give_back()
         finite, norm = self._fill(grads, plain)
         self._filling = None
         request, messages = self._protocol.push(
@@ -455,30 +474,60 @@ class Worker:
             lease = self._lease(plan, spec)
             if lease.kind is LeaseKind.EXHAUSTED:
                 return
-            if lease.kind is LeaseKind.CONFLICT:
-                raise ValueError(
-                    f"leases of worker {self.index}: another worker's call number {plan + 1} asked"
-                    f" for something else than {spec}; every worker must ask with equal arguments"
-                )
-            if lease.kind is LeaseKind.EVALUATE:
-                indices = np.arange(lease.begin, lease.end, dtype=np.int64)
-                task = Task("evaluate", lease.epoch, indices, self._pull_pinned, self._report)
-            else:
-                indices = orders.block(lease)
-                task = Task("train", lease.epoch, indices, self._pull_pinned, self._report)
+            task = orders.task(lease, self._pull_pinned, self._report)
             try:
                 yield task
             finally:
                 task.close()
 
-    def _lease(self, plan: int, spec: TaskSpec) -> Lease:
+    def _prepared(
+        self, plan: int, spec: TaskSpec, prepare: Callable[[Task], Any]
+    ) -> Iterator[Task]:
+        """As `_tasks`; the block after the present one is leased and prepared ahead of time."""
+        orders = EpochOrders(self._seed, plan, spec)
+        now = self._endpoint.now
+        ahead: tuple[int, Task, Callable[[], Any]] | None = None
+        with Preparation(prepare, in_line=self._endpoint.virtual_time) as preparation:
+            while True:
+                if ahead is not None:
+                    _, task, prepared = ahead
+                else:
+                    lease = self._lease(plan, spec)
+                    if lease.kind is LeaseKind.EXHAUSTED:
+                        return
+                    task = orders.task(lease, self._pull_pinned, self._report)
+                    prepared = preparation.start(task)
+                ahead = None
+                try:
+                    if task.kind == "train":
+                        lease = self._lease(plan, spec, ahead=True)
+                        if lease.kind is LeaseKind.TRAIN:
+                            following = orders.task(lease, self._pull_pinned, self._report)
+                            ahead = lease.seq, following, preparation.start(following)
+                        begin = now()
+                        task.prepared = prepared()
+                        task.data_wait_s = now() - begin
+                    yield task
+                except BaseException:
+                    # `work` has turned to something else; its pushes are not about that block.
+                    self._abandoned = None if ahead is None else ahead[0]
+                    raise
+                finally:
+                    task.close()
+
+    def _lease(self, plan: int, spec: TaskSpec, *, ahead: bool = False) -> Lease:
         self._check_running()
         self._flush_log()
-        request, message = self._protocol.ask_lease(plan, spec)
+        request, message = self._protocol.ask_lease(plan, spec, ahead=ahead)
         self._send(0, message)
         self._wait(request, None)
         if request.stopped or request.lease is None:
             raise Stopped("the run is over")
+        if request.lease.kind is LeaseKind.CONFLICT:
+            raise ValueError(
+                f"leases of worker {self.index}: another worker's call number {plan + 1} asked"
+                f" for something else than {spec}; every worker must ask with equal arguments"
+            )
         return request.lease
 
     def _pull_pinned(self) -> Params:

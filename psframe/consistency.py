@@ -49,6 +49,10 @@ class Policy:
         """Say whether the worker may start its next step (be answered a pull)."""
         return True
 
+    def may_follow(self, worker: int) -> bool:
+        """Say whether it may start the step after its next one, whatever other workers do."""
+        return True
+
     def offer(self, worker: int) -> Verdict:
         """Judge the push at the head of the worker's queue; TAKE makes it part of a round."""
         return Verdict.TAKE if self.may_start(worker) else Verdict.WAIT
@@ -93,6 +97,9 @@ class _SSPPolicy(Policy):
 
     def may_start(self, worker: int) -> bool:
         return self.clocks[worker] - self._staleness <= self._slowest
+
+    def may_follow(self, worker: int) -> bool:
+        return self.clocks[worker] + 1 - self._staleness <= self._slowest
 
     def finish(self, worker: int) -> bool:
         clock = self.clocks[worker]

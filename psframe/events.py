@@ -34,6 +34,7 @@ __all__ = [
     "HostEvent",
     "Lease",
     "LeaseKind",
+    "GiveBack",
     "LeaseRequest",
     "Leave",
     "Log",
@@ -106,6 +107,7 @@ class LeaseKind(enum.IntEnum):
     EXHAUSTED = 2
     STOPPED = 3
     CONFLICT = 4  # this worker asks for other leases than the first one that asked
+    LATER = 5  # no block ahead of time; ask again when the one in hand is done
 
 
 @dataclass(frozen=True)
@@ -180,12 +182,25 @@ class Pull:
 
 @dataclass(slots=True)
 class LeaseRequest:
-    """A wish for the next block of samples of the worker's `plan`-th call of leases."""
+    """A wish for the next block of samples of the worker's `plan`-th call of leases.
+
+    It completes the block in hand. With `ahead` it asks for one more beside that which the worker
+    begins with it: the present one or, if one has been leased ahead of time, that.
+    """
 
     worker: int
     seq: int
     plan: int
     spec: TaskSpec
+    ahead: bool = False
+
+
+@dataclass(slots=True)
+class GiveBack:
+    """Returns the block that request `seq` has brought ahead of time; it has not been begun."""
+
+    worker: int
+    seq: int
 
 
 @dataclass(slots=True)
@@ -219,7 +234,7 @@ class Leave:
     failure: Failure | None = None
 
 
-FromWorker = Push | Pull | LeaseRequest | Report | Log | Stop | Leave
+FromWorker = Push | Pull | LeaseRequest | GiveBack | Report | Log | Stop | Leave
 
 # ---- a transport to its server -----------------------------------------------------------
 

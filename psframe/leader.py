@@ -11,6 +11,7 @@ from psframe.events import (
     EpochDone,
     Failure,
     Finished,
+    GiveBack,
     Gone,
     Lease,
     LeaseKind,
@@ -89,7 +90,7 @@ class Leader(Server):
         if max_updates == 0:
             self._stop()
 
-    _kinds = (Push, Pull, LeaseRequest, Report, Leave)
+    _kinds = (Push, Pull, LeaseRequest, GiveBack, Report, Leave)
 
     @property
     def finished(self) -> bool:
@@ -134,6 +135,9 @@ class Leader(Server):
             return self._serve_pull(event)
         if isinstance(event, LeaseRequest):
             return self._serve_lease(event)
+        if isinstance(event, GiveBack):
+            self._wake |= self._book.give_back_ahead(event.worker, event.seq)
+            return True
         if isinstance(event, Report):
             self._report(event.worker, event.sums)
             return True
@@ -299,7 +303,11 @@ class Leader(Server):
         if not self._book.open(event.plan, event.spec):
             self._out.append(Lease(worker, seq, LeaseKind.CONFLICT))
             return True
+        if event.ahead:
+            self._serve_ahead(event)
+            return True
         self._lease_done(worker)
+        self._wake |= self._book.give_back_ahead(worker)
         self._report(worker, {})
         self.policy.unpark(worker)
         may_start = self.policy.may_start(worker)
@@ -315,6 +323,19 @@ class Leader(Server):
             return False
         self._out.append(lease)
         return True
+
+    def _serve_ahead(self, event: LeaseRequest) -> None:
+        """Give a block beside the one in hand, if the worker may begin it whatever others do."""
+        worker = event.worker
+        if self._book.ahead(worker):  # it begins that one now
+            self._lease_done(worker)
+        lease = Lease(worker, event.seq, LeaseKind.LATER)
+        if self._book.begin(worker) and self.policy.may_follow(worker):
+            clock = self.policy.clocks[worker] + 1
+            lease = self._book.request_ahead(worker, event.seq, event.plan, clock=clock)
+            self._wake |= self._book.stirred
+            self._book.stirred = False
+        self._out.append(lease)
 
     def _lease_done(self, worker: int) -> None:
         done = self._book.complete(worker)

@@ -30,11 +30,13 @@ _Ask = tuple[int, int, int]
 
 @dataclass(slots=True)
 class _Hand:
-    """The block that a worker holds."""
+    """A block that a worker holds."""
 
+    seq: int  # of the request that brought it
     plan: int
     kind: LeaseKind
     block: int  # training: epoch * blocks an epoch + block; evaluation: block
+    begun: bool = True  # False: leased ahead of time, and no push is about it yet
 
 
 @dataclass(slots=True)
@@ -77,6 +79,10 @@ class _Evaluation:
     returned: list[int] = field(default_factory=list)  # a heap
     results: dict[int, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def has_blocks(self) -> bool:
+        return bool(self.returned) or self.next_block < self.blocks
+
     def take(self) -> int | None:
         if self.returned:
             return heapq.heappop(self.returned)
@@ -109,7 +115,8 @@ class LeaseBook:
         self._latest = [(-1, False)] * workers
         self._in_plan = Counter({-1: workers})
         self._ready: Counter[int] = Counter()
-        self._hand: list[_Hand | None] = [None] * workers
+        # Oldest first: the one in work, and perhaps one whose data is being fetched.
+        self._hands: list[list[_Hand]] = [[] for _ in range(workers)]
         self._evaluation: _Evaluation | None = None
         self._wanted: deque[tuple[int, int]] = deque()  # (plan, epoch) to be evaluated
         # Of each worker in waves: its last request, the plan in which it waits for a block, and
@@ -136,7 +143,7 @@ class LeaseBook:
         """Give the worker its next block; None if it must wait for one.
 
         Args:
-            worker: who asks; what it held must have been completed before.
+            worker: who asks; what it held must have been completed or returned before.
             seq: the request's number, repeated in the lease.
             plan: an open plan.
             clock: steps that the worker has finished.
@@ -158,16 +165,49 @@ class LeaseBook:
             self._waits_in[worker] = plan
         return lease
 
+    def request_ahead(self, worker: int, seq: int, plan: int, *, clock: int) -> Lease:
+        """Give the worker a training block beside the one in its hand, or LATER.
+
+        Args:
+            worker, seq, plan: as for `request`; it has one block in hand, which it has begun.
+            clock: steps that it will have finished when it begins the new one. It must be allowed
+                to begin then, whatever others do: see `request`.
+        """
+        evaluation = self._evaluation
+        # An evaluation goes first.
+        wanted = evaluation is not None and evaluation.plan == plan and evaluation.has_blocks
+        lease = None if wanted else self._train(worker, seq, plan, clock)
+        if lease is None:
+            return Lease(worker, seq, LeaseKind.LATER)
+        self._hands[worker][-1].begun = False
+        return lease
+
+    def ahead(self, worker: int) -> bool:
+        """Tell whether the worker holds a block that it has not begun."""
+        hands = self._hands[worker]
+        return bool(hands) and not hands[-1].begun
+
+    def begin(self, worker: int) -> bool:
+        """Let the worker begin the block that it has in hand; False if there is none or more.
+
+        What it had begun before must have been completed.
+        """
+        hands = self._hands[worker]
+        if len(hands) != 1:
+            return False
+        hands[0].begun = True
+        return True
+
     def complete(self, worker: int) -> tuple[int, int] | None:
-        """Complete the training block in the worker's hand, if it has one.
+        """Complete the training block that the worker has begun, if it has one.
 
         Returns:
             (epoch, its samples) if that was the epoch's last block, else None.
         """
-        hand = self._hand[worker]
-        if hand is None or hand.kind is not LeaseKind.TRAIN:
+        hands = self._hands[worker]
+        if not hands or hands[0].kind is not LeaseKind.TRAIN or not hands[0].begun:
             return None
-        self._hand[worker] = None
+        hand = hands.pop(0)
         book = self._plans[hand.plan]
         book.outstanding -= 1
         epoch = hand.block // book.blocks
@@ -199,11 +239,11 @@ class LeaseBook:
 
     def report(self, worker: int, sums: dict[str, float]) -> Evaluated | None:
         """Complete the evaluation block in the worker's hand; the merged sums after the last."""
-        hand = self._hand[worker]
+        hands = self._hands[worker]
         evaluation = self._evaluation
-        if hand is None or hand.kind is not LeaseKind.EVALUATE or evaluation is None:
+        if not hands or hands[0].kind is not LeaseKind.EVALUATE or evaluation is None:
             return None
-        self._hand[worker] = None
+        hand = hands.pop(0)
         evaluation.results[hand.block] = sums
         if len(evaluation.results) < evaluation.blocks:
             return None
@@ -244,7 +284,7 @@ class LeaseBook:
             block = evaluation.take()
         if evaluation is None or block is None:
             return None
-        self._hand[worker] = _Hand(plan, LeaseKind.EVALUATE, block)
+        self._hands[worker].append(_Hand(seq, plan, LeaseKind.EVALUATE, block))
         spec = self._plans[plan].spec
         begin = block * spec.eval_batch_size
         end = min(begin + spec.eval_batch_size, spec.eval_samples)
@@ -256,7 +296,7 @@ class LeaseBook:
         if taken is None:
             return None
         book.outstanding += 1
-        self._hand[worker] = _Hand(plan, LeaseKind.TRAIN, taken)
+        self._hands[worker].append(_Hand(seq, plan, LeaseKind.TRAIN, taken))
         epoch, block = divmod(taken, book.blocks)
         begin = block * book.spec.batch_size
         end = min(begin + book.spec.batch_size, book.spec.n_samples)
@@ -269,15 +309,30 @@ class LeaseBook:
     def give_back(self, worker: int) -> bool:
         """Return what a worker that has left or is lost holds; True if there was anything."""
         self._leave_plan(worker)
-        hand = self._hand[worker]
-        self._hand[worker] = None
-        anything = self._unreserve(worker, lambda ask: True) or hand is not None
-        if hand is not None and hand.kind is LeaseKind.TRAIN:
+        hands, self._hands[worker] = self._hands[worker], []
+        for hand in hands:
+            self._return(hand)
+        return self._unreserve(worker, lambda ask: True) or bool(hands)
+
+    def give_back_ahead(self, worker: int, seq: int | None = None) -> bool:
+        """Return the block that the worker has not begun; True if there was one.
+
+        Args:
+            worker: whose.
+            seq: only if this request brought it.
+        """
+        hands = self._hands[worker]
+        if not hands or hands[-1].begun or seq not in (None, hands[-1].seq):
+            return False
+        self._return(hands.pop())
+        return True
+
+    def _return(self, hand: _Hand) -> None:
+        if hand.kind is LeaseKind.TRAIN:
             self._plans[hand.plan].outstanding -= 1
             heapq.heappush(self._plans[hand.plan].returned, hand.block)
-        elif hand is not None and self._evaluation is not None:
+        elif self._evaluation is not None:
             heapq.heappush(self._evaluation.returned, hand.block)
-        return anything
 
     def _leave_plan(self, worker: int) -> None:
         plan, ready = self._latest[worker]
@@ -296,7 +351,10 @@ class LeaseBook:
 
     def _take_in_wave(self, worker: int, plan: int, clock: int) -> int | None:
         last_plan, last_clock, count = self._asks[worker]
-        ask = plan, clock, count + 1 if (last_plan, last_clock) == (plan, clock) else 0
+        if plan == last_plan and clock <= last_clock:  # asked ahead of time, it is less
+            ask = plan, last_clock, count + 1
+        else:
+            ask = plan, clock, 0
         mine = self._reserved[worker]
         self.stirred |= self._unreserve(worker, lambda other: other[0] == plan and other < ask)
         if ask not in mine:

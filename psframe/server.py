@@ -20,6 +20,7 @@ from psframe.events import (
     RELEASE_COPY,
     RELEASE_HOLD,
     Answer,
+    GiveBack,
     LeaseRequest,
     Leave,
     Output,
@@ -40,7 +41,7 @@ __all__ = ["Queued", "Server", "ServerMemory"]
 _QUEUE_MAX = 8
 _SLOTS = 2
 
-Queued = Push | Pull | LeaseRequest | Report | Leave
+Queued = Push | Pull | LeaseRequest | GiveBack | Report | Leave
 
 
 class ServerMemory:
@@ -125,7 +126,7 @@ class Server(ABC):
         Raises:
             MessageError: the event is not legal now; nothing has been changed by it.
         """
-        if isinstance(event, (Push, Pull, LeaseRequest, Report, Leave)):
+        if isinstance(event, (Push, Pull, LeaseRequest, GiveBack, Report, Leave)):
             self._queue(event)
         elif isinstance(event, Sent):
             self._release(event.worker, RELEASE_HOLD)

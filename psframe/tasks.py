@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psframe.events import Lease, TaskSpec
+from psframe.events import Lease, LeaseKind, TaskSpec
 from psframe.params import Params
 
 __all__ = ["EpochOrders", "Task", "real_number", "task_spec"]
@@ -21,6 +21,8 @@ class Task:
         kind: "train" or "evaluate".
         epoch: counted from 0.
         indices: int64 indices of the samples, the caller's own.
+        prepared: what `prepare` made of it; None without one.
+        data_wait_s: seconds that the worker waited for that.
     """
 
     def __init__(
@@ -28,15 +30,29 @@ class Task:
         kind: str,
         epoch: int,
         indices: npt.NDArray[np.int64],
+        key: tuple[int, ...],
         pull: Callable[[], Params],
         report: Callable[[dict[str, float]], None],
     ) -> None:
         self.kind = kind
         self.epoch = epoch
         self.indices = indices
+        self.prepared: Any = None
+        self.data_wait_s = 0.0
+        self._key = key
+        self._rng: np.random.Generator | None = None
         self._pull = pull
         self._report = report
         self._open = kind == "evaluate"
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The block's own NumPy Generator, the same whoever computes the block, and again."""
+        if self._rng is None:
+            seed, *path = self._key
+            sequence = np.random.SeedSequence(seed, spawn_key=tuple(path))
+            self._rng = np.random.Generator(np.random.PCG64(sequence))
+        return self._rng
 
     def params(self) -> Params:
         """Pull the snapshot that this evaluation is about; ends the worker's present parameters.
@@ -79,6 +95,23 @@ class EpochOrders:
         self._spec = spec
         # Of two epochs: a block of the last one may come back.
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
+
+    def task(
+        self,
+        lease: Lease,
+        pull: Callable[[], Params],
+        report: Callable[[dict[str, float]], None],
+    ) -> Task:
+        """Make the task that a lease of a block is about."""
+        evaluates = lease.kind is LeaseKind.EVALUATE
+        kind = "evaluate" if evaluates else "train"
+        if evaluates:
+            indices = np.arange(lease.begin, lease.end, dtype=np.int64)
+        else:
+            indices = self.block(lease)
+        # worker.rng has the spawn keys (0, ...), an epoch's order (1, ...).
+        key = (self._seed, 3 if evaluates else 2, self._plan, lease.epoch, lease.begin)
+        return Task(kind, lease.epoch, indices, key, pull, report)
 
     def block(self, lease: Lease) -> npt.NDArray[np.int64]:
         """Give the sample indices of a training lease, as a copy."""

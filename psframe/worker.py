@@ -154,10 +154,12 @@ class WorkerProtocol:
         ]
         return request, messages
 
-    def ask_lease(self, plan: int, spec: TaskSpec) -> tuple[Request, LeaseRequest]:
-        """Make a request for a lease, to server 0."""
+    def ask_lease(
+        self, plan: int, spec: TaskSpec, *, ahead: bool = False
+    ) -> tuple[Request, LeaseRequest]:
+        """Make a request for a lease, to server 0; with `ahead`, beside the block in hand."""
         request = self._request(1, False)
-        return request, LeaseRequest(self.index, request.seq, plan, spec)
+        return request, LeaseRequest(self.index, request.seq, plan, spec, ahead)
 
     def drop_params(self) -> None:
         """Use the present parameters no longer; the next push or pull says so to the servers."""

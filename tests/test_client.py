@@ -836,6 +836,7 @@ class Wire:
     """An endpoint whose other end is the test: it sees what is sent, and answers."""
 
     def __init__(self, layout):
+        self.virtual_time = False
         self.index, self.workers, self.servers, self.in_place = 0, 1, 1, [True]
         self.sent, self.answers = [], []
         self.slots = [np.zeros(layout.size, layout.dtype) for _ in range(2)]

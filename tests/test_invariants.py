@@ -130,11 +130,15 @@ class Player:
         n, batch, epochs, shuffle, evaluate = self.scenario.specs[plan]
         style = self.rng.choice(["pull", "push_pull", "push", "lazy", "prefetch"])
         quits = self.rng.random() < self.scenario.quits
-        tasks = self.worker.tasks(n, batch, epochs=epochs, shuffle=shuffle, evaluate=evaluate)
+        prepare = self.rng.choice([None, lambda task: task.indices.sum()])
+        tasks = self.worker.tasks(
+            n, batch, epochs=epochs, shuffle=shuffle, evaluate=evaluate, prepare=prepare
+        )
         for task in tasks:
             if task.kind == "evaluate":
                 self.evaluate(plan, task)
             else:
+                assert task.prepared == (None if prepare is None else task.indices.sum())
                 self.watch.leased(self.index, plan, task.epoch, task.indices)
                 self.compute(style)
             if quits and self.rng.random() < 0.3:

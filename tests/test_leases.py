@@ -305,3 +305,73 @@ def test_an_evaluation_without_workers_makes_way() -> None:
     lease = office.ask(0, plan=1)
     assert lease is not None
     assert lease.kind is EVALUATE
+
+
+# ---- ahead of time -----------------------------------------------------------------------------
+
+
+def ahead(office: Office, worker: int, *, clock: int = 1, plan: int = 0) -> Lease:
+    """What a worker does that begins the block in its hand and wants one more."""
+    book = office.book
+    if book.ahead(worker):
+        book.complete(worker)
+    assert book.begin(worker)
+    return book.request_ahead(worker, 7, plan, clock=clock)
+
+
+def test_a_push_does_not_complete_a_block_that_was_not_begun() -> None:
+    office = Office(1, n_samples=2, batch_size=1)
+    office.block(0)
+    assert ahead(office, 0).begin == 1
+    assert office.book.complete(0) is None, "the first block"
+    assert office.book.complete(0) is None, "a second push about it"
+    assert ahead(office, 0).kind is LeaseKind.LATER, "the second has begun; there is no third"
+    assert office.book.complete(0) == (0, 2)
+
+
+def test_nobody_holds_more_than_one_block_ahead() -> None:
+    office = Office(1, n_samples=4, batch_size=1)
+    office.block(0)
+    ahead(office, 0)
+    assert not office.book.begin(0), "the first is still in work"
+
+
+def test_a_block_ahead_goes_back_when_asked_for_by_its_number() -> None:
+    office = Office(2, n_samples=2, batch_size=1)
+    office.block(0)
+    assert ahead(office, 0).begin == 1
+    assert not office.book.give_back_ahead(0, 6), "another request's"
+    assert office.book.give_back_ahead(0, 7)
+    assert not office.book.give_back_ahead(0, 7)
+    assert office.block(1) == (0, 1, 2)
+
+
+def test_both_blocks_of_a_lost_worker_go_back() -> None:
+    office = Office(2, n_samples=2, batch_size=1)
+    office.block(0)
+    ahead(office, 0)
+    office.lose(0)
+    assert office.block(1) == (0, 0, 1)
+    assert office.block(1) == (0, 1, 2)
+
+
+def test_an_evaluation_goes_before_a_block_ahead() -> None:
+    office = Office(2, n_samples=2, batch_size=1, epochs=2, eval_samples=1)
+    office.block(0)
+    office.block(1)
+    office.block(0)
+    assert office.book.complete(1) == (0, 2)
+    assert office.evaluate()
+    assert ahead(office, 0).kind is LeaseKind.LATER
+    lease = office.ask(0)
+    assert lease is not None
+    assert lease.kind is EVALUATE
+    office.block(1)
+    assert ahead(office, 1).kind is LeaseKind.LATER, "no block is left"
+
+
+def test_blocks_ahead_are_taken_in_waves() -> None:
+    """Worker 2 is first to ask for its next round's block; it gets the third of that round's."""
+    office = Office(3, waves=True, n_samples=6, batch_size=1)
+    assert [office.block(worker)[1] for worker in (2, 0, 1)] == [2, 0, 1]
+    assert [ahead(office, worker).begin for worker in (2, 0, 1)] == [5, 3, 4]

@@ -74,7 +74,7 @@ class Watcher:
         self._samples: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
         self._blocks: set[tuple[int, int]] = set()
         self._using: dict[int, tuple[Params, bytes]] = {}
-        self._pins: dict[tuple[int, int], list[int]] = {}  # versions, by (plan, epoch)
+        self._pins: dict[tuple[int, int, int], list[int]] = {}  # by (plan, epoch, version)
         self._held: list[dict[int, bytes]] = [{} for _ in range(plan.servers)]
 
     # ---- attaching -------------------------------------------------------------------------
@@ -86,10 +86,24 @@ class Watcher:
         self.leader = leader
         for server, machine in enumerate(self.machines):
             self._watch_store(server, machine.store)
+            if server:
+                self._watch_withheld(server, machine)
         self._watch_leases()
         virtual = simulation._virtual
         for server, deliver in enumerate(virtual.deliver):
             virtual.deliver[server] = self._tap(server, deliver)
+
+    def _watch_withheld(self, server: int, machine: Server) -> None:
+        """Know at once what the leader may hear late: that a follower's shard lacks an update."""
+        handle = machine.handle
+
+        def watched(event: Any) -> list[Any]:
+            out = handle(event)
+            mine = (e for e in out if isinstance(e, Withheld))
+            self.withheld[server].update((e.worker, e.seq) for e in mine)
+            return out
+
+        machine.handle = watched  # type: ignore[method-assign]
 
     def _watch_store(self, server: int, store: Store) -> None:
         held, hold, release = self._held[server], store.hold, store.release
@@ -120,9 +134,11 @@ class Watcher:
         complete = book.complete
 
         def watched_complete(worker: int) -> tuple[int, int] | None:
-            hand = book._hand[worker]
+            hands = list(book._hands[worker])
+            assert len(hands) <= 2
             done = complete(worker)
-            if hand is not None and book._hand[worker] is None:
+            if len(hands) > len(book._hands[worker]):
+                hand = hands[0]
                 block = (hand.plan, hand.block)
                 assert block not in self._blocks, f"block {block} completed twice"
                 self._blocks.add(block)
@@ -139,8 +155,6 @@ class Watcher:
                 self.arrived += 1
             if server == 0 and isinstance(event, Leave):
                 self._left[event.worker] = True
-            if isinstance(event, Withheld):
-                self.withheld[event.server].add((event.worker, event.seq))
             deliver(event)
 
         return tapped
@@ -166,9 +180,13 @@ class Watcher:
         self._using[worker] = (params, flat.tobytes())
 
     def pinned(self, worker: int, epoch: tuple[int, int], params: Params) -> None:
-        """Whoever evaluates a plan's epoch does so on the same versions of all shards."""
+        """Whoever evaluates a plan's epoch does so on the same versions of all shards.
+
+        One that was put off begins again, on the version of that time.
+        """
         if not self.suspected(worker):
-            versions = self._pins.setdefault(epoch, list(params.versions))
+            key = (*epoch, params.version)
+            versions = self._pins.setdefault(key, list(params.versions))
             assert list(params.versions) == versions, "blocks of one evaluation on several pins"
 
     def still(self, worker: int) -> None:

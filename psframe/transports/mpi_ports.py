@@ -211,6 +211,7 @@ class MpiEndpoint:
         self.workers = neighbours.workers
         self.index = mesh.rank - neighbours.servers
         self._shards = layout.shards(self.servers)
+        self.virtual_time = False
         self.in_place: Sequence[bool] = [
             rank in neighbours.segments for rank in range(self.servers)
         ]

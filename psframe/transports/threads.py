@@ -144,6 +144,7 @@ class ThreadEndpoint:
         self.index = index
         self.workers = hub.workers
         self.servers = hub.servers
+        self.virtual_time = False
         self.in_place: Sequence[bool] = [True] * hub.servers
         self.now = clock
 

@@ -9,7 +9,7 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
     kind               flags              reason  slot    version  staleness  aux           payload
     1  Push            finite want_params         slot    version             release       array
     2  Pull            pinned                                                 release
-    3  LeaseRequest                                                                         task
+    3  LeaseRequest    ahead                                                                task
     4  Report                                                                               sums
     5  Log                                                                                  sums
     6  Stop
@@ -23,6 +23,7 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
     14 Withheld                                   server                      in_a_row
     15 Lost
     16 Finished                                   server
+    17 GiveBack
 
 `worker` and `seq` are the event's, where it has them; `norm` is Push's alone; `log`, a position
 in the leader's log, is in Push, Pull, Answer and Lease. A field that a kind does not use is zero.

@@ -10,6 +10,7 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    GiveBack,
     Gone,
     Lease,
     LeaseRequest,
@@ -166,7 +167,9 @@ def _message(
 
 
 def _encode_lease_request(event: LeaseRequest) -> bytes:
-    return _message(Kind.LEASE_REQUEST, event.worker, event.seq, payload=pack_task(event))
+    flags = BIT2 if event.ahead else 0
+    payload = pack_task(event)
+    return _message(Kind.LEASE_REQUEST, event.worker, event.seq, flags=flags, payload=payload)
 
 
 def _encode_report(event: Report) -> bytes:
@@ -211,6 +214,7 @@ def _encode_withheld(event: Withheld) -> bytes:
 _WHOLE: Mapping[type, Callable[[Any], bytes]] = {
     Pull: _encode_pull,
     LeaseRequest: _encode_lease_request,
+    GiveBack: lambda event: _message(Kind.GIVE_BACK, event.worker, event.seq),
     Report: _encode_report,
     Log: _encode_log,
     Stop: lambda event: _message(Kind.STOP, event.worker),

@@ -91,6 +91,7 @@ class Kind(enum.IntEnum):
     WITHHELD = 14
     LOST = 15
     FINISHED = 16
+    GIVE_BACK = 17
 
 
 class Delivery(enum.IntEnum):
@@ -112,7 +113,7 @@ class Link(enum.Enum):
 
 
 _LEGAL: Mapping[Link, str] = {
-    Link.WORKER_TO_LEADER: "PUSH PULL LEASE_REQUEST REPORT LOG STOP LEAVE",
+    Link.WORKER_TO_LEADER: "PUSH PULL LEASE_REQUEST GIVE_BACK REPORT LOG STOP LEAVE",
     Link.WORKER_TO_FOLLOWER: "PUSH PULL LEAVE",  # all else is the leader's business
     Link.SERVER_TO_WORKER: "ANSWER LEASE",
     Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN END",

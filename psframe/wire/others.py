@@ -12,6 +12,7 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    GiveBack,
     Gone,
     Lease,
     LeaseKind,
@@ -102,7 +103,8 @@ def read_other(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limits)
 
 
 def _read_lease_request(fields: Fields, payload: memoryview, limits: Limits) -> LeaseRequest:
-    return LeaseRequest(fields[4], fields[6], *read_task(fields, payload))
+    plan, spec = read_task(fields, payload)
+    return LeaseRequest(fields[4], fields[6], plan, spec, fields[2] != 0)
 
 
 def _read_report(fields: Fields, payload: memoryview, limits: Limits) -> Report:
@@ -169,7 +171,10 @@ def _follower(fields: Fields, limits: Limits) -> int:
 
 
 _RULES: Mapping[int, _Rule] = {
-    Kind.LEASE_REQUEST: _rule(_read_lease_request, "worker seq payload_bytes"),
+    Kind.LEASE_REQUEST: _rule(_read_lease_request, "worker seq payload_bytes", flags=BIT2),
+    Kind.GIVE_BACK: _rule(
+        lambda fields, payload, limits: GiveBack(fields[4], fields[6]), "worker seq"
+    ),
     Kind.REPORT: _rule(_read_report, "worker payload_bytes"),
     Kind.LOG: _rule(_read_log, "worker payload_bytes"),
     Kind.STOP: _rule(lambda fields, payload, limits: Stop(fields[4]), "worker"),
