@@ -21,6 +21,8 @@ from psframe.events import (
     Leave,
     Log,
     Report,
+    SpanKind,
+    Spans,
     Stop,
     TaskSpec,
 )
@@ -35,6 +37,8 @@ __all__ = ["Endpoint", "Pending", "PendingPull", "Worker"]
 
 # Calls of `log` after which the sums are sent even if no lease is asked for.
 _LOG_EVERY = 64
+# Spans in a message.
+_SPANS_EVERY = 256
 
 
 class Endpoint(Protocol):
@@ -159,6 +163,7 @@ class Worker:
         self._plans = 0
         self._logged: dict[str, tuple[float, int]] = {}
         self._log_calls = 0
+        self._spans: list[tuple[int, float, float]] = []
         self.index = endpoint.index
         self.count = endpoint.workers
         self.xp: ModuleType = device.xp
@@ -331,11 +336,25 @@ class Worker:
         if self._log_calls >= _LOG_EVERY:
             self._flush_log()
 
+    def now(self) -> float:
+        """Give the seconds on this worker's clock; in a simulation, virtual ones."""
+        return self._endpoint.now()
+
+    def span(self, kind: SpanKind, begin_s: float, end_s: float) -> None:
+        """Note for a timeline what this worker was at between two times of its clock.
+
+        They reach the run's observer as `psframe.events.Spans`, some at a time.
+        """
+        self._spans.append((kind, begin_s, end_s))
+        if len(self._spans) >= _SPANS_EVERY:
+            self._flush_spans()
+
     # ---- for the runtime -----------------------------------------------------------------
 
     def leave(self, failure: Failure | None = None) -> None:
         """Say that `work` is over and wait until every request is answered."""
         self._flush_log()
+        self._flush_spans()
         for server in range(self._endpoint.servers):
             self._endpoint.send(server, Leave(self.index, failure if server == 0 else None))
         while self._protocol.outstanding:
@@ -535,6 +554,11 @@ class Worker:
 
     def _report(self, sums: dict[str, float]) -> None:
         self._send(0, Report(self.index, sums))
+
+    def _flush_spans(self) -> None:
+        if self._spans:
+            self._send(0, Spans(self.index, self.now(), self._spans))
+            self._spans = []
 
     def _flush_log(self) -> None:
         if self._logged:

@@ -198,7 +198,7 @@ class _ClusterRun:
         follower = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
         serve(follower, port, no_host_event)
         port.close()
-        self.mesh.send(follower.store.params, 0, "this server's parameters", None)
+        self.mesh.send(follower.outcome, 0, "this server's parameters", None)
 
     def _take_part(self, plan: Plan, neighbours: Neighbours) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours)
@@ -225,7 +225,7 @@ class _ClusterRun:
                 what = f"the parameters of server {server}"
                 self.mesh.receive(params[begin:end], server, what, bound_s)
             else:
-                params[begin:end] = leader.store.params
+                params[begin:end] = leader.outcome
         return params
 
     def _meet_again(self, error: BaseException) -> None:

@@ -52,6 +52,8 @@ __all__ = [
     "Record",
     "Report",
     "Sent",
+    "SpanKind",
+    "Spans",
     "Stop",
     "TaskSpec",
     "ToServer",
@@ -219,6 +221,28 @@ class Log:
     sums: dict[str, tuple[float, int]]
 
 
+class SpanKind(enum.IntEnum):
+    """What a rank was at, for a timeline."""
+
+    COMPUTE = 0
+    PULL = 1
+    PUSH = 2
+    PUSH_PULL = 3
+    LEASE = 4
+    DATA = 5  # waiting for a block's data
+    EVALUATE = 6
+    APPLY = 7  # a server
+
+
+@dataclass(slots=True)
+class Spans:
+    """What the worker was at: (kind, begin, end) in seconds of its own clock, which is `now_s`."""
+
+    worker: int
+    now_s: float
+    spans: list[tuple[int, float, float]]
+
+
 @dataclass(slots=True)
 class Stop:
     """The worker asks that the run end."""
@@ -234,7 +258,7 @@ class Leave:
     failure: Failure | None = None
 
 
-FromWorker = Push | Pull | LeaseRequest | GiveBack | Report | Log | Stop | Leave
+FromWorker = Push | Pull | LeaseRequest | GiveBack | Report | Log | Spans | Stop | Leave
 
 # ---- a transport to its server -----------------------------------------------------------
 
@@ -319,9 +343,13 @@ class Gone:
 
 @dataclass(slots=True)
 class Pin:
-    """Pin the current snapshot for an evaluation (or, with on=False, let it go)."""
+    """Pin the current snapshot for an evaluation (or, with on=False, let it go).
+
+    `keep` lets it go with a copy kept: it is the best so far.
+    """
 
     on: bool
+    keep: bool = False
 
 
 @dataclass(slots=True)
@@ -378,11 +406,15 @@ class EpochDone:
 
 @dataclass(slots=True)
 class Evaluated:
-    """An evaluation of the snapshot pinned when the epoch was done, summed in block order."""
+    """An evaluation of the snapshot pinned when the epoch was done, summed in block order.
+
+    `best` says that no earlier one scored as high, where the run scores evaluations.
+    """
 
     epoch: int
     version: int
     sums: dict[str, float] = field(default_factory=dict)
+    best: bool = False
 
 
 @dataclass(slots=True)
@@ -397,7 +429,7 @@ class PushHandled:
     applied: bool
 
 
-HostEvent = Logged | EpochDone | Evaluated | PushHandled
+HostEvent = Logged | EpochDone | Evaluated | PushHandled | Spans
 
 # What a server hands to its driver: answers go to the worker they name, decisions to every other
 # server (Withheld, Lost and Finished to the leader), host events to the process that the leader

@@ -126,7 +126,7 @@ class Follower(Server):
         elif isinstance(event, Pin):
             self._pin_after = self._undone() if event.on else None
             if not event.on:
-                self._unpin()
+                self._unpin(keep=event.keep)
         else:
             self._lose(event.worker)
 

@@ -24,15 +24,23 @@ class Host:
     Args:
         run_dir: the folder, already created, or None.
         observer: the caller's own observer.
+        spans: whether it wants to know when the server was at what.
+
+    Attributes:
+        ending: whether the observer has asked for the end of the run.
     """
 
-    def __init__(self, run_dir: RunDir | None, observer: Observer | None) -> None:
+    def __init__(
+        self, run_dir: RunDir | None, observer: Observer | None, *, spans: bool = False
+    ) -> None:
         self.run_dir = run_dir
+        self.spans = spans
         self._observer = observer
         self._recorder = None if run_dir is None else Recorder(run_dir)
         self._witness = None if run_dir is None else Witness(run_dir.path)
         self._version: Callable[[], int] = lambda: 0
         self._closed = False
+        self.ending = False
 
     @classmethod
     def open(
@@ -42,6 +50,7 @@ class Host:
         overwrite: bool,
         config: Mapping[str, Any],
         observer: Observer | None,
+        spans: bool = False,
     ) -> Host:
         """Create the run directory and the host.
 
@@ -49,8 +58,9 @@ class Host:
             RunDirError: the directory cannot be used.
         """
         if run_dir is None:
-            return cls(None, observer)
-        return cls(RunDir.create(run_dir, overwrite=overwrite, config=config), observer)
+            return cls(None, observer, spans=spans)
+        folder = RunDir.create(run_dir, overwrite=overwrite, config=config)
+        return cls(folder, observer, spans=spans)
 
     @property
     def path(self) -> Path | None:
@@ -65,8 +75,8 @@ class Host:
         """Take one event of the leader."""
         if self._recorder is not None and not self._closed:
             self._recorder(event)
-        if self._observer is not None:
-            self._observer(event)
+        if self._observer is not None and self._observer(event) is True:
+            self.ending = True
 
     def verdict(self, state: str, *, updates: int | None = None, reason: str = "") -> None:
         """Write how the run ended; only the first verdict counts.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+
 from psframe.consistency import Policy, Verdict
 from psframe.errors import MessageError
 from psframe.events import (
@@ -28,6 +31,7 @@ from psframe.events import (
     Reason,
     Record,
     Report,
+    Spans,
     Stop,
     ToServer,
     Withheld,
@@ -37,7 +41,9 @@ from psframe.ledger import LedgerBook
 from psframe.server import Queued, Server, ServerMemory
 from psframe.store import Store
 
-__all__ = ["Leader"]
+__all__ = ["Leader", "Score"]
+
+Score = Callable[[Mapping[str, float]], float]
 
 # Refused pushes in a row, as a multiple of W, after which the run has diverged.
 _REFUSALS_PER_WORKER = 10
@@ -52,12 +58,15 @@ class Leader(Server):
         clip_norm: as for `Server`.
         max_updates: the run is over at this version.
         trace: make a `PushHandled` for every push.
+        score: of an evaluation's sums, higher is better; every server keeps the parameters of the
+            best one. Without it none are kept.
 
     Attributes:
         ledger: the account of every push.
         staleness: count of applied pushes by staleness.
         diverged: whether 10 W pushes in a row were refused.
         failure: (worker, failure) of the worker whose `work` raised first.
+        kept_version: the version of the parameters that are kept.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class Leader(Server):
         clip_norm: float | None = None,
         max_updates: int | None = None,
         trace: bool = False,
+        score: Score | None = None,
     ) -> None:
         super().__init__(workers, store, policy, memory, clip_norm)
         self.ledger = LedgerBook()
@@ -81,6 +91,9 @@ class Leader(Server):
         self._unfinished = set(range(1, servers))
         self._max_updates = max_updates
         self._trace = trace
+        self._score = score
+        self._best = -math.inf
+        self.kept_version: int | None = None
         self._book = LeaseBook(workers, policy.live, waves=policy.aggregates)
         self._round: dict[int, Push] = {}
         self._refusals = 0
@@ -148,11 +161,13 @@ class Leader(Server):
         return True
 
     def _other(self, event: ToServer) -> None:
-        if isinstance(event, (Log, Stop)):
+        if isinstance(event, (Log, Spans, Stop)):
             if self.gone[event.worker]:
                 return  # nothing more of it is believed
             if isinstance(event, Log):
                 self._out.append(Logged(event.worker, event.sums))
+            elif isinstance(event, Spans):
+                self._out.append(event)
             else:
                 self._stop()
         elif isinstance(event, Lost):
@@ -350,18 +365,24 @@ class Leader(Server):
 
     def _report(self, worker: int, sums: dict[str, float]) -> None:
         evaluated = self._book.report(worker, sums)
-        if evaluated is not None:
-            self._out.append(evaluated)
-            self._next_evaluation()
+        if evaluated is None:
+            return
+        if self._score is not None:
+            score = self._score(evaluated.sums)
+            if score > self._best:
+                self._best, self.kept_version = score, evaluated.version
+                evaluated.best = True
+        self._out.append(evaluated)
+        self._next_evaluation(keep=evaluated.best)
 
     def _abandon_evaluation(self) -> None:
         while self._book.abandon():
             self._next_evaluation()
 
-    def _next_evaluation(self) -> None:
-        self._unpin()
+    def _next_evaluation(self, *, keep: bool = False) -> None:
+        self._unpin(keep=keep)
         if self._followers:
-            self._out.append(Pin(on=False))
+            self._out.append(Pin(on=False, keep=keep))
         self._start_evaluation()
         self._wake = True
 

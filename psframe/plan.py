@@ -18,14 +18,14 @@ from psframe.consistency import Async, Mode
 from psframe.events import HostEvent
 from psframe.follower import Follower
 from psframe.layout import Array, Layout
-from psframe.leader import Leader
+from psframe.leader import Leader, Score
 from psframe.ledger import Ledger
 from psframe.server import Server, ServerMemory
 from psframe.store import Buffers, Store, UpdateRule
 
 __all__ = ["Observer", "OptimizerLike", "Plan", "Result", "check_count", "staleness_counts"]
 
-Observer = Callable[[HostEvent], None]
+Observer = Callable[[HostEvent], Any]
 
 # A count of steps or a seed that does not fit a message is a mistake.
 _COUNT_MAX = 2**62
@@ -49,6 +49,8 @@ class Result:
         is_root: whether this process has the parameters.
         ledger: the account of every push.
         run_dir: the run directory on the root, if one was asked for.
+        kept_version: the version of `.params` where the best evaluation's were kept (`score=`);
+            else None, and they are the last.
     """
 
     params: dict[str, Array] | None
@@ -57,6 +59,7 @@ class Result:
     is_root: bool
     ledger: Ledger
     run_dir: Path | None = None
+    kept_version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Plan:
     seed: int
     max_updates: int | None
     clip_norm: float | None
+    score: Score | None = None
+    trace: bool = False
 
     @classmethod
     def check(
@@ -86,6 +91,8 @@ class Plan:
         seed: int = 0,
         max_updates: int | None = None,
         clip_norm: float | None = None,
+        score: Score | None = None,
+        trace: bool = False,
     ) -> Plan:
         """Check the arguments.
 
@@ -114,6 +121,8 @@ class Plan:
             raise TypeError(f"device: expected a string such as 'auto', got {device!r}")
         if clip_norm is not None:
             _check_positive("clip_norm", clip_norm)
+        if score is not None and not callable(score):
+            raise TypeError(f"score: expected a function of an evaluation's sums, got {score!r}")
         host = {name: to_numpy(value) for name, value in params.items()}
         return cls(
             layout,
@@ -125,6 +134,8 @@ class Plan:
             int(seed),
             None if max_updates is None else int(max_updates),
             None if clip_norm is None else float(clip_norm),
+            score,
+            bool(trace),
         )
 
     def digests(self, **more: object) -> dict[str, bytes]:
@@ -138,6 +149,8 @@ class Plan:
             "seed": self.seed,
             "max_updates": self.max_updates,
             "clip_norm": self.clip_norm,
+            "score": self.score,
+            "trace": self.trace,
             **more,
         }
         return {name: _digest(value) for name, value in arguments.items()}
@@ -158,7 +171,7 @@ class Plan:
             workers: W.
             buffers: memory for the snapshots of its shard.
             memory: where gradients lie and copied pulls go.
-            trace: whether the leader tells of every push.
+            trace: whether the leader tells of every push, if the plan does not say so.
         """
         begin, end = self.layout.shards(self.servers)[index]
         rule = self.optimizer.updater(self.layout, begin, end)
@@ -174,7 +187,8 @@ class Plan:
             servers=self.servers,
             clip_norm=self.clip_norm,
             max_updates=self.max_updates,
-            trace=trace,
+            trace=trace or self.trace,
+            score=self.score,
         )
 
 

@@ -21,6 +21,7 @@ def summarise(leader: Leader) -> dict[str, Any]:
         "version": leader.store.version,
         "staleness": sorted(leader.staleness.items()),
         "ledger": leader.ledger.ledger().as_dict(),
+        "kept_version": leader.kept_version,
     }
 
 
@@ -42,6 +43,7 @@ def make_result(
         is_root=params is not None,
         ledger=Ledger(**summary["ledger"]),
         run_dir=run_dir,
+        kept_version=summary["kept_version"],
     )
 
 

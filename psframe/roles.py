@@ -21,7 +21,10 @@ from psframe.events import (
     Logged,
     Lost,
     Output,
+    Push,
     PushHandled,
+    SpanKind,
+    Spans,
     ToServer,
     Withheld,
 )
@@ -56,7 +59,7 @@ _GRACE_S = 2.0
 # Of an exception's message; some print whole arrays.
 _MESSAGE_CHARS_MAX = 1000
 
-_HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled)
+_HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled, Spans)
 
 
 class Outgoing(Protocol):
@@ -96,6 +99,8 @@ def serve(
     port: ServerPort,
     observe: Observer,
     tick: Callable[[], None] | None = None,
+    *,
+    spans: bool = False,
 ) -> None:
     """Serve until every worker has left and, on every server, all is decided.
 
@@ -104,6 +109,7 @@ def serve(
         port: its end of the transport.
         observe: takes the leader's host events.
         tick: called between events, at least every half second; may raise to end the loop.
+        spans: whether to tell `observe` how long each push took (as `Spans` of worker -1).
 
     Raises:
         MessageError: a follower's or the leader's message made no sense (a worker's makes that
@@ -113,9 +119,14 @@ def serve(
         if tick is not None:
             tick()
         event = port.receive(_POLL_S)
-        if event is not None:
-            for out in handle(machine, event):
-                route(out, port, observe)
+        if event is None:
+            continue
+        begin = time.monotonic() if spans else 0.0
+        for out in handle(machine, event):
+            route(out, port, observe)
+        if spans and isinstance(event, Push):
+            end = time.monotonic()
+            observe(Spans(-1, end, [(SpanKind.APPLY, begin, end)]))
 
 
 def handle(machine: Server, event: ToServer) -> list[Output]:
@@ -210,9 +221,16 @@ def serve_first(grace: Grace, port: ServerPort, host: Host) -> None:
     """
     leader, interrupts = grace.leader, grace.interrupts
     host.watch(lambda: leader.store.version)
+
+    def tick() -> None:
+        grace.check()
+        if host.ending and not leader.stopped:
+            for out in leader.end():
+                route(out, port, host)
+
     with interrupts.held():
         try:
-            serve(leader, port, host, grace.check)
+            serve(leader, port, host, tick, spans=host.spans)
             interrupts.check()
         except KeyboardInterrupt as error:
             grace.interrupt = error

@@ -11,6 +11,7 @@ from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.host import Host
 from psframe.launcher import find_launcher, starting_mpi
+from psframe.leader import Score
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
 from psframe.threaded import run_threads
 
@@ -36,6 +37,9 @@ def run(
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
     observer: Observer | None = None,
+    trace: bool = False,
+    spans: bool = False,
+    score: Score | None = None,
     shared_memory: bool = True,
 ) -> Result:
     """Train `params` with a parameter server; every rank calls it with equal arguments.
@@ -61,7 +65,12 @@ def run(
         clip_norm: scale a gradient whose Euclidean norm is larger down to it.
         overwrite: replace what an earlier run wrote into run_dir.
         config: what to write to config.toml; default these arguments.
-        observer: called on rank 0 with each `psframe.events.HostEvent`.
+        observer: called on rank 0 with each `psframe.events.HostEvent`; one that returns True ends
+            the run as `worker.stop()` does.
+        trace: tell the observer of every push (`PushHandled`).
+        spans: tell it when server 0 was at what (`Spans` of worker -1).
+        score: function of an evaluation's sums (`worker.tasks(evaluate=...)`), higher is better;
+            the result's parameters are then those of the best evaluation.
         shared_memory: use it between ranks on one node; False sends everything through MPI.
 
     Returns:
@@ -89,6 +98,8 @@ def run(
             seed=seed,
             max_updates=max_updates,
             clip_norm=clip_norm,
+            score=score,
+            trace=trace,
         )
 
     def host(checked: Plan) -> Host:
@@ -106,6 +117,7 @@ def run(
             overwrite=overwrite,
             config=described if config is None else config,
             observer=observer,
+            spans=spans,
         )
 
     launcher = find_launcher()

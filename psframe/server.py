@@ -102,6 +102,7 @@ class Server(ABC):
         self._landed = [False] * workers
         self._pinned = NO_BUFFER
         self._pinned_version = 0
+        self.kept: Array | None = None
         # The leader's records: how many it has made, or this follower has handled.
         self.position = 0
         self._awaited: int | None = None  # the least position that a blocked request waits for
@@ -114,6 +115,11 @@ class Server(ABC):
     def all_gone(self) -> bool:
         """Whether every worker has left or is lost."""
         return self._n_gone == self.workers
+
+    @property
+    def outcome(self) -> Array:
+        """What the run leaves of this shard: the parameters that are kept, or the last."""
+        return self.store.params if self.kept is None else self.kept
 
     @property
     @abstractmethod
@@ -285,7 +291,12 @@ class Server(ABC):
         self._wake = True
         return self._pinned_version
 
-    def _unpin(self) -> None:
+    def _unpin(self, *, keep: bool = False) -> None:
+        if keep:
+            pinned = self._pinned != NO_BUFFER
+            source = self.store.buffer(self._pinned) if pinned else self.store.params
+            self.kept = source.copy() if self.kept is None else self.kept
+            self.kept[:] = source
         if self._pinned != NO_BUFFER:
             self.store.release(self._pinned)
             self._pinned = NO_BUFFER

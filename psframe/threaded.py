@@ -119,7 +119,7 @@ class _ThreadRun:
         if grace.interrupt is not None:
             raise grace.interrupt
         self._raise_failure(leader)
-        params = np.concatenate([machine.store.params for machine in self._machines])
+        params = np.concatenate([machine.outcome for machine in self._machines])
         return make_result(self._plan, summarise(leader), params, self._host.path)
 
     def _follow(self, server: int) -> None:

@@ -34,6 +34,7 @@ from psframe.events import (
     Push,
     Reason,
     Report,
+    Spans,
     Sent,
     Stop,
     TaskSpec,
@@ -110,6 +111,11 @@ PLAIN = [
         TO_LEADER,
         header(5, 0, 0, 1, 0, 0, 0, 0, 0.0, 24, 0) + struct.pack("<IH2sdq", 1, 2, b"lr", 0.5, 3),
     ),
+    (
+        Spans(1, 2.5, [(7, 1.0, 2.0), (0, 0.0, 0.0)]),
+        TO_LEADER,
+        header(18, 0, 0, 1, 0, 0, 0, 0, 2.5, 34, 0) + struct.pack("<BddBdd", 7, 1, 2, 0, 0, 0),
+    ),
     (Stop(4), TO_LEADER, header(6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0)),
     (Leave(4), TO_LEADER, header(7, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0)),
     (
@@ -153,6 +159,7 @@ PLAIN = [
     (Gone(3), TO_FOLLOWER, header(11, 0, 0, 3, 0, 0, 0, 0, 0.0, 0, 0)),
     (Pin(True), TO_FOLLOWER, header(12, 4, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Pin(False), TO_FOLLOWER, header(12, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
+    (Pin(False, True), TO_FOLLOWER, header(12, 8, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (End(), TO_FOLLOWER, header(13, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Withheld(2, 4, 7, 3), FROM_FOLLOWER, header(14, 0, 0, 4, 2, 7, 0, 0, 0.0, 0, 3)),
     (Lost(3), FROM_FOLLOWER, header(15, 0, 0, 3, 0, 0, 0, 0, 0.0, 0, 0)),
@@ -292,6 +299,10 @@ BLOCKS = st.builds(
 )
 DECIDED = st.sampled_from([r for r in Reason if r < Reason.STOPPED])
 MEMBERS = st.dictionaries(WORKER, COUNTS).map(lambda members: sorted(members.items()))
+TIMES = st.floats(0, 1e12).map(abs)
+SPANS = st.lists(
+    st.tuples(st.integers(0, 7), TIMES, TIMES).map(lambda s: (s[0], *sorted(s[1:]))), max_size=5
+)
 EVENTS = {
     TO_LEADER: st.one_of(
         PUSHES,
@@ -300,6 +311,7 @@ EVENTS = {
         st.builds(GiveBack, WORKER, COUNTS),
         st.builds(Report, WORKER, st.dictionaries(NAMES, FLOATS, max_size=5)),
         st.builds(Log, WORKER, st.dictionaries(NAMES, st.tuples(FLOATS, POSITIVE), max_size=5)),
+        st.builds(Spans, WORKER, TIMES, SPANS),
         st.builds(Stop, WORKER),
         st.builds(Leave, WORKER, FAILURES),
     ),

@@ -18,16 +18,17 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
     9  Lease                              kind            epoch    begin      end
     10 Decision        round              reason                                            members
     11 Gone
-    12 Pin             on
+    12 Pin             on keep
     13 End
     14 Withheld                                   server                      in_a_row
     15 Lost
     16 Finished                                   server
     17 GiveBack
+    18 Spans                                                                                spans
 
-`worker` and `seq` are the event's, where it has them; `norm` is Push's alone; `log`, a position
-in the leader's log, is in Push, Pull, Answer and Lease. A field that a kind does not use is zero.
-Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own begin at bit 2, in the order
+`worker` and `seq` are the event's, where it has them; `norm` is Push's, and the clock of Spans;
+`log`, a position in the leader's log, is in Push, Pull, Answer and Lease. A field that a kind
+does not use is zero. Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own begin at bit 2, in the order
 of the table. Only a Push, or an Answer with parameters, speaks of an array. The other payloads
 follow in the same message:
 
@@ -35,6 +36,7 @@ follow in the same message:
     sums      u32 count, then for each: text name, f64 sum, and in a Log i64 count
     texts     if `failure` is set: text type, text message, text traceback
     members   for each: i32 worker, i64 seq; in worker order
+    spans     for each: u8 kind, f64 begin, f64 end
     text      u16 length in bytes, UTF-8
 
 Every event has one encoding: what `decode` accepts, `encode` gives back bit for bit.

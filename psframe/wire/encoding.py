@@ -21,11 +21,13 @@ from psframe.events import (
     Pull,
     Push,
     Report,
+    Spans,
     Stop,
     Withheld,
 )
 from psframe.wire.header import (
     BIT2,
+    BIT3,
     HEADER,
     HEADER_BYTES,
     MAGIC,
@@ -39,6 +41,7 @@ from psframe.wire.payloads import (
     SUM_AND_COUNT,
     pack_failure,
     pack_members,
+    pack_spans,
     pack_sums,
     pack_task,
 )
@@ -158,11 +161,12 @@ def _message(
     slot: int = 0,
     version: int = 0,
     staleness: int = 0,
+    norm: float = 0.0,
     aux: int = 0,
     log: int = 0,
     payload: bytes = b"",
 ) -> bytes:
-    numbers = (flags, reason, worker, slot, seq, version, staleness, 0.0, len(payload), aux, log)
+    numbers = (flags, reason, worker, slot, seq, version, staleness, norm, len(payload), aux, log)
     return _pack(MAGIC, kind, *numbers) + payload
 
 
@@ -179,6 +183,11 @@ def _encode_report(event: Report) -> bytes:
 
 def _encode_log(event: Log) -> bytes:
     return _message(Kind.LOG, event.worker, payload=pack_sums(event.sums, SUM_AND_COUNT))
+
+
+def _encode_spans(event: Spans) -> bytes:
+    payload = pack_spans(event)
+    return _message(Kind.SPANS, event.worker, norm=event.now_s, payload=payload)
 
 
 def _encode_leave(event: Leave) -> bytes:
@@ -217,12 +226,13 @@ _WHOLE: Mapping[type, Callable[[Any], bytes]] = {
     GiveBack: lambda event: _message(Kind.GIVE_BACK, event.worker, event.seq),
     Report: _encode_report,
     Log: _encode_log,
+    Spans: _encode_spans,
     Stop: lambda event: _message(Kind.STOP, event.worker),
     Leave: _encode_leave,
     Lease: _encode_lease,
     Decision: _encode_decision,
     Gone: lambda event: _message(Kind.GONE, event.worker),
-    Pin: lambda event: _message(Kind.PIN, flags=BIT2 if event.on else 0),
+    Pin: lambda event: _message(Kind.PIN, flags=BIT2 * event.on | BIT3 * event.keep),
     End: lambda event: _message(Kind.END),
     Withheld: _encode_withheld,
     Lost: lambda event: _message(Kind.LOST, event.worker),

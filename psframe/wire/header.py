@@ -24,6 +24,7 @@ from psframe.store import buffer_count
 
 __all__ = [
     "BIT2",
+    "BIT3",
     "COUNT_MAX",
     "DELIVERY_BITS",
     "Delivery",
@@ -57,7 +58,7 @@ FIELDS = (
 ).split()
 
 DELIVERY_BITS = 3  # of flags
-BIT2 = 4  # the first flag of a kind's own
+BIT2, BIT3 = 4, 8  # the flags of a kind's own
 RELEASE_BITS = RELEASE_HOLD | RELEASE_COPY
 MEMBER = struct.Struct("<iq")  # of a Decision
 
@@ -92,6 +93,7 @@ class Kind(enum.IntEnum):
     LOST = 15
     FINISHED = 16
     GIVE_BACK = 17
+    SPANS = 18
 
 
 class Delivery(enum.IntEnum):
@@ -113,7 +115,7 @@ class Link(enum.Enum):
 
 
 _LEGAL: Mapping[Link, str] = {
-    Link.WORKER_TO_LEADER: "PUSH PULL LEASE_REQUEST GIVE_BACK REPORT LOG STOP LEAVE",
+    Link.WORKER_TO_LEADER: "PUSH PULL LEASE_REQUEST GIVE_BACK REPORT LOG SPANS STOP LEAVE",
     Link.WORKER_TO_FOLLOWER: "PUSH PULL LEAVE",  # all else is the leader's business
     Link.SERVER_TO_WORKER: "ANSWER LEASE",
     Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN END",

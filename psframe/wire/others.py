@@ -23,11 +23,13 @@ from psframe.events import (
     Pin,
     Reason,
     Report,
+    Spans,
     Stop,
     Withheld,
 )
 from psframe.wire.header import (
     BIT2,
+    BIT3,
     COUNT_MAX,
     FIELDS,
     HEADER_BYTES,
@@ -45,8 +47,10 @@ from psframe.wire.header import (
 from psframe.wire.payloads import (
     SUM,
     SUM_AND_COUNT,
+    TIME_MAX_S,
     read_failure,
     read_members,
+    read_spans,
     read_sums,
     read_task,
 )
@@ -120,6 +124,18 @@ def _read_log(fields: Fields, payload: memoryview, limits: Limits) -> Log:
     return Log(fields[4], {name: (total, count) for name, (total, count) in sums.items()})
 
 
+def _read_spans(fields: Fields, payload: memoryview, limits: Limits) -> Spans:
+    if not 0 <= fields[9] <= TIME_MAX_S:
+        raise bad(fields, "the clock", fields[9], f"0 to {TIME_MAX_S} seconds")
+    return Spans(fields[4], fields[9], read_spans(fields, payload))
+
+
+def _read_pin(fields: Fields, payload: memoryview, limits: Limits) -> Pin:
+    if fields[2] == BIT2 | BIT3:
+        raise bad(fields, "flags", f"{fields[2]:#x}", "on or keep, not both")
+    return Pin(fields[2] == BIT2, fields[2] == BIT3)
+
+
 def _read_leave(fields: Fields, payload: memoryview, limits: Limits) -> Leave:
     if fields[2]:
         return Leave(fields[4], read_failure(fields, payload))
@@ -175,6 +191,7 @@ _RULES: Mapping[int, _Rule] = {
     Kind.GIVE_BACK: _rule(
         lambda fields, payload, limits: GiveBack(fields[4], fields[6]), "worker seq"
     ),
+    Kind.SPANS: _rule(_read_spans, "worker norm payload_bytes"),
     Kind.REPORT: _rule(_read_report, "worker payload_bytes"),
     Kind.LOG: _rule(_read_log, "worker payload_bytes"),
     Kind.STOP: _rule(lambda fields, payload, limits: Stop(fields[4]), "worker"),
@@ -182,7 +199,7 @@ _RULES: Mapping[int, _Rule] = {
     Kind.LEASE: _rule(_read_lease, "worker seq reason version staleness aux log"),
     Kind.DECISION: _rule(_read_decision, "reason payload_bytes", flags=BIT2),
     Kind.GONE: _rule(lambda fields, payload, limits: Gone(fields[4]), "worker"),
-    Kind.PIN: _rule(lambda fields, payload, limits: Pin(fields[2] != 0), flags=BIT2),
+    Kind.PIN: _rule(_read_pin, flags=BIT2 | BIT3),
     Kind.END: _rule(lambda fields, payload, limits: End()),
     Kind.WITHHELD: _rule(_read_withheld, "worker seq slot aux"),
     Kind.LOST: _rule(lambda fields, payload, limits: Lost(fields[4]), "worker"),

@@ -6,20 +6,24 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from psframe.events import Decision, Failure, LeaseRequest, TaskSpec
+from psframe.events import Decision, Failure, LeaseRequest, SpanKind, Spans, TaskSpec
 from psframe.wire.header import COUNT_MAX, MEMBER, Fields, Limits, bad, bad_count
 
 __all__ = [
     "NAMES_MAX",
     "NAME_BYTES_MAX",
+    "SPANS_MAX",
     "SUM",
     "SUM_AND_COUNT",
+    "TIME_MAX_S",
     "pack_failure",
     "pack_members",
+    "pack_spans",
     "pack_sums",
     "pack_task",
     "read_failure",
     "read_members",
+    "read_spans",
     "read_sums",
     "read_task",
 ]
@@ -30,6 +34,9 @@ SUM, SUM_AND_COUNT = struct.Struct("<d"), struct.Struct("<dq")
 
 _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 _TASK = struct.Struct("<7q")
+_SPAN = struct.Struct("<Bdd")
+SPANS_MAX = 512  # in one message: 8.5 KiB
+TIME_MAX_S = 1e12
 _TASK_RANGES = (
     ("plan", 0, COUNT_MAX),
     ("n_samples", 1, COUNT_MAX),
@@ -127,6 +134,35 @@ def read_sums(
     if at != len(payload):
         raise bad(fields, "payload_bytes", len(payload), str(at))
     return sums
+
+
+# ---- spans -------------------------------------------------------------------------------
+
+
+def pack_spans(event: Spans) -> bytes:
+    """Pack the spans of a timeline.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if len(event.spans) > SPANS_MAX:
+        raise ValueError(f"expected at most {SPANS_MAX} spans, got {len(event.spans)}")
+    return b"".join([_SPAN.pack(*span) for span in event.spans])
+
+
+def read_spans(fields: Fields, payload: memoryview) -> list[tuple[int, float, float]]:
+    """Read the spans of a timeline."""
+    size = _SPAN.size
+    if len(payload) % size or len(payload) > size * SPANS_MAX:
+        most = size * SPANS_MAX
+        raise bad(fields, "payload_bytes", len(payload), f"a multiple of {size} up to {most}")
+    spans = list(_SPAN.iter_unpack(payload))
+    for kind, begin, end in spans:
+        if kind >= len(SpanKind):
+            raise bad(fields, "a span's kind", kind, f"0 to {len(SpanKind) - 1}")
+        if not 0 <= begin <= end <= TIME_MAX_S:
+            raise bad(fields, "a span", (begin, end), f"0 <= begin <= end <= {TIME_MAX_S}")
+    return spans
 
 
 # ---- texts -------------------------------------------------------------------------------
