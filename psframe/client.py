@@ -146,7 +146,15 @@ class Worker:
         device: "cpu" or "cuda:k".
     """
 
-    def __init__(self, endpoint: Endpoint, layout: Layout, device: Device, seed: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        layout: Layout,
+        device: Device,
+        seed: int,
+        *,
+        measured: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self._endpoint = endpoint
         self._layout = layout
         self._device = device
@@ -156,6 +164,7 @@ class Worker:
         self._snapshots = Snapshots(layout, endpoint.servers, endpoint.snapshot)
         self._slots: list[GradientSlot | None] = [None, None]
         self._staging: list[Mapping[str, Any] | None] = [None, None]
+        self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
@@ -460,12 +469,17 @@ class Worker:
         slot = self._slot(index)
         if grads is None:
             if self._on_host:
-                return slot.judge()  # the arrays given out are the slot itself
+                return self._measure(slot, *slot.judge())  # the arrays given out are the slot
             grads = self._staging[index]
             assert grads is not None, "gradients() made it"
         if not self._on_host:
             grads = self._device.gradients(grads)
-        return slot.pack(grads, plain=plain)
+        return self._measure(slot, *slot.pack(grads, plain=plain))
+
+    def _measure(self, slot: GradientSlot, finite: bool, norm: float) -> tuple[bool, float]:
+        if self._measured is None or not finite:
+            return finite, norm
+        return True, slot.norm(self._measured)
 
     def _slot(self, index: int) -> GradientSlot:
         """The gradient slot, free to be written."""

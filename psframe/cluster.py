@@ -206,7 +206,8 @@ class _ClusterRun:
         if plan.device == "auto" and device == "cpu":
             _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
         try:
-            worker = Worker(endpoint, plan.layout, make_device(device, plan.layout), plan.seed)
+            opened = make_device(device, plan.layout)
+            worker = Worker(endpoint, plan.layout, opened, plan.seed, measured=plan.measured)
         except Exception as error:  # CuPy's are many
             self._error = error
             decline(endpoint, error)

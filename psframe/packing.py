@@ -121,6 +121,12 @@ class GradientSlot:
         """
         return self._verdict(*self._sum(0, 0.0, self._flat.size))
 
+    def norm(self, runs: Sequence[tuple[int, int]]) -> float:
+        """Compute the Euclidean norm of some runs [begin, end) of the slot, which is finite."""
+        parts = (self._flat[begin:end].astype(np.float64) for begin, end in runs)
+        with np.errstate(over="ignore"):
+            return math.sqrt(sum(float(np.vdot(part, part)) for part in parts))
+
     def _pack_in_blocks(self, grads: Mapping[str, Any]) -> tuple[bool, float]:
         flat = self._flat
         summed, total = 0, 0.0  # elements that are in `total` already: a multiple of _BLOCK

@@ -138,6 +138,21 @@ class Plan:
             bool(trace),
         )
 
+    @property
+    def measured(self) -> tuple[tuple[int, int], ...] | None:
+        """The runs [begin, end) of the flat vector that are gradients, if it is clipped by norm.
+
+        None if all of it is: averages (`psframe.optim.Average`) are pushed in the same vector, and
+        must not count.
+        """
+        averages = getattr(self.optimizer, "averages", None)
+        if self.clip_norm is None or averages is None:
+            return None
+        layout = self.layout
+        places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
+        runs = tuple((begin, begin + size) for name, begin, size in places if not averages(name))
+        return None if len(runs) == len(places) else runs
+
     def digests(self, **more: object) -> dict[str, bytes]:
         """Give a 16-byte digest of each argument that must be equal on every rank."""
         arguments: dict[str, object] = {

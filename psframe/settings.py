@@ -49,7 +49,7 @@ class Settings:
     """Settings of one training; each is a flag of the command and a key of its TOML file."""
 
     model: str = "mlp"
-    """mlp, softmax, or package.module:Class for a class of your own"""
+    """mlp, softmax, cnn (images), or package.module:Class for a class of your own"""
 
     data: str = "digits"
     """digits, or the path of an .npz file with arrays x (samples) and y (labels 0, 1, ...)"""

@@ -187,9 +187,11 @@ class Simulation:
     def _start(self, index: int) -> None:
         endpoint = self._virtual.endpoints[index]
         layout, seed = self._plan.layout, self._plan.seed
+        measured = self._plan.measured
 
         def body() -> None:
-            take_part(self._work, Worker(endpoint, layout, HostDevice(), seed))
+            worker = Worker(endpoint, layout, HostDevice(), seed, measured=measured)
+            take_part(self._work, worker)
 
         endpoint.start(body)
 

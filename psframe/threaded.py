@@ -132,7 +132,8 @@ class _ThreadRun:
         endpoint = ThreadEndpoint(self._hub, index)
         try:
             opened = make_device(device, self._plan.layout)
-            worker = Worker(endpoint, self._plan.layout, opened, self._plan.seed)
+            plan = self._plan
+            worker = Worker(endpoint, plan.layout, opened, plan.seed, measured=plan.measured)
         except Exception as error:  # CuPy's are many
             self._errors[index] = error
             decline(endpoint, error)

@@ -6,6 +6,7 @@ of the test part after each epoch, so that one version is evaluated by all of th
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from psframe.data import Dataset
 from psframe.errors import ArgumentError
 from psframe.history import EpochSummary, History
 from psframe.layout import Layout
-from psframe.models.base import Model, check_model, takes_out
+from psframe.models.base import Model, check_model, takes
+from psframe.optim import Average, Grouped
 from psframe.runtime import Result, run
 
 __all__ = ["TrainResult", "Trainer", "initial_params"]
@@ -92,9 +94,10 @@ class Trainer:
         self.epochs = epochs
         self.seed = seed
         self._observer = observer
-        self._takes_out = takes_out(model)
+        self._takes_out = takes(model, "out")
+        self._takes_rng = takes(model, "rng")
         self._run_arguments: dict[str, Any] = {
-            "optimizer": optimizer,
+            "optimizer": _with_averages(optimizer, model),
             "mode": Async() if mode is None else mode,
             "servers": servers,
             "workers": workers,
@@ -178,7 +181,7 @@ class Trainer:
                 if params is None:
                     params = worker.pull()
                 x, y = asarray(train.x[task.indices]), asarray(train.y[task.indices])
-                params = self._step(worker, params, x, y)
+                params = self._step(worker, params, x, y, task.rng)
 
         def work(worker: Any) -> None:
             # A diverging model overflows; the servers refuse what is not finite, and say so.
@@ -187,13 +190,15 @@ class Trainer:
 
         return work
 
-    def _step(self, worker: Any, params: Any, x: Any, y: Any) -> Any:
+    def _step(self, worker: Any, params: Any, x: Any, y: Any, rng: np.random.Generator) -> Any:
         """Push one gradient; return the parameters that came back with the answer."""
+        extra: dict[str, Any] = {"rng": rng} if self._takes_rng else {}
+        grads: Any
         if self._takes_out:
             grads = worker.gradients()
-            loss, _ = self.model.loss_and_gradients(params, x, y, out=grads)
+            loss, _ = self.model.loss_and_gradients(params, x, y, out=grads, **extra)
         else:
-            loss, grads = self.model.loss_and_gradients(params, x, y)
+            loss, grads = self.model.loss_and_gradients(params, x, y, **extra)
         worker.log(loss=loss)
         return worker.push_pull(None if self._takes_out else grads)
 
@@ -207,6 +212,15 @@ class Trainer:
         if last is not None and last.version == result.version and last.test_accuracy is not None:
             return last.test_accuracy
         return self.evaluate(result.params or {}, test).get("accuracy")
+
+
+def _with_averages(optimizer: Any, model: Model) -> Any:
+    """Let the servers average what the model observes and does not train."""
+    averages = getattr(model, "averages", None)
+    if not averages:
+        return optimizer
+    groups = {glob.escape(name): Average(momentum) for name, momentum in averages.items()}
+    return Grouped(optimizer, groups)
 
 
 def initial_params(model: Model, seed: int) -> dict[str, Any]:

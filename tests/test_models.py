@@ -12,7 +12,7 @@ import pytest
 
 from psframe.errors import ArgumentError
 from psframe.models import MLP, Model, Softmax, check_model, create
-from psframe.models.base import array_module, cross_entropy, takes_out
+from psframe.models.base import array_module, cross_entropy, takes
 
 MODELS = [Softmax((3, 2), 4), MLP((3, 2), 4, hidden=(5,)), MLP((6,), 4, hidden=(7, 5))]
 
@@ -145,7 +145,7 @@ def test_built_in_models_are_models() -> None:
     for name in ("mlp", "softmax"):
         model = create(name, (8, 8), 10)
         assert isinstance(model, Model)
-        assert takes_out(model)
+        assert takes(model, "out")
         check_model(model)
 
 
@@ -197,7 +197,7 @@ def test_a_users_class_is_imported_from_the_current_directory(user_module: str) 
 
 
 def test_a_users_class_may_do_without_out(user_module: str) -> None:
-    assert not takes_out(create(f"{user_module}:Bare", (2,), 2))
+    assert not takes(create(f"{user_module}:Bare", (2,), 2), "out")
 
 
 @pytest.mark.parametrize(

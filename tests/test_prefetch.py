@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,13 +104,11 @@ def test_what_prepare_raises_ends_the_run(simulated: bool) -> None:
         for _ in worker.tasks(6, 1, shuffle=False, prepare=prepare):
             worker.push_pull(GRADS)
 
+    run: Any = psframe.run
+    if simulated:
+        run = partial(psframe.simulate, workers=1, compute_time_s=lambda *_: 1.0)
     with pytest.raises(ValueError, match="row 3 is rotten"):
-        if simulated:
-            psframe.simulate(
-                work, PARAMS, optimizer=SGD(0.1), workers=1, compute_time_s=lambda *_: 1.0
-            )
-        else:
-            psframe.run(work, PARAMS, optimizer=SGD(0.1))
+        run(work, PARAMS, optimizer=SGD(0.1))
 
 
 def test_a_blocks_random_stream_does_not_depend_on_the_worker() -> None:

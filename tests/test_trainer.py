@@ -241,6 +241,7 @@ class ScriptedTask:
     """One of its tasks."""
 
     epoch = 0
+    rng = np.random.default_rng(0)
 
     def __init__(self, worker: Scripted, kind: str, indices: Any) -> None:
         self._worker, self.kind, self.indices = worker, kind, indices

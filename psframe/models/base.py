@@ -25,7 +25,7 @@ __all__ = [
     "classification_sums",
     "cross_entropy",
     "he_normal",
-    "takes_out",
+    "takes",
 ]
 
 _METHODS = ("init", "loss_and_gradients", "evaluate", "predict")
@@ -38,6 +38,11 @@ class Model(Protocol):
     For `--model package.module:Class` and `create`, the class is called as
     `Class(input_shape, n_classes)`: the shape of one sample, and the number of classes k. A model
     holds no parameters; it is asked with them.
+
+    State that is observed and not trained, such as batch normalisation's running mean, is among
+    the parameters too. An attribute `averages`, names to a momentum in [0, 1), says which; a
+    model without such state does without it. What `loss_and_gradients` returns for such a name is
+    what this batch has shown, and the server averages it in (`psframe.optim.Average`).
     """
 
     def init(self, rng: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
@@ -48,6 +53,9 @@ class Model(Protocol):
         self, params: Mapping[str, Any], x: Any, y: Any, out: Mapping[str, Any] | None = None
     ) -> tuple[float, Mapping[str, Any]]:
         """Compute the mean loss over a batch, and its gradient with respect to each parameter.
+
+        One that draws random numbers, as dropout does, takes an argument `rng` too: the batch's
+        own NumPy Generator, so that what it draws does not depend on who computes the batch.
 
         Args:
             params: names to arrays; not to be written.
@@ -89,10 +97,10 @@ def check_model(model: Any, where: str = "model") -> None:
         )
 
 
-def takes_out(model: Model) -> bool:
-    """Tell whether `model.loss_and_gradients` accepts the argument `out`."""
+def takes(model: Model, argument: str) -> bool:
+    """Tell whether `model.loss_and_gradients` accepts an argument of that name."""
     parameters = inspect.signature(model.loss_and_gradients).parameters.values()
-    return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def array_module(array: Any) -> Any:

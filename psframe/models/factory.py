@@ -12,12 +12,17 @@ from typing import Any
 
 from psframe.errors import ArgumentError
 from psframe.models.base import Model, check_model
+from psframe.models.cnn import CNN
 from psframe.models.mlp import MLP
 from psframe.models.softmax import Softmax
 
 __all__ = ["NAMES", "create"]
 
-_BUILT_IN: dict[str, Callable[[tuple[int, ...], int], Model]] = {"mlp": MLP, "softmax": Softmax}
+_BUILT_IN: dict[str, Callable[[tuple[int, ...], int], Model]] = {
+    "cnn": CNN,
+    "mlp": MLP,
+    "softmax": Softmax,
+}
 NAMES = tuple(_BUILT_IN)
 
 

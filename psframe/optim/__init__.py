@@ -3,6 +3,7 @@
 from psframe.optim import schedules
 from psframe.optim.base import Optimizer
 from psframe.optim.clipping import clip_scale
+from psframe.optim.grouped import Average, Grouped
 from psframe.optim.rules import SGD, Adagrad, Adam, AdamW, RMSProp
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Average",
+    "Grouped",
     "Optimizer",
     "RMSProp",
     "clip_scale",

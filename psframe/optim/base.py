@@ -48,6 +48,10 @@ class Optimizer(ABC):
         """How many scalars the formula takes."""
         return self.formula.__code__.co_argcount - 2 - len(self.slots)
 
+    def averages(self, name: str) -> bool:
+        """Tell whether the parameter of that name is an average of what is pushed for it."""
+        return False
+
     def learning_rate(self, step: int) -> float:
         """Give the learning rate of update number `step`, 0 for the first."""
         lr = self.lr

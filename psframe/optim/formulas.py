@@ -6,18 +6,24 @@ new parameter and slots. From these functions numba compiles the loops for the C
 
 So they may hold only assignments, + - * /, `sqrt` and one comparison in a conditional expression;
 every operand has the array's dtype, and there are no literals in the arithmetic (one float64
-literal would turn a float32 loop into a float64 one). Every rule begins with `g * scale`, the
-clipping, and `decay * w`, the L2 penalty; with `scale` 1 and `decay` 0 both change no value.
+literal would turn a float32 loop into a float64 one). Every rule but `average` begins with
+`g * scale`, the clipping, and `decay * w`, the L2 penalty; with `scale` 1 and `decay` 0 both change
+no value.
 """
 
 from __future__ import annotations
 
 from math import sqrt
 
-__all__ = ["SCALARS_MAX", "adagrad", "adam", "momentum", "rmsprop", "sgd"]
+__all__ = ["SCALARS_MAX", "adagrad", "adam", "average", "momentum", "rmsprop", "sgd"]
 
 # The length of the array in which the scalars reach a kernel: Adam's number.
 SCALARS_MAX = 10
+
+
+def average(w: float, g: float, mu: float, one_minus_mu: float) -> float:
+    """Average an observation g in: mu w + (1 - mu) g. It is no gradient: nothing scales it."""
+    return mu * w + one_minus_mu * g
 
 
 def sgd(w: float, g: float, scale: float, decay: float, lr: float) -> float:

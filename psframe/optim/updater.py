@@ -133,6 +133,10 @@ class Updater:
         self._pairs = self._pairs[::-1]
         return True
 
+    def undo(self) -> None:
+        """Take the last update back, which succeeded: the slots are again as before it."""
+        self._pairs = self._pairs[::-1]
+
     def prepare(self, params: Any) -> None:
         """Compile the kernel and allocate the slots for arrays such as `params`, once.
 

@@ -28,9 +28,9 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
 
 `worker` and `seq` are the event's, where it has them; `norm` is Push's, and the clock of Spans;
 `log`, a position in the leader's log, is in Push, Pull, Answer and Lease. A field that a kind
-does not use is zero. Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own begin at bit 2, in the order
-of the table. Only a Push, or an Answer with parameters, speaks of an array. The other payloads
-follow in the same message:
+does not use is zero. Bits 0 and 1 of flags are the `Delivery` of the array, the kind's own begin
+at bit 2, in the order of the table. Only a Push, or an Answer with parameters, speaks of an array.
+The other payloads follow in the same message:
 
     task      7 i64: plan, n_samples, batch_size, epochs, shuffle, eval_samples, eval_batch_size
     sums      u32 count, then for each: text name, f64 sum, and in a Log i64 count

@@ -1,0 +1,159 @@
+"""Different rules for different parameters, and the rule for what is averaged and not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from psframe.layout import Layout
+from psframe.optim import formulas
+from psframe.optim.base import Optimizer
+from psframe.optim.checks import as_float
+from psframe.optim.updater import Updater
+
+__all__ = ["Average", "Grouped", "GroupedUpdater"]
+
+
+@dataclass(frozen=True, repr=False)
+class Average(Optimizer):
+    """Average what is pushed: w <- momentum w + (1 - momentum) g.
+
+    For state that is observed and not trained, such as the running mean of batch normalisation
+    (Ioffe and Szegedy 2015): in place of a gradient, workers push what their batch has shown. The
+    observation itself is pushed, not its difference to the average that the worker had read: so
+    the server averages into what it has now, the result is a convex combination however stale
+    the push is, and with several workers there is one average over all of them. In BSP it is
+    the round's mean that is averaged in.
+
+    Neither learning rate, weight decay nor clipping touch it; see `Grouped` for how it is applied
+    to some parameters.
+
+    Args:
+        momentum: weight of the past, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: it is no number or outside its range.
+
+    >>> Average(0.9)
+    Average(momentum=0.9)
+    """
+
+    momentum: float = 0.9
+
+    lr: ClassVar[float] = 1.0  # type: ignore[misc]  # the same for every instance
+    weight_decay: ClassVar[float] = 0.0  # type: ignore[misc]
+    no_decay: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        as_float(self, "momentum", least=0.0, below=1.0)
+
+    @property
+    def formula(self) -> Callable[..., Any]:
+        return formulas.average
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ()
+
+    def averages(self, name: str) -> bool:
+        return True
+
+    def scalars(self, step: int, lr: float, scale: float, weight_decay: float) -> tuple[float, ...]:
+        return (self.momentum, 1.0 - self.momentum)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Apply one rule to most parameters and others to some of them.
+
+    All of an update or nothing of it is applied, whatever the rules.
+
+    Args:
+        rule: for parameters that no pattern matches.
+        groups: patterns of names, as of a shell, to rules; the first that matches counts.
+
+    Raises:
+        TypeError: something is no rule of `psframe.optim`, or a pattern is no string.
+
+    >>> from psframe.optim import SGD
+    >>> rule = Grouped(SGD(0.1), {"*.mean": Average(0.9)})
+    >>> type(rule.rule_of("bn1.mean")).__name__, type(rule.rule_of("conv1.w")).__name__
+    ('Average', 'SGD')
+    """
+
+    rule: Optimizer
+    groups: Mapping[str, Optimizer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.groups, Mapping):
+            raise TypeError(
+                f"Grouped: expected a mapping of patterns to rules, got {self.groups!r}"
+            )
+        for pattern in self.groups:
+            if not isinstance(pattern, str):
+                raise TypeError(f"Grouped: expected a pattern of names, got {pattern!r}")
+        for rule in (self.rule, *self.groups.values()):
+            if not isinstance(rule, Optimizer):
+                raise TypeError(f"Grouped: expected a rule of psframe.optim, got {rule!r}")
+        object.__setattr__(self, "groups", dict(self.groups))
+
+    def rule_of(self, name: str) -> Optimizer:
+        """Give the rule of the parameter of that name."""
+        matching = (r for pattern, r in self.groups.items() if fnmatchcase(name, pattern))
+        return next(matching, self.rule)
+
+    def averages(self, name: str) -> bool:
+        """Tell whether the parameter of that name is an average of what is pushed for it."""
+        return self.rule_of(name).averages(name)
+
+    def updater(self, layout: Layout, begin: int, end: int) -> GroupedUpdater:
+        """Make the state for the shard [begin, end) of the flat vector.
+
+        Raises:
+            ValueError: as `Optimizer.updater`.
+        """
+        return GroupedUpdater(self, layout, begin, end)
+
+
+class GroupedUpdater:
+    """The state of a `Grouped` for one shard: an updater for each run of one rule.
+
+    As `Updater`; not thread-safe.
+    """
+
+    def __init__(self, grouped: Grouped, layout: Layout, begin: int, end: int) -> None:
+        runs: list[tuple[Optimizer, int, int]] = []
+        for name, offset, size in zip(layout.names, layout.offsets, layout.sizes, strict=True):
+            b, e = max(offset, begin), min(offset + size, end)
+            if b >= e:
+                continue
+            rule = grouped.rule_of(name)
+            if runs and runs[-1][0] is rule:
+                b = runs.pop()[1]
+            runs.append((rule, b, e))
+        self._parts: list[tuple[Updater, slice]] = [
+            (rule.updater(layout, b, e), slice(b - begin, e - begin)) for rule, b, e in runs
+        ]
+
+    def update(self, step: int, params: Any, grad: Any, out: Any, scale: float = 1.0) -> bool:
+        """Write the parameters after update number `step` to `out`, or refuse; as `Updater`."""
+        done: list[Updater] = []
+        try:
+            for updater, part in self._parts:
+                if not updater.update(step, params[part], grad[part], out[part], scale):
+                    break
+                done.append(updater)
+            else:
+                done.clear()
+                return True
+        finally:  # refused, or a schedule raised: nothing of it has happened
+            for updater in done:
+                updater.undo()
+        return False
+
+    def prepare(self, params: Any) -> None:
+        """Compile the kernels and allocate the slots; as `Updater`."""
+        for updater, part in self._parts:
+            updater.prepare(params[part])
