@@ -91,7 +91,7 @@ install = $1/bin/python -m pip install --quiet --config-settings editable_mode=c
 	@touch $@
 
 .venv/.installed-dev .venv-mpich/.installed-dev: %/.installed-dev: %/.installed
-	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check))
+	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check$(comma)parquet$(comma)plots$(comma)tensorboard))
 	@touch $@
 
 comma := ,

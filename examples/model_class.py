@@ -69,11 +69,10 @@ class TanhNet:
 
 def main() -> None:
     """Train on the digits with three workers."""
-    data = load("digits")
-    train, test = prepare(data, 0.2, seed=1)
-    model = TanhNet(data.input_shape, data.n_classes)
+    parts = prepare(load("digits"), 0.2, seed=1)
+    model = TanhNet(parts.train.input_shape, parts.train.n_classes)
     trainer = Trainer(model, optimizer=optim.Adagrad(lr=0.02), epochs=20, workers=3)
-    trained = trainer.fit(train, test)
+    trained = trainer.fit(parts)
     if trained.accuracy is not None:
         print(f"test accuracy {trained.accuracy:.1%} after {trained.result.version} updates")
 

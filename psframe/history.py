@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from psframe.events import EpochDone, Evaluated, HostEvent, Logged
 
-__all__ = ["EpochSummary", "History"]
+__all__ = ["TIMES", "EpochSummary", "History", "evaluation_metrics", "score"]
+
+# What workers log of each step, beside loss and samples: seconds computing the gradient, waiting
+# for servers, and waiting for the batch.
+TIMES = ("compute_s", "servers_s", "data_s")
+_PARTS = {"test": "", "validation": "validation_"}
 
 
 @dataclass
@@ -20,8 +26,9 @@ class EpochSummary:
         samples: completed in it.
         train_loss: mean over its batches, each computed on the parameters of its time.
         staleness_mean: over its pushes.
-        test_loss: mean over the test part, on the parameters of `version`.
-        test_accuracy: on the same, in [0, 1].
+        test_loss, validation_loss: mean over that part, on the parameters of `version`.
+        test_accuracy, validation_accuracy: on the same, in [0, 1].
+        best: whether no earlier epoch's parameters did as well on the validation part.
     """
 
     epoch: int
@@ -31,6 +38,32 @@ class EpochSummary:
     staleness_mean: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    best: bool = False
+
+
+def evaluation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Turn an evaluation's sums into test_loss, test_accuracy, validation_loss and so on.
+
+    Args:
+        sums: `loss`, `correct` and `count` of the test part, and the same behind "validation_".
+    """
+    metrics: dict[str, float] = {}
+    for part, prefix in _PARTS.items():
+        count = sums.get(prefix + "count", 0.0)
+        for name, key in (("loss", "loss"), ("accuracy", "correct")):
+            if count and prefix + key in sums:
+                metrics[f"{part}_{name}"] = sums[prefix + key] / count
+    return metrics
+
+
+def score(sums: Mapping[str, float]) -> float:
+    """Score an evaluation of the validation part: its accuracy, and among equals its loss."""
+    count = sums.get("validation_count", 0.0)
+    loss = sums.get("validation_loss", 0.0) / count if count else 0.0
+    # One more correct sample outweighs any loss.
+    return sums.get("validation_correct", 0.0) + 0.5 / (1.0 + max(loss, 0.0))
 
 
 class History:
@@ -38,21 +71,35 @@ class History:
 
     Args:
         waits: whether each epoch is evaluated; then it is complete when that has been merged.
-        observer: called with each epoch once it is complete.
+        callbacks: called with each epoch once it is complete; one that returns True ends the run.
+        patience: epochs without a better score after which the run ends; None never.
 
     Attributes:
         epochs: the complete ones, in the order in which they became so.
+        stopped_early: whether patience has run out.
     """
 
-    def __init__(self, waits: bool, observer: Callable[[EpochSummary], None] | None) -> None:
+    def __init__(
+        self,
+        waits: bool,
+        callbacks: tuple[Callable[[EpochSummary], Any], ...] = (),
+        patience: int | None = None,
+    ) -> None:
         self.epochs: list[EpochSummary] = []
+        self.stopped_early = False
         self._waits = waits
-        self._observer = observer
+        self._callbacks = callbacks
+        self._patience = patience
+        self._worse = 0  # evaluations since the best one
         self._open: dict[int, EpochSummary] = {}
         self._loss = [0.0, 0.0]  # sum and count
 
-    def __call__(self, event: HostEvent) -> None:
-        """Take one event; events that concern no epoch are ignored."""
+    def __call__(self, event: HostEvent) -> bool:
+        """Take one event; events that concern no epoch are ignored.
+
+        Returns:
+            Whether the run is to end.
+        """
         if isinstance(event, Logged):
             total, count = event.sums.get("loss", (0.0, 0))
             self._loss[0] += total
@@ -64,22 +111,36 @@ class History:
                 event.epoch, event.version, event.samples, loss, event.staleness_mean
             )
             if not self._waits:
-                self._finish(event.epoch)
+                return self._finish(event.epoch)
         elif isinstance(event, Evaluated) and event.epoch in self._open:
-            summary, sums = self._open[event.epoch], event.sums
-            if sums.get("count"):
-                summary.test_loss = sums["loss"] / sums["count"] if "loss" in sums else None
-                correct = sums.get("correct")
-                summary.test_accuracy = None if correct is None else correct / sums["count"]
-            self._finish(event.epoch)
+            summary = self._open[event.epoch]
+            summary.best = event.best
+            for name, value in evaluation_metrics(event.sums).items():
+                setattr(summary, name, value)
+            self._worse = 0 if event.best else self._worse + 1
+            return self._finish(event.epoch) | self._impatient()
+        return False
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch whose parameters were kept, if some were."""
+        return next((one.epoch for one in reversed(self.epochs) if one.best), None)
 
     def close(self) -> None:
         """Hand on the epochs whose evaluation never came (the run was stopped)."""
         for epoch in sorted(self._open):
             self._finish(epoch)
 
-    def _finish(self, epoch: int) -> None:
+    def _impatient(self) -> bool:
+        if self._patience is None or self._worse < self._patience:
+            return False
+        self.stopped_early = True
+        return True
+
+    def _finish(self, epoch: int) -> bool:
         summary = self._open.pop(epoch)
         self.epochs.append(summary)
-        if self._observer is not None:
-            self._observer(summary)
+        asked = False
+        for callback in self._callbacks:  # all of them, whatever the first one says
+            asked |= callback(summary) is True
+        return asked

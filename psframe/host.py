@@ -28,6 +28,7 @@ class Host:
 
     Attributes:
         ending: whether the observer has asked for the end of the run.
+        tick: the observer's method of that name, if it has one; to be called now and then.
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class Host:
         self._version: Callable[[], int] = lambda: 0
         self._closed = False
         self.ending = False
+        self.tick: Callable[[], Any] = getattr(observer, "tick", lambda: None)
+        if run_dir is not None:
+            getattr(observer, "opened", lambda folder: None)(run_dir.path)
 
     @classmethod
     def open(

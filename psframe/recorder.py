@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from psframe.events import EpochDone, Evaluated, Logged
+from psframe.history import TIMES, evaluation_metrics
 from psframe.rundir import RunDir
 
 __all__ = ["Recorder"]
@@ -48,6 +49,7 @@ class Recorder:
         self._start = self._epoch_start = clock()
         self._loss_sum = 0.0
         self._loss_count = 0
+        self._times: dict[str, float] = {}  # since the last epoch was done, over all workers
         self._epochs = 0
         self._held: list[dict[str, Any]] = []
 
@@ -72,6 +74,9 @@ class Recorder:
             total, count = event.sums.get(key, (0.0, 0))
             self._loss_sum += total
             self._loss_count += count
+        for key in TIMES:
+            if key in event.sums:
+                self._times[key] = self._times.get(key, 0.0) + event.sums[key][0]
 
     def _epoch_done(self, event: EpochDone) -> None:
         now = self._clock()
@@ -82,6 +87,8 @@ class Recorder:
         if now > self._epoch_start:
             fields["samples_per_s"] = event.samples / (now - self._epoch_start)
         fields["staleness_mean"] = event.staleness_mean
+        fields.update({key: round(seconds, 6) for key, seconds in self._times.items()})
+        self._times.clear()
         self._epoch_start = now
         self._held.append(fields)
         if not self._waits:
@@ -97,13 +104,9 @@ class Recorder:
                 self._held.remove(held)
                 fields = held
                 break
-        count = event.sums.get("count", 0)
-        if count:
-            if "loss" in event.sums:
-                fields["test_loss"] = event.sums["loss"] / count
-            if "correct" in event.sums:
-                self.test_accuracy = event.sums["correct"] / count
-                fields["test_accuracy"] = self.test_accuracy
+        metrics = evaluation_metrics(event.sums)
+        self.test_accuracy = metrics.get("test_accuracy", self.test_accuracy)
+        fields.update(metrics)
         self._waits = self._fixed = True
         self._run_dir.metrics(time_s=self._time_s(), **fields)
 

@@ -224,6 +224,7 @@ def serve_first(grace: Grace, port: ServerPort, host: Host) -> None:
 
     def tick() -> None:
         grace.check()
+        host.tick()
         if host.ending and not leader.stopped:
             for out in leader.end():
                 route(out, port, host)

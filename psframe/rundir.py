@@ -22,6 +22,8 @@ __all__ = ["CHECKPOINTS", "STATES", "RunDir"]
 
 STATES = ("running", "completed", "failed", "interrupted")
 CONFIG, METRICS, STATUS, CHECKPOINTS = "config.toml", "metrics.jsonl", "status.json", "checkpoints"
+# What a run may write beside them (`psframe.train` does).
+_OWN = (CONFIG, METRICS, STATUS, "timeline.jsonl", "summary.json", "trace.json")
 # What a run writes into checkpoints/. Overwriting removes these and nothing else.
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.tmp")
 # A run claims a fresh name for "{time}" in at most this many tries.
@@ -68,7 +70,8 @@ class RunDir:
             path: the folder; "{time}" in it becomes YYYYmmdd-HHMMSS, with "-2", "-3", ... after
                 it where that is taken.
             overwrite: remove what an earlier run wrote there (config.toml, metrics.jsonl,
-                status.json and the checkpoints); other files are never touched.
+                status.json, timeline.jsonl, summary.json, trace.json and the checkpoints); other
+                files are never touched.
             config: mapping for config.toml.
 
         Raises:
@@ -196,7 +199,7 @@ def _claim(pattern: str) -> Path:
 
 def _make_room(folder: Path, overwrite: bool) -> None:
     """Remove an earlier run's files, if `overwrite`; refuse to touch them otherwise."""
-    found = [folder / name for name in (CONFIG, METRICS, STATUS) if (folder / name).exists()]
+    found = [folder / name for name in _OWN if (folder / name).exists()]
     for pattern in CHECKPOINT_PATTERNS:
         found.extend(sorted((folder / CHECKPOINTS).glob(pattern)))
     if found and not overwrite:

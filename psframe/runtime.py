@@ -66,7 +66,8 @@ def run(
         overwrite: replace what an earlier run wrote into run_dir.
         config: what to write to config.toml; default these arguments.
         observer: called on rank 0 with each `psframe.events.HostEvent`; one that returns True ends
-            the run as `worker.stop()` does.
+            the run as `worker.stop()` does. It may have a method `tick`, which is called between
+            events and at least twice a second, and `opened`, called with the run directory.
         trace: tell the observer of every push (`PushHandled`).
         spans: tell it when server 0 was at what (`Spans` of worker -1).
         score: function of an evaluation's sums (`worker.tasks(evaluate=...)`), higher is better;

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from psframe import optim, toml
 from psframe.consistency import BSP, SSP, Async, Mode
+from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 
 __all__ = ["Settings", "from_file"]
@@ -41,6 +42,7 @@ _LIMITS = {
     "workers": 1,
     "seed": 0,
     "split_seed": 0,
+    "patience": 1,
 }
 
 
@@ -52,10 +54,19 @@ class Settings:
     """mlp, softmax, cnn (images), or package.module:Class for a class of your own"""
 
     data: str = "digits"
-    """digits, or the path of an .npz file with arrays x (samples) and y (labels 0, 1, ...)"""
+    """digits; a file: .npz, .csv, .parquet; or a folder: MNIST's, CIFAR-10's, shards of .npy"""
+
+    label: str | None = None
+    """label column of a table; else its last one"""
 
     test_fraction: float = 0.2
-    """part of the samples that is held out for testing"""
+    """part of the samples that is held out for testing, if the data has no such part"""
+
+    validation_fraction: float = 0.0
+    """part of the samples that decides which epoch's weights are kept; 0 keeps the last"""
+
+    augment: str = ""
+    """random changes to training images: shift=PIXELS, flip, or both: shift=2,flip"""
 
     # Of 16 splits of the digits, 1 is one of the easier: the MLP reaches 98.8%, and over all of
     # them 98.0% with a standard deviation of 0.7.
@@ -98,8 +109,14 @@ class Settings:
     epochs: int = 30
     """how often each training sample is used"""
 
+    patience: int | None = None
+    """stop after so many epochs without a better accuracy on the validation part"""
+
     batch_size: int = 32
     """samples in a batch of one worker"""
+
+    no_prefetch: bool = False
+    """load a batch only when it is its turn, not while the one before is computed"""
 
     servers: int = 1
     """ranks that hold the parameters; the others work"""
@@ -115,6 +132,15 @@ class Settings:
 
     run_dir: str = "runs/{time}"
     """folder for configuration, metrics, status and weights; {time} becomes date and time"""
+
+    show: Literal["auto", "live", "lines", "none"] = "auto"
+    """what is shown meanwhile; auto: a live display on a terminal, else a line now and then"""
+
+    tensorboard: bool = False
+    """write event files for TensorBoard into the run directory"""
+
+    trace: bool = False
+    """write trace.json, a timeline of all ranks for Perfetto or chrome://tracing"""
 
     resume: bool = False
     """continue the run in --run-dir; if it is completed, do nothing"""
@@ -203,6 +229,12 @@ class Settings:
             raise ArgumentError(
                 f"--test-fraction: expected a number between 0 and 1, got {self.test_fraction}"
             )
+        if not 0.0 <= self.validation_fraction < 1.0 - self.test_fraction:
+            raise ArgumentError(
+                "--validation-fraction: expected 0 or more and, with --test-fraction, less than 1; "
+                f"got {self.validation_fraction}"
+            )
+        Augmentation.parse(self.augment)
         if not 0.0 <= self.momentum < 1.0:
             raise ArgumentError(f"--momentum: expected a number in [0, 1), got {self.momentum}")
         for name in ("lr", "weight_decay"):

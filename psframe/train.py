@@ -12,16 +12,20 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from psframe.data import Dataset, load, prepare
+from psframe.closing import print_summary
+from psframe.data import Augmentation, Parts, load, prepare
 from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost, RunDirError
-from psframe.history import EpochSummary
 from psframe.launcher import Launcher, find_launcher
-from psframe.models import Model, create
-from psframe.rundir import CHECKPOINTS, RunDir
+from psframe.models import create
+from psframe.monitor import Monitor
+from psframe.rundir import RunDir
 from psframe.settings import Settings, from_file
+from psframe.summary import summarise, write_summary
 from psframe.trainer import Trainer, TrainResult, initial_params
+from psframe.watching import Watching
+from psframe.weights import save_weights
 
-__all__ = ["main", "parse"]
+__all__ = ["load_parts", "main", "parse"]
 
 _DESCRIPTION = """\
 Train a classifier with a parameter server.
@@ -41,6 +45,7 @@ same runs in one process. For example:
 
 _INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 _THREADS = 3
+_WORKERS_MAX = 4096  # of which the summary names the rank
 
 
 def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
@@ -113,29 +118,148 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
     if settings.resume and _is_completed(settings, launched):
         return 0
     try:
-        trainer, train, test = _prepare(settings, launched)
+        trainer, parts, watching = _prepare(settings, launched)
     except Exception as error:
         if launched is None:
             raise
         from psframe.cluster import fail_together
 
         raise fail_together(launched, error) from error  # or the other ranks would wait for this
-    trained = trainer.fit(train, test)
+    with watching:
+        trained = trainer.fit(parts)
     if trained.result.is_root:
-        _save(trained)
-        _summarise(trained, time.monotonic() - start)
+        _leave(settings, parts, watching, trained, time.monotonic() - start, launched)
     return 0
 
 
-def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Dataset, Dataset]:
-    """Load the data and make the model and its trainer."""
+def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Parts, Watching]:
+    """Load the data and make the model, its trainer, and what looks on."""
+    parts = load_parts(settings)
+    model = create(settings.model, parts.train.input_shape, parts.train.n_classes)
+    workers = working = settings.workers
+    if launched is not None:
+        working = None if launched.size is None else launched.size - settings.servers
+    elif workers is None:
+        workers = working = _THREADS
+    if working is not None and settings.backup and settings.backup >= working:
+        raise ArgumentError(
+            f"--backup: {settings.backup} of {working} workers cannot all be backups; give fewer"
+        )
+    root = launched is None or launched.rank == 0
+    watching = Watching(
+        Monitor(max(working or 0, 0), settings.epochs, len(parts.train)),
+        servers=settings.servers,
+        show=settings.show if root else "none",
+        title=_title(settings),
+        evaluation="test",
+        launched=launched is not None,
+        tensorboard=settings.tensorboard,
+        trace=settings.trace,
+    )
+    trainer = Trainer(
+        model,
+        optimizer=settings.rule(initial_params(model, settings.seed), len(parts.train), working),
+        mode=settings.consistency(),
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        seed=settings.seed,
+        patience=settings.patience,
+        device=settings.device,
+        servers=settings.servers,
+        workers=workers,
+        run_dir=settings.run_dir,
+        overwrite=settings.overwrite,
+        clip_norm=settings.clip_norm,
+        config=settings.as_config(),
+        callbacks=(watching.epoch,),
+        observer=watching,
+        prefetch=not settings.no_prefetch,
+        spans=settings.trace,
+    )
+    return trainer, parts, watching
+
+
+def load_parts(settings: Settings) -> Parts:
+    """Load, split and prepare the data that the settings name.
+
+    Raises:
+        ArgumentError: it cannot be read, or is not what it should be.
+    """
     try:
-        data = load(settings.data)
-        train, test = prepare(data, settings.test_fraction, settings.split_seed)
+        return prepare(
+            load(settings.data, settings.label),
+            settings.test_fraction,
+            settings.split_seed,
+            validation_fraction=settings.validation_fraction,
+            augmentation=Augmentation.parse(settings.augment),
+        )
+    except ArgumentError:
+        raise
     except ValueError as error:
         raise ArgumentError(str(error)) from error
-    model = create(settings.model, data.input_shape, data.n_classes)
-    return _trainer(settings, model, train, launched), train, test
+
+
+def _title(settings: Settings) -> str:
+    return (
+        f"psframe: {settings.model} on {settings.data}, {settings.mode}, {settings.optimizer}"
+        f" lr {settings.lr:g}"
+    )
+
+
+def _leave(
+    settings: Settings,
+    parts: Parts,
+    watching: Watching,
+    trained: TrainResult,
+    seconds: float,
+    launched: Launcher | None,
+) -> None:
+    """Write weights and summary, and say how it went.
+
+    Raises:
+        RunDirError: the weights do not fit; the run's status then says failed.
+    """
+    result, evaluation = trained.result, trained.evaluation
+    record = summarise(
+        result,
+        watching.monitor.statistics(),
+        seconds=seconds,
+        accuracy=trained.accuracy,
+        loss=None if evaluation is None else evaluation.loss,
+        confusion=None if evaluation is None else evaluation.confusion,
+        classes=parts.train.classes,
+        mode=settings.mode,
+        optimizer=settings.optimizer,
+        model=settings.model,
+        data=settings.data,
+        ranks=[None if launched is None else settings.servers + w for w in range(_WORKERS_MAX)],
+        best_epoch=trained.best_epoch,
+        stopped_early=trained.stopped_early,
+    )
+    folder, params = result.run_dir, result.params
+    if folder is not None and params is not None:
+        run_dir = RunDir(folder)
+        try:
+            save_weights(folder, params, settings.model, parts.train)
+        except RunDirError as error:
+            run_dir.status(
+                "failed",
+                updates=result.version,
+                test_accuracy=trained.accuracy,
+                reason=str(error),
+            )
+            raise
+        run_dir.status(
+            "completed", updates=result.version, test_accuracy=trained.accuracy, reason=""
+        )
+        write_summary(folder, record)
+    print_summary(
+        record,
+        sys.stdout,
+        run_dir=folder,
+        reasons=result.ledger.reasons,
+        launched=launched is not None,
+    )
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:
@@ -161,111 +285,10 @@ def _is_completed(settings: Settings, launched: Launcher | None) -> bool:
             "it again with --overwrite"
         )
     if launched is None or launched.rank == 0:
-        print(f"{settings.run_dir}: already completed, {_accuracy(status.get('test_accuracy'))}")
+        accuracy = status.get("test_accuracy")
+        known = "" if accuracy is None else f", test accuracy {accuracy:.2%}"
+        print(f"{settings.run_dir}: already completed{known}")
     return True
-
-
-def _trainer(
-    settings: Settings, model: Model, train: Dataset, launched: Launcher | None
-) -> Trainer:
-    workers = working = settings.workers
-    if launched is not None:
-        working = None if launched.size is None else launched.size - settings.servers
-    elif workers is None:
-        workers = working = _THREADS
-    if working is not None and settings.backup and settings.backup >= working:
-        raise ArgumentError(
-            f"--backup: {settings.backup} of {working} workers cannot all be backups; give fewer"
-        )
-    params = initial_params(model, settings.seed)
-    return Trainer(
-        model,
-        optimizer=settings.rule(params, len(train), working),
-        mode=settings.consistency(),
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        seed=settings.seed,
-        device=settings.device,
-        servers=settings.servers,
-        workers=workers,
-        run_dir=settings.run_dir,
-        overwrite=settings.overwrite,
-        clip_norm=settings.clip_norm,
-        config=settings.as_config(),
-        observer=_Progress(settings.epochs),
-    )
-
-
-class _Progress:
-    """Prints one line an epoch."""
-
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-        self._time = time.monotonic()
-
-    def __call__(self, epoch: EpochSummary) -> None:
-        now = time.monotonic()
-        rate = epoch.samples / max(now - self._time, 1e-9)
-        self._time = now
-        parts = [f"epoch {epoch.epoch + 1:>{len(str(self._epochs))}}/{self._epochs}"]
-        parts.append(f"updates {epoch.version}")
-        if epoch.train_loss is not None:
-            parts.append(f"loss {epoch.train_loss:.4f}")
-        parts.append(_accuracy(epoch.test_accuracy))
-        parts.append(f"{rate:,.0f} samples/s")
-        if epoch.staleness_mean is not None:
-            parts.append(f"staleness {epoch.staleness_mean:.2f}")
-        print("  ".join(parts), flush=True)
-
-
-def _accuracy(accuracy: float | None) -> str:
-    return "test accuracy unknown" if accuracy is None else f"test accuracy {accuracy:.2%}"
-
-
-def _save(trained: TrainResult) -> None:
-    """Write the final weights as safetensors into the run directory, by rename.
-
-    Raises:
-        RunDirError: they do not fit; the run's status then says failed.
-    """
-    folder, params = trained.result.run_dir, trained.result.params
-    if folder is None or params is None:
-        return
-    from safetensors.numpy import save
-
-    file = folder / CHECKPOINTS / "final.safetensors"
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        temporary.write_bytes(save(dict(params)))
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = f"{file}: the final weights could not be written: {error.strerror}"
-        RunDir(folder).status(
-            "failed",
-            updates=trained.result.version,
-            test_accuracy=trained.accuracy,
-            reason=reason,
-        )
-        raise RunDirError(reason) from error
-
-
-def _summarise(trained: TrainResult, seconds: float) -> None:
-    result, ledger = trained.result, trained.result.ledger
-    counts = [int(count) for count in result.staleness]
-    total = sum(counts)
-    print(f"{_accuracy(trained.accuracy)} after {result.version} updates in {seconds:.2f} s")
-    if total:
-        mean = sum(i * count for i, count in enumerate(counts)) / total
-        shares = "  ".join(f"{i}: {c / total:.1%}" for i, c in enumerate(counts[:8]) if c)
-        rest = sum(counts[8:])
-        more = f"  8 to {len(counts) - 1}: {rest / total:.1%}" if rest else ""
-        print(f"staleness      mean {mean:.2f};  {shares}{more}")
-    fates = ("applied", "refused", "dropped", "lost", "stopped", "partial")
-    parts = [f"{getattr(ledger, fate)} {fate}" for fate in fates if getattr(ledger, fate)]
-    print(f"pushes         {ledger.received} received: {', '.join(parts) or 'none'}")
-    if result.run_dir is not None:
-        print(f"run directory  {result.run_dir}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,54 @@
 """Train, evaluate and predict with a model, on whatever `psframe.run` runs on.
 
-Each rank calls `Trainer.fit` with equal arguments. Workers take leased batches, and leased blocks
-of the test part after each epoch, so that one version is evaluated by all of them.
+Each rank calls `Trainer.fit` with equal arguments. Workers take leased batches, which are prepared
+in a thread while the batch before is computed, and leased blocks of the parts that are held out
+after each epoch, so that one version is evaluated by all of them.
 """
 
 from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from psframe.consistency import Async, Mode
-from psframe.data import Dataset
+from psframe.data import Dataset, Parts
 from psframe.errors import ArgumentError
-from psframe.history import EpochSummary, History
+from psframe.events import HostEvent
+from psframe.history import EpochSummary, History, score
+from psframe.inference import Predictions, confusion_matrix, mean_loss, predict
 from psframe.layout import Layout
 from psframe.models.base import Model, check_model, takes
 from psframe.optim import Average, Grouped
 from psframe.runtime import Result, run
+from psframe.stepping import Stepper
 
-__all__ = ["TrainResult", "Trainer", "initial_params"]
-
-# Samples in a leased block of the test part: large enough for one matrix product to be worth a
-# message, small enough to be shared among workers.
-_EVAL_BATCH_MAX = 1024
+__all__ = ["Evaluation", "TrainResult", "Trainer", "initial_params"]
 
 _log = logging.getLogger("psframe")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a dataset.
+
+    Attributes:
+        accuracy: the part of the samples that is predicted right, in [0, 1].
+        loss: mean cross-entropy; None if the model tells no probabilities.
+        confusion: (k, k) int64 counts, a row a true label, a column a predicted one.
+        predictions: of each sample.
+    """
+
+    accuracy: float
+    loss: float | None
+    confusion: npt.NDArray[np.int64]
+    predictions: Predictions
 
 
 @dataclass(frozen=True)
@@ -38,14 +56,21 @@ class TrainResult:
     """What came out of a training.
 
     Attributes:
-        result: the run's result; its `.params` are the parameters, on the root.
-        accuracy: of the final parameters on the test part, in [0, 1]; None but on the root.
+        result: the run's result; its `.params` are the parameters, on the root: the last ones, or
+            with a validation part those that did best on it.
+        accuracy: of these parameters on the test part, in [0, 1]; None but on the root.
         history: one entry an epoch; empty but on the root.
+        evaluation: of these parameters on the test part; None but on the root.
+        best_epoch: whose parameters they are, with a validation part; else None.
+        stopped_early: whether nothing had improved for `patience` epochs.
     """
 
     result: Result
     accuracy: float | None
     history: list[EpochSummary] = field(default_factory=list)
+    evaluation: Evaluation | None = None
+    best_epoch: int | None = None
+    stopped_early: bool = False
 
 
 class Trainer:
@@ -53,14 +78,21 @@ class Trainer:
 
     Args:
         model: see `psframe.models.Model`; any object with its methods.
-        optimizer: a `psframe.optim` rule, applied by the servers.
+        optimizer: a `psframe.optim` rule, applied by the servers. What the model only averages
+            (`model.averages`) is averaged, whatever the rule.
         mode: Async(), SSP(...) or BSP(...).
         batch_size: samples in a batch of one worker.
         epochs: how often each training sample is used.
-        seed: of the initial parameters and the order of samples.
+        seed: of the initial parameters, the order of samples, augmentation and dropout.
+        patience: stop after so many epochs without a better accuracy on the validation part.
         device: "auto", "cpu" or "cuda".
         servers, workers, run_dir, overwrite, clip_norm, comm, config: as for `psframe.run`.
-        observer: called on the root with each `EpochSummary`, once it is complete.
+        callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
+            that returns True ends the training.
+        observer: called on the root with each event of the run, every push among them; it may
+            have methods `tick` and `opened`, as for `psframe.run`.
+        prefetch: whether a thread prepares the next batch meanwhile.
+        spans: whether the observer is told when which rank was at what.
 
     Raises:
         ArgumentError: the model lacks a method, or a count is not positive.
@@ -75,6 +107,7 @@ class Trainer:
         batch_size: int = 32,
         epochs: int = 20,
         seed: int = 0,
+        patience: int | None = None,
         device: str = "auto",
         servers: int = 1,
         workers: int | None = None,
@@ -83,135 +116,156 @@ class Trainer:
         clip_norm: float | None = None,
         comm: Any = None,
         config: Mapping[str, Any] | None = None,
-        observer: Callable[[EpochSummary], None] | None = None,
+        callbacks: Sequence[Callable[[EpochSummary], Any]] = (),
+        observer: Callable[[HostEvent], Any] | None = None,
+        prefetch: bool = True,
+        spans: bool = False,
     ) -> None:
         check_model(model)
-        for name, count in (("batch_size", batch_size), ("epochs", epochs)):
-            if count < 1:
+        for name, count in (("batch_size", batch_size), ("epochs", epochs), ("patience", patience)):
+            if count is not None and count < 1:
                 raise ArgumentError(f"{name}: expected 1 or more, got {count}")
+        for callback in callbacks:
+            if not callable(callback):
+                raise ArgumentError(f"callbacks: expected functions, got {callback!r}")
         self.model = model
         self.batch_size = batch_size
         self.epochs = epochs
         self.seed = seed
+        self.patience = patience
+        self._callbacks = tuple(callbacks)
         self._observer = observer
-        self._takes_out = takes(model, "out")
-        self._takes_rng = takes(model, "rng")
-        self._run_arguments: dict[str, Any] = {
-            "optimizer": _with_averages(optimizer, model),
-            "mode": Async() if mode is None else mode,
+        self._prefetch = prefetch
+        self._spans = spans
+        self._placement: dict[str, Any] = {
             "servers": servers,
             "workers": workers,
             "device": device,
+            "comm": comm,
+        }
+        self._run_arguments: dict[str, Any] = {
+            "optimizer": _with_averages(optimizer, model),
+            "mode": Async() if mode is None else mode,
             "seed": seed,
             "run_dir": run_dir,
             "overwrite": overwrite,
             "clip_norm": clip_norm,
-            "comm": comm,
             "config": config,
         }
 
-    def fit(self, train: Dataset, test: Dataset | None = None) -> TrainResult:
-        """Train on `train`; evaluate on `test` after each epoch.
+    def fit(
+        self,
+        train: Dataset | Parts,
+        test: Dataset | None = None,
+        validation: Dataset | None = None,
+    ) -> TrainResult:
+        """Train on `train`; evaluate on the other parts after each epoch.
 
-        SPMD: every rank calls it with equal data. What `psframe.run` raises passes through.
+        SPMD: every rank calls it with equal data. What `psframe.run` raises passes through. With
+        a validation part the parameters that did best on it are kept.
 
         Raises:
-            ArgumentError: there are no samples, or the parts differ in shape.
+            ArgumentError: there are no samples, the parts differ in shape, or there is patience
+                and no validation part.
         """
-        _check_data(train, test)
-        batch_size = min(self.batch_size, len(train))
-        if batch_size < self.batch_size:
-            _log.warning(
-                "batch size %d is larger than the %d training samples; using %d",
-                self.batch_size,
-                len(train),
-                batch_size,
+        if isinstance(train, Parts):
+            train, validation, test = train
+        _check_data(train, validation, test)
+        if self.patience is not None and validation is None:
+            raise ArgumentError(
+                "patience: early stopping needs a validation part; hold one out, such as with "
+                "--validation-fraction 0.1"
             )
-        history = History(test is not None, self._observer)
+        stepper = Stepper(
+            self.model,
+            train,
+            {"": test, "validation_": validation},
+            batch_size=self._batch_size(len(train)),
+            epochs=self.epochs,
+            prefetch=self._prefetch,
+            spans=self._spans,
+            takes_out=takes(self.model, "out"),
+            takes_rng=takes(self.model, "rng"),
+        )
+        history = History(stepper.evaluates, self._callbacks, self.patience)
+        observer = _Observer(history, self._observer)
         result = run(
-            self._work(train, test, batch_size),
+            stepper.work,
             initial_params(self.model, self.seed),
-            observer=history,
+            observer=observer,
+            trace=True,
+            spans=self._spans,
+            score=None if validation is None else score,
+            **self._placement,
             **self._run_arguments,
         )
         history.close()
-        if not result.is_root or result.params is None:
+        evaluation = None if test is None else self._evaluate(result.params, test)
+        if not result.is_root:
             return TrainResult(result, None)
-        accuracy = self._final_accuracy(result, history.epochs, test)
-        return TrainResult(result, accuracy, history.epochs)
+        return TrainResult(
+            result,
+            None if evaluation is None else evaluation.accuracy,
+            history.epochs,
+            evaluation,
+            history.best_epoch,
+            history.stopped_early,
+        )
 
-    def evaluate(self, params: Mapping[str, Any], data: Dataset) -> dict[str, float]:
-        """Compute `loss` and `accuracy` over a dataset, in this process.
+    def evaluate(self, params: Mapping[str, Any] | None, data: Dataset) -> Evaluation | None:
+        """Evaluate a dataset on all workers; every rank calls it with equal arguments.
 
-        Other sums that the model's `evaluate` returns are divided by the count as well.
+        Args:
+            params: of the model, on the root; ignored elsewhere.
+            data: with labels.
+
+        Returns:
+            The evaluation, on the root; None elsewhere.
         """
-        sums: dict[str, float] = {}
-        for begin in range(0, len(data), _EVAL_BATCH_MAX):
-            block = slice(begin, begin + _EVAL_BATCH_MAX)
-            with np.errstate(over="ignore", invalid="ignore"):
-                part = self.model.evaluate(params, data.x[block], data.y[block])
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        count = sums.pop("count", float(len(data)))
-        if "correct" in sums:
-            sums["accuracy"] = sums.pop("correct")
-        return {name: value / count for name, value in sums.items()}
+        return self._evaluate(params, data)
 
-    def predict(self, params: Mapping[str, Any], x: Any) -> Any:
-        """Compute the most likely label of each sample, (n,), in this process."""
-        blocks = range(0, len(x), _EVAL_BATCH_MAX)
-        parts = [self.model.predict(params, x[i : i + _EVAL_BATCH_MAX]) for i in blocks]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    def predict(self, params: Mapping[str, Any] | None, data: Dataset) -> Predictions | None:
+        """Predict a dataset on all workers, in its order; as `evaluate`."""
+        if params is None:  # not the root: only names, shapes and dtypes count
+            params = initial_params(self.model, self.seed)
+        return predict(self.model, params, data, **self._placement)
 
-    def _work(self, train: Dataset, test: Dataset | None, batch_size: int) -> Callable[[Any], None]:
-        """Make the function that each worker runs."""
-        plan = None if test is None else (len(test), min(_EVAL_BATCH_MAX, _eval_batch(len(test))))
-
-        def loop(worker: Any) -> None:
-            asarray = worker.xp.asarray
-            params = None
-            for task in worker.tasks(len(train), batch_size, epochs=self.epochs, evaluate=plan):
-                if task.kind == "evaluate":
-                    assert test is not None
-                    begin, end = int(task.indices[0]), int(task.indices[-1]) + 1
-                    x, y = asarray(test.x[begin:end]), asarray(test.y[begin:end])
-                    task.report(**self.model.evaluate(task.params(), x, y))
-                    params = None  # they were valid until task.params()
-                    continue
-                if params is None:
-                    params = worker.pull()
-                x, y = asarray(train.x[task.indices]), asarray(train.y[task.indices])
-                params = self._step(worker, params, x, y, task.rng)
-
-        def work(worker: Any) -> None:
-            # A diverging model overflows; the servers refuse what is not finite, and say so.
-            with np.errstate(over="ignore", invalid="ignore"):
-                loop(worker)
-
-        return work
-
-    def _step(self, worker: Any, params: Any, x: Any, y: Any, rng: np.random.Generator) -> Any:
-        """Push one gradient; return the parameters that came back with the answer."""
-        extra: dict[str, Any] = {"rng": rng} if self._takes_rng else {}
-        grads: Any
-        if self._takes_out:
-            grads = worker.gradients()
-            loss, _ = self.model.loss_and_gradients(params, x, y, out=grads, **extra)
-        else:
-            loss, grads = self.model.loss_and_gradients(params, x, y, **extra)
-        worker.log(loss=loss)
-        return worker.push_pull(None if self._takes_out else grads)
-
-    def _final_accuracy(
-        self, result: Result, history: list[EpochSummary], test: Dataset | None
-    ) -> float | None:
-        """Take the last evaluation if it was of the final version, or evaluate that here."""
-        if test is None:
+    def _evaluate(self, params: Mapping[str, Any] | None, data: Dataset) -> Evaluation | None:
+        predictions = self.predict(params, data)
+        if predictions is None:
             return None
-        last = history[-1] if history else None
-        if last is not None and last.version == result.version and last.test_accuracy is not None:
-            return last.test_accuracy
-        return self.evaluate(result.params or {}, test).get("accuracy")
+        y = data.labels
+        return Evaluation(
+            float((predictions.labels == y).mean()),
+            mean_loss(predictions.probabilities, y),
+            confusion_matrix(y, predictions.labels, data.n_classes),
+            predictions,
+        )
+
+    def _batch_size(self, samples: int) -> int:
+        size = min(self.batch_size, samples)
+        if size < self.batch_size:
+            _log.warning(
+                "batch size %d is larger than the %d training samples; using %d",
+                self.batch_size,
+                samples,
+                size,
+            )
+        return size
+
+
+class _Observer:
+    """Hands each event to the history and to the caller's own observer."""
+
+    def __init__(self, history: History, other: Callable[[HostEvent], Any] | None) -> None:
+        self._history = history
+        self._other = other
+        self.tick: Callable[[], None] = getattr(other, "tick", lambda: None)
+        self.opened: Callable[[Path], None] = getattr(other, "opened", lambda folder: None)
+
+    def __call__(self, event: HostEvent) -> bool:
+        asked = self._other is not None and self._other(event) is True
+        return self._history(event) or asked
 
 
 def _with_averages(optimizer: Any, model: Model) -> Any:
@@ -237,17 +291,14 @@ def initial_params(model: Model, seed: int) -> dict[str, Any]:
     return dict(params)
 
 
-def _eval_batch(n: int) -> int:
-    """Divide small test parts into about eight blocks, so that several workers share them."""
-    return max(64, -(-n // 8))
-
-
-def _check_data(train: Dataset, test: Dataset | None) -> None:
-    for name, part in (("train", train), ("test", test)):
-        if part is not None and len(part) == 0:
+def _check_data(train: Dataset, validation: Dataset | None, test: Dataset | None) -> None:
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        if part is None:
+            continue
+        if len(part) == 0:
             raise ArgumentError(f"{name}: expected at least one sample, got none")
-    if test is not None and test.input_shape != train.input_shape:
-        raise ArgumentError(
-            f"test: has samples of shape {test.input_shape}, expected {train.input_shape} as in "
-            "the training part"
-        )
+        if part.input_shape != train.input_shape:
+            raise ArgumentError(
+                f"{name}: has samples of shape {part.input_shape}, expected {train.input_shape} as "
+                "in the training part"
+            )

@@ -1,24 +1,15 @@
-"""Datasets: what is read, what is refused and how that is said, splits and scaling."""
+"""Datasets: batches, splits, preprocessing and augmentation."""
 
 from __future__ import annotations
 
-import io
-import os
-import pickle
-import zipfile
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from psframe.data import Dataset, Scaling, load, prepare, split
-
-
-def write(path: Path, **arrays: Any) -> Path:
-    """Write an npz file."""
-    np.savez(path, **arrays)
-    return path
+from psframe.data import Augmentation, Dataset, Parts, Preprocessing, load, prepare, split
+from psframe.errors import ArgumentError
 
 
 def dataset(counts: list[int], features: int = 3) -> Dataset:
@@ -28,133 +19,64 @@ def dataset(counts: list[int], features: int = 3) -> Dataset:
     return Dataset(x, y, len(counts), "made")
 
 
-def test_digits() -> None:
+def images(n: int, *shape: int, seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, size=(n, *shape), dtype=np.uint8)
+    return Dataset(x, np.arange(n) % 2, 2, "images")
+
+
+def digits() -> Dataset:
     data = load("digits")
-    assert (data.x.shape, data.x.dtype) == ((1797, 8, 8), np.float32)
-    assert (data.y.shape, data.y.dtype) == ((1797,), np.int64)
+    assert isinstance(data, Dataset)
+    return data
+
+
+def everything(data: Dataset) -> Any:
+    return data.batch(slice(None))[0]
+
+
+def test_digits() -> None:
+    data = digits()
     assert (data.n_classes, data.input_shape, len(data)) == (10, (8, 8), 1797)
-    assert (float(data.x.min()), float(data.x.max())) == (0.0, 1.0)
-    assert np.bincount(data.y).min() > 150
+    x, y = data.batch(slice(None))
+    assert (x.shape, x.dtype, y.shape, y.dtype) == ((1797, 8, 8), np.float32, (1797,), np.int64)
+    assert (float(x.min()), float(x.max())) == (0.0, 1.0)
+    assert np.bincount(y).min() > 150
+    assert data.classes == tuple("0123456789")
 
 
-def test_npz(tmp_path: Path) -> None:
-    x = np.arange(12).reshape(4, 3)
-    path = write(tmp_path / "d.npz", x=x, y=np.array([0, 1, 2, 1], np.uint8), other=np.zeros(2))
-    data = load(path)
-    np.testing.assert_array_equal(data.x, x)
-    assert data.x.dtype == np.float32
-    assert data.y.tolist() == [0, 1, 2, 1]
-    assert (data.n_classes, data.scaled) == (3, False)
+def test_a_batch_is_the_callers_own() -> None:
+    data = dataset([3, 3])
+    indices = np.array([4, 0, 4])
+    x, y = data.batch(indices)
+    np.testing.assert_array_equal(x, np.asarray(data.x[indices]))
+    assert y.tolist() == [1, 0, 1]
+    assert x.flags.c_contiguous
+    x[...] = -1
+    y[...] = -1
+    assert data.batch(slice(0, 1))[0].min() == 0
+    assert data.labels.min() == 0
 
 
-GOOD_X, GOOD_Y = np.ones((4, 2)), np.array([0, 1, 0, 1])
-NAN_X = GOOD_X.copy()
-NAN_X[2, 1] = np.nan
-IMAGE_X = np.ones((4, 2, 3))
-IMAGE_X[1, 0, 2] = -np.inf
+def test_subsets_of_subsets() -> None:
+    data = dataset([4, 4]).subset(np.array([7, 5, 3, 1]))
+    inner = data.subset(np.array([2, 0]))
+    assert (len(data), len(inner)) == (4, 2)
+    assert inner.labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(everything(inner)[:, 0], [9, 21])
+    np.testing.assert_array_equal(inner.batch(np.array([1]))[0][:, 0], [21])
 
 
-@pytest.mark.parametrize(
-    ("arrays", "words"),
-    [
-        ({"x": GOOD_X}, ["expected arrays 'x' and 'y'", "found x"]),
-        ({}, ["found nothing"]),
-        ({"x": GOOD_X, "y": GOOD_Y[:3]}, ["'x' has 4 samples, but 'y' has 3 labels"]),
-        ({"x": NAN_X, "y": GOOD_Y}, ["'x' has nan at row 2, column 1: no finite number"]),
-        ({"x": IMAGE_X, "y": GOOD_Y}, ["-inf at row 1, column (0, 2)"]),
-        ({"x": GOOD_X * 1e300, "y": GOOD_Y}, ["row 0, column 0: too large for float32", "8 such"]),
-        ({"x": GOOD_X, "y": GOOD_Y + 0.5}, ["'y' has dtype float64, expected integers"]),
-        ({"x": GOOD_X, "y": GOOD_Y - 1}, ["label -1 at row 0"]),
-        ({"x": GOOD_X, "y": GOOD_Y * 900}, ["label 900 at row 1", "only 4 samples"]),
-        ({"x": GOOD_X, "y": GOOD_Y * 0}, ["only one class, 0"]),
-        ({"x": GOOD_X, "y": GOOD_Y.reshape(2, 2)}, ["'y' has shape (2, 2)"]),
-        ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, ["'y' is empty"]),
-        ({"x": GOOD_X[:, 0], "y": GOOD_Y}, ["'x' has shape (4,)"]),
-        ({"x": GOOD_X[:, :0], "y": GOOD_Y}, ["at least one feature"]),
-        ({"x": GOOD_X.astype(complex), "y": GOOD_Y}, ["'x' has dtype complex128"]),
-        ({"x": GOOD_X.astype(str), "y": GOOD_Y}, ["'x' has dtype <U", "expected real numbers"]),
-    ],
-)
-def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], words: list[str]) -> None:
-    path = write(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(ValueError, match=r"bad\.npz") as caught:
-        load(path)
-    for word in words:
-        assert word in str(caught.value)
+def test_what_was_not_checked_is_found_when_it_is_read() -> None:
+    x = np.ones((6, 2), np.float32)
+    x[4, 1] = np.nan
+    data = Dataset(x, np.arange(6) % 2, 2, "late", checked=False).subset(np.array([1, 2, 4]))
+    data.batch(np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"'late': 'x' has nan in sample 4, at \(1,\)"):
+        data.batch(np.array([1, 2]))
 
 
-class Trap:
-    """Unpickling it would be noticed."""
-
-    def __reduce__(self) -> Any:
-        return (pytest.fail, ("it was unpickled",))
-
-
-def test_objects_are_never_unpickled(tmp_path: Path) -> None:
-    path = write(tmp_path / "bad.npz", x=np.array([Trap(), 1], object), y=GOOD_Y)
-    with pytest.raises(ValueError, match=r"bad.npz.*Python objects, which is never unpickled"):
-        load(path)
-    plain = tmp_path / "bad.pkl"
-    plain.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"bad.pkl.*is not an .npz file"):
-        load(plain)
-
-
-def test_files_that_are_no_npz(tmp_path: Path) -> None:
-    array = tmp_path / "a.npy"
-    np.save(array, GOOD_X)
-    empty, text = tmp_path / "empty.npz", tmp_path / "text.npz"
-    empty.write_bytes(b"")
-    text.write_text("1,2,3\n")
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)  # nobody writes: reading it would wait for ever
-    for path, words in [
-        (pipe, "no regular file"),
-        (array, "this is a .npy"),
-        (empty, "truncated"),
-        (text, "is not an .npz file"),
-        (tmp_path, "this is a directory"),
-        (tmp_path / "none.npz", "no such file"),
-    ]:
-        with pytest.raises(ValueError, match=words) as caught:
-            load(path)
-        assert path.name in str(caught.value)
-
-
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole.npz", x=GOOD_X, y=GOOD_Y).read_bytes()
-    path = tmp_path / "cut.npz"
-    for size in range(0, len(whole), 7):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"cut\.npz"):
-            load(path)
-
-
-def test_a_damaged_member_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "d.npz"
-    np.savez_compressed(path, x=np.arange(400.0).reshape(200, 2), y=np.arange(200) % 2)
-    data = bytearray(path.read_bytes())
-    data[100] ^= 0xFF
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"d.npz.*damaged"):
-        load(path)
-
-
-def test_a_header_that_claims_more_than_there_is(tmp_path: Path) -> None:
-    header = io.BytesIO()
-    fields = {"descr": "<f8", "fortran_order": False, "shape": (1 << 50, 2)}
-    np.lib.format.write_array_header_1_0(header, fields)
-    path = tmp_path / "bomb.npz"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x.npy", header.getvalue())
-        archive.writestr("y.npy", header.getvalue())
-    with pytest.raises(ValueError, match=r"bomb\.npz"):
-        load(path)
-
-
-def test_the_name_is_nearly_digits() -> None:
-    with pytest.raises(ValueError, match="did you mean 'digits'"):
-        load("digit")
+# ---- splits ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -162,32 +84,32 @@ def test_split_parts_the_samples_in_proportion(seed: int) -> None:
     data = dataset([50, 33, 7, 10])
     train, test = split(data, 0.2, seed)
     assert (len(train), len(test)) == (80, 20)
-    rows = np.concatenate([train.x[:, 0], test.x[:, 0]])
-    np.testing.assert_array_equal(np.sort(rows), data.x[:, 0])
-    shares = np.bincount(test.y, minlength=4) - np.array([10, 6.6, 1.4, 2])
+    rows = np.concatenate([everything(train)[:, 0], everything(test)[:, 0]])
+    np.testing.assert_array_equal(np.sort(rows), everything(data)[:, 0])
+    shares = np.bincount(test.labels, minlength=4) - np.array([10, 6.6, 1.4, 2])
     assert np.abs(shares).max() < 1
     again = split(data, 0.2, seed)
-    np.testing.assert_array_equal(again[1].x, test.x)
+    np.testing.assert_array_equal(everything(again[1]), everything(test))
 
 
 def test_split_depends_on_the_seed() -> None:
     data = dataset([50, 50])
-    assert (split(data, seed=0)[1].x != split(data, seed=1)[1].x).any()
+    assert (everything(split(data, seed=0)[1]) != everything(split(data, seed=1)[1])).any()
 
 
 def test_split_of_digits_holds_out_360() -> None:
-    train, test = split(load("digits"))
+    train, test = split(digits())
     assert (len(train), len(test)) == (1437, 360)
 
 
 def test_split_keeps_each_class_in_the_training_part() -> None:
     train, _ = split(dataset([30, 1, 2]), 0.5)
-    assert set(train.y) == {0, 1, 2}
+    assert set(train.labels) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_split_refuses_a_fraction_that_is_none(fraction: float) -> None:
-    with pytest.raises(ValueError, match="test_fraction"):
+    with pytest.raises(ValueError, match="test fraction"):
         split(dataset([5, 5]), fraction)
 
 
@@ -196,23 +118,145 @@ def test_split_refuses_what_is_too_small() -> None:
         split(dataset([1, 1]), 0.5)
 
 
-def test_scaling_is_measured_on_the_training_part_alone() -> None:
+def test_three_parts_share_no_sample() -> None:
+    parts = prepare(dataset([60, 40]), 0.2, 3, validation_fraction=0.1)
+    assert parts.validation is not None
+    assert parts.test is not None
+    rows = [part.rows for part in parts if part is not None]
+    assert [len(r) for r in rows] == [70, 10, 20]
+    assert len(np.unique(np.concatenate(rows))) == 100
+    without = prepare(dataset([60, 40]), 0.2, 3)
+    np.testing.assert_array_equal(parts.test.rows, without.test.rows)  # type: ignore[union-attr]
+
+
+def test_a_test_part_of_its_own_is_kept() -> None:
+    train, test = split(dataset([60, 40]), 0.3)
+    parts = prepare(Parts(train, None, test), validation_fraction=0.2)
+    assert parts.test is not None
+    assert parts.validation is not None
+    np.testing.assert_array_equal(parts.test.rows, test.rows)
+    assert (len(parts.train), len(parts.validation)) == (56, 14)
+    other = Dataset(np.zeros((4, 9)), np.arange(4) % 2, 2, "other")
+    with pytest.raises(ValueError, match=r"the test part has samples of shape \(9,\), expected"):
+        prepare(Parts(train, None, other))
+
+
+# ---- preprocessing -----------------------------------------------------------------------------
+
+
+def test_preprocessing_is_measured_on_the_training_part_alone() -> None:
     rng = np.random.default_rng(0)
-    x = (rng.standard_normal((200, 3)) * [1, 50, 0] + [5, -7, 3.3]).astype(np.float32)
-    data = Dataset(x, np.arange(200) % 2, 2, "made")
+    x = (rng.standard_normal((3000, 3)) * [1, 50, 0] + [5, -7000, 3.3]).astype(np.float32)
+    data = Dataset(x, np.arange(3000) % 2, 2, "made")
     plain_train, plain_test = split(data, 0.25, 3)
-    train, test = prepare(data, 0.25, 3)
-    np.testing.assert_allclose(train.x.mean(axis=0), 0, atol=1e-4)
-    np.testing.assert_allclose(train.x.std(axis=0), [1, 1, 0], atol=1e-4)
-    mean, deviation = plain_train.x.mean(axis=0), plain_train.x.std(axis=0)
-    expected = (plain_test.x[:, :2] - mean[:2]) / deviation[:2]
-    np.testing.assert_allclose(test.x[:, :2], expected, rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(Scaling.of(plain_train).deviation[2], 1)
-    assert train.scaled
-    assert train.x.dtype == np.float32
+    parts = prepare(data, 0.25, 3)
+    train = everything(parts.train)
+    np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(train.std(axis=0), [1, 1, 0], atol=1e-3)
+    raw, other = x[plain_train.rows].astype(float), x[plain_test.rows].astype(float)
+    expected = (other[:, :2] - raw[:, :2].mean(axis=0)) / raw[:, :2].std(axis=0)
+    assert parts.test is not None
+    np.testing.assert_allclose(everything(parts.test)[:, :2], expected, rtol=1e-3, atol=1e-3)
+    assert parts.train.preprocessing is not None
+    assert parts.train.preprocessing.deviation[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "measured"), [((4,), (4,)), ((5, 4), (1, 1)), ((3, 5, 4), (3, 1, 1))]
+)
+def test_images_are_standardised_by_channel(
+    shape: tuple[int, ...], measured: tuple[int, ...]
+) -> None:
+    data = images(2500, *shape)
+    found = Preprocessing.measure(data)
+    assert found.mean.shape == found.deviation.shape == measured
+    axes = (
+        tuple(i for i, n in enumerate((0, *measured)) if i == 0 or n == 1)
+        if len(shape) > 1
+        else (0,)
+    )
+    x = np.asarray(data.x[slice(None)], np.float64)
+    np.testing.assert_allclose(found.mean.ravel(), x.mean(axis=axes).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(found.deviation.ravel(), x.std(axis=axes).ravel(), rtol=1e-6)
 
 
 def test_digits_keep_their_scale() -> None:
-    train, test = prepare(load("digits"))
-    assert max(train.x.max(), test.x.max()) == 1.0
-    assert min(train.x.min(), test.x.min()) == 0.0
+    parts = prepare(digits())
+    assert parts.test is not None
+    assert max(everything(parts.train).max(), everything(parts.test).max()) == 1.0
+
+
+def test_preprocessing_is_what_was_stored() -> None:
+    for found in (Preprocessing.measure(images(50, 3, 4, 4)), Preprocessing.scale(16)):
+        again = Preprocessing.load(found.tensors())
+        np.testing.assert_array_equal(again.mean, found.mean)
+        np.testing.assert_array_equal(again.deviation, found.deviation)
+    with pytest.raises(ValueError, match=r"preprocessing\.mean is missing"):
+        Preprocessing.load({})
+    bad = {**found.tensors(), "preprocessing.deviation": np.zeros(())}
+    with pytest.raises(ValueError, match="positive deviations"):
+        Preprocessing.load(bad)
+
+
+# ---- augmentation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 6, 5)])
+def test_augmentation_shifts_and_mirrors(shape: tuple[int, ...]) -> None:
+    """Each result is one of the shifted or mirrored images, and all of those occur."""
+    change = Augmentation(shift=1, flip=True)
+    image = np.random.default_rng(1).random((1, *shape), np.float32) + 1
+    found = change.apply(np.repeat(image, 400, axis=0), np.random.default_rng(0))
+    edges = [(0, 0)] * (len(shape) - 2) + [(1, 1), (1, 1)]
+    possible = set()
+    for source in (image[0], image[0][..., ::-1]):
+        padded = np.pad(source, edges)
+        for dy in range(3):
+            for dx in range(3):
+                possible.add(padded[..., dy : dy + 6, dx : dx + 5].tobytes())
+    assert {one.tobytes() for one in found} == possible
+
+
+def test_augmentation_is_a_function_of_the_generator() -> None:
+    data = replace(images(8, 5, 5), augmentation=Augmentation(2, True))
+    plain = data.batch(slice(None))[0]
+    a, b = (data.batch(slice(None), np.random.default_rng(3))[0] for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert (a != plain).any()
+    assert (a != data.batch(slice(None), np.random.default_rng(4))[0]).any()
+
+
+def test_only_the_training_part_is_augmented() -> None:
+    parts = prepare(images(40, 5, 5), augmentation=Augmentation(1), validation_fraction=0.2)
+    assert [part.augmentation for part in parts if part is not None] == [
+        Augmentation(1),
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        ("flip", Augmentation(0, True)),
+        ("shift=2", Augmentation(2)),
+        (" shift=3, flip ", Augmentation(3, True)),
+        ("shift=0", None),
+    ],
+)
+def test_augmentation_is_read(text: str, expected: Augmentation | None) -> None:
+    assert Augmentation.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["shift", "shift=-1", "shift=x", "flop", "flip=1", "rotate=3"])
+def test_augmentation_that_there_is_not(text: str) -> None:
+    with pytest.raises(ArgumentError, match=r"--augment: expected shift=PIXELS or flip"):
+        Augmentation.parse(text)
+
+
+def test_augmentation_needs_images_that_are_large_enough() -> None:
+    with pytest.raises(ArgumentError, match=r"expected images"):
+        prepare(dataset([20, 20]), augmentation=Augmentation(1))
+    with pytest.raises(ArgumentError, match=r"shift=5 moves images of 5 x 5 out of sight"):
+        prepare(images(40, 5, 5), augmentation=Augmentation(5))

@@ -58,7 +58,8 @@ def test_the_model_class_is_one_for_the_command(tmp_path: Path) -> None:
         *("-m", "psframe.train", "--model", "examples.model_class:TanhNet", "--lr", "0.02"),
         *("--epochs", "5", "--run-dir", str(tmp_path / "run")),
     )
-    assert re.search(r"test accuracy 9\d\.\d+% after 225 updates", printed), printed
+    assert re.search(r"test accuracy +9\d\.\d+%", printed), printed
+    assert re.search(r"updates +225\b", printed), printed
 
 
 def test_a_simulation_is_the_same_again(tmp_path: Path) -> None:

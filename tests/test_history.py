@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from psframe.events import EpochDone, Evaluated, Logged
-from psframe.history import EpochSummary, History
+from psframe.history import EpochSummary, History, evaluation_metrics, score
 
 
 def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
     seen: list[EpochSummary] = []
-    history = History(True, seen.append)
+    history = History(True, (seen.append,))
     history(Logged(0, {"loss": (6.0, 2)}))
     history(EpochDone(0, 10, 90, 1.0))
     history(EpochDone(1, 20, 90, 2.0))
@@ -19,3 +19,50 @@ def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
         EpochSummary(0, 10, 90, 3.0, 1.0, 2.0, 0.5),
         EpochSummary(1, 20, 90, None, 2.0, None, None),
     ]
+
+
+def evaluated(epoch: int, correct: float, *, best: bool) -> Evaluated:
+    sums = {"validation_correct": correct, "validation_count": 10.0, "validation_loss": 1.0}
+    return Evaluated(epoch, epoch, sums, best)
+
+
+def test_a_callback_that_returns_true_ends_the_run() -> None:
+    calls: list[str] = []
+
+    def first(summary: EpochSummary) -> bool:
+        calls.append(f"first {summary.epoch}")
+        return summary.epoch == 1
+
+    def second(summary: EpochSummary) -> str:
+        calls.append(f"second {summary.epoch}")
+        return "not True"
+
+    history = History(False, (first, second))
+    assert history(EpochDone(0, 1, 1, 0.0)) is False
+    assert history(EpochDone(1, 2, 1, 0.0)) is True
+    assert calls == ["first 0", "second 0", "first 1", "second 1"]
+
+
+def test_patience_runs_out_after_so_many_worse_epochs() -> None:
+    history = History(True, (), patience=2)
+    ends = []
+    for epoch, best in enumerate([True, False, True, False, False]):
+        history(EpochDone(epoch, epoch, 1, 0.0))
+        ends.append(history(evaluated(epoch, 5.0, best=best)))
+    assert ends == [False, False, False, False, True]
+    assert history.stopped_early
+    assert history.best_epoch == 2
+
+
+def test_scores_go_by_accuracy_and_among_equals_by_loss() -> None:
+    def sums(correct: float, loss: float) -> dict[str, float]:
+        parts = {"validation_correct": correct, "validation_loss": loss, "validation_count": 10.0}
+        return {**parts, "correct": 9.0, "count": 10.0, "loss": 0.0}
+
+    ranked = [sums(4, 0.1), sums(5, 90.0), sums(5, 2.0), sums(6, 900.0)]
+    assert sorted(ranked, key=score) == ranked
+
+
+def test_metrics_of_an_evaluation_name_their_part() -> None:
+    sums = {"loss": 4.0, "count": 2.0, "validation_correct": 3.0, "validation_count": 4.0}
+    assert evaluation_metrics(sums) == {"test_loss": 2.0, "validation_accuracy": 0.75}

@@ -9,7 +9,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,14 +290,22 @@ def wrong_all(house: House) -> list[str]:
 
 
 def undeclared_dependencies(house: House) -> list[str]:
-    declared = {"numpy", "psframe", "cupy", "cupyx"} | {
-        re.split(r"[^\w-]", text, maxsplit=1)[0] for text in PROJECT["dependencies"]
-    }
+    """What is imported must be required or, if only when it is needed, an extra."""
+    declared = {"numpy", "psframe", "cupy", "cupyx"} | names_of(PROJECT["dependencies"])
+    extras = names_of(t for texts in PROJECT["optional-dependencies"].values() for t in texts)
     return [
         f"{found.module}:{found.line} imports {top(found.target)}, not a dependency in pyproject"
         for found in all_imports(house)
-        if top(found.target) not in declared | set(sys.stdlib_module_names) | {"tomllib"}
+        if top(found.target)
+        not in declared
+        | set(sys.stdlib_module_names)
+        | {"tomllib"}
+        | (extras if found.lazy or found.for_types else set())
     ]
+
+
+def names_of(requirements: Iterable[str]) -> set[str]:
+    return {re.split(r"[^\w-]", text, maxsplit=1)[0] for text in requirements}
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -326,6 +334,7 @@ BROKEN: list[tuple[Rule, House]] = [
     (wrong_all, house_of(layout="class Layout: pass")),
     (wrong_all, house_of(layout="__all__ = ['Layout', 'lost']\nclass Layout: pass")),
     (undeclared_dependencies, house_of(data="from sklearn.datasets import load_digits")),
+    (undeclared_dependencies, house_of(report="import matplotlib")),
 ]
 
 

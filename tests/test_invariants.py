@@ -335,3 +335,38 @@ def test_an_evaluation_is_of_one_pin_though_servers_hear_late(mode: Any, lag_s: 
     simulate_late(work, mode, lag_s)
     assert sorted(pins) == list(range(5))
     assert [len(versions) for versions in pins.values()] == [1] * 5
+
+
+# ---- BSP and leases ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(150), ids=lambda seed: f"seed{seed}")
+def test_a_round_has_no_stale_gradient_though_workers_sit_rounds_out(seed: int) -> None:
+    """Who waits for a block takes no part in rounds, and may have no parameters but old ones."""
+    rng = random.Random(seed)
+    workers, servers = rng.randrange(2, 6), rng.randrange(1, 3)
+    n, batch, epochs = rng.randrange(1, 20), rng.randrange(1, 4), rng.randrange(1, 3)
+    evaluate = rng.choice([None, (3, 1)])
+    params = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    grads = {name: np.ones(shape) for name, shape in SHAPES.items()}
+
+    def work(worker: Worker) -> None:
+        worker.pull()
+        for _ in range(3):
+            for task in worker.tasks(n, batch, epochs=epochs, evaluate=evaluate):
+                if task.kind == "evaluate":
+                    task.params()
+                    task.report(n=1.0)
+                    worker.pull()
+                else:
+                    worker.push_pull(grads)
+
+    plan = Plan.check(
+        work, params, optimizer=ExactSGD(), mode=BSP(rng.randrange(3)), servers=servers, seed=seed
+    )
+    deaths = {worker: rng.randrange(4, 30) for worker in range(1, workers) if rng.random() < 0.3}
+    result = Simulation(
+        work, plan, workers, Network(), lambda rng, worker, clock: rng.exponential(), deaths=deaths
+    ).run()
+    assert result.staleness.tolist() == [result.ledger.applied]
+    assert result.ledger.refused == 0

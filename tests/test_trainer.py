@@ -15,7 +15,10 @@ import psframe
 from psframe import optim
 from psframe.data import Dataset, split
 from psframe.errors import ArgumentError
+from psframe.events import SpanKind
+from psframe.history import TIMES
 from psframe.models import MLP, Softmax
+from psframe.stepping import Stepper
 from psframe.trainer import Trainer, initial_params
 
 
@@ -25,7 +28,7 @@ def blobs(n: int = 120, seed: int = 0) -> tuple[Dataset, Dataset]:
     y = np.arange(n) % 3
     centres = np.array([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])
     x = (centres[y] + rng.standard_normal((n, 2))).astype(np.float32)
-    return split(Dataset(x, y, 3, "blobs", True), 0.25)
+    return split(Dataset(x, y, 3, "blobs"), 0.25)
 
 
 def trainer(model: Any = None, **keywords: Any) -> Trainer:
@@ -66,7 +69,7 @@ def test_one_worker_equals_a_serial_loop() -> None:
     psframe.run(collect, initial, optimizer=optim.SGD(0.1), seed=5)
     params = {name: p.copy() for name, p in initial.items()}
     for indices in batches:
-        _, grads = model.loss_and_gradients(params, train.x[indices], train.y[indices])
+        _, grads = model.loss_and_gradients(params, *train.batch(indices))
         for name, p in params.items():
             p -= np.float32(0.1) * grads[name]
     assert trained.result.params is not None
@@ -79,14 +82,21 @@ def test_accuracy_is_that_of_the_final_parameters() -> None:
     subject = trainer(workers=2)
     trained = subject.fit(train, test)
     assert trained.result.params is not None
-    figures = subject.evaluate(trained.result.params, test)
-    assert trained.accuracy == pytest.approx(figures["accuracy"])
-    labels = subject.predict(trained.result.params, test.x)
-    assert labels.shape == test.y.shape
-    assert (labels == test.y).mean() == pytest.approx(trained.accuracy)
+    found = subject.evaluate(trained.result.params, test)
+    assert found is not None
+    assert trained.evaluation is not None
+    assert trained.accuracy == found.accuracy == trained.evaluation.accuracy
+    predictions = subject.predict(trained.result.params, test)
+    assert predictions is not None
+    params = {name: np.asarray(p) for name, p in trained.result.params.items()}
+    labels = subject.model.predict(params, test.batch(slice(None))[0])
+    np.testing.assert_array_equal(predictions.labels, labels)
+    assert (labels == test.labels).mean() == pytest.approx(trained.accuracy)
+    assert found.confusion.sum() == len(test)
+    assert np.trace(found.confusion) == (labels == test.labels).sum()
     last = trained.history[-1]
     assert last.version == trained.result.version
-    assert last.test_loss == pytest.approx(figures["loss"])
+    assert last.test_loss == pytest.approx(found.loss, rel=1e-5)
 
 
 def test_without_a_test_part() -> None:
@@ -167,7 +177,7 @@ def test_wrong_arguments_are_named() -> None:
     for name in ("epochs", "batch_size"):
         with pytest.raises(ArgumentError, match=f"{name}: expected 1 or more, got 0"):
             trainer(**{name: 0})
-    none = train.take(np.arange(0))
+    none = train.subset(np.arange(0))
     with pytest.raises(ArgumentError, match="train: expected at least one sample"):
         trainer().fit(none, test)
     with pytest.raises(ArgumentError, match="test: expected at least one sample"):
@@ -211,7 +221,9 @@ class Scripted:
 
     def __init__(self, model: Any, script: list[tuple[str, list[int]]]) -> None:
         self.calls: list[str] = []
-        self.logged: list[float] = []
+        self.logged: list[dict[str, float]] = []
+        self.spans: list[tuple[SpanKind, float, float]] = []
+        self.clock = 0.0
         self.reports: list[dict[str, float]] = []
         self._model = model
         self._params = initial_params(model, 0)
@@ -233,8 +245,15 @@ class Scripted:
         self.calls.append("push_pull" if grads is None else "push_pull grads")
         return self._params
 
-    def log(self, loss: float) -> None:
-        self.logged.append(loss)
+    def log(self, **numbers: float) -> None:
+        self.logged.append(numbers)
+
+    def now(self) -> float:
+        self.clock += 1.0
+        return self.clock
+
+    def span(self, kind: SpanKind, begin: float, end: float) -> None:
+        self.spans.append((kind, begin, end))
 
 
 class ScriptedTask:
@@ -242,6 +261,8 @@ class ScriptedTask:
 
     epoch = 0
     rng = np.random.default_rng(0)
+    prepared: Any = None
+    data_wait_s = 0.0
 
     def __init__(self, worker: Scripted, kind: str, indices: Any) -> None:
         self._worker, self.kind, self.indices = worker, kind, indices
@@ -254,15 +275,122 @@ class ScriptedTask:
         self._worker.reports.append(sums)
 
 
+def stepper(model: Any, train: Dataset, test: Dataset | None, **how: Any) -> Stepper:
+    """Make a stepper of four epochs in batches of 8."""
+    arguments: dict[str, Any] = {"prefetch": False, "spans": False, "takes_rng": False}
+    arguments.update(takes_out=True, **how) if "takes_out" not in how else arguments.update(how)
+    held_out = {"": test}
+    return Stepper(model, train, held_out, batch_size=8, epochs=4, **arguments)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_step_is_one_round_trip(in_place: bool) -> None:
     train, test = blobs()
     model = Softmax((2,), 3) if in_place else Plain((2,), 3)
     script = [("train", [0, 1]), ("train", [2]), ("evaluate", [0, 1, 2]), ("train", [3])]
     worker = Scripted(model, script)
-    trainer(model)._work(train, test, 8)(worker)
+    stepper(model, train, test, takes_out=in_place).work(worker)
     push = "push_pull" if in_place else "push_pull grads"
     assert worker.calls[1:] == ["pull", push, push, "pinned", "pull", push]
-    assert worker.calls[0] == f"tasks {len(train)} 8 {{'epochs': 4, 'evaluate': (30, 64)}}"
-    assert len(worker.logged) == 3
+    asked = "{'epochs': 4, 'evaluate': (30, 64), 'prepare': None}"
+    assert worker.calls[0] == f"tasks {len(train)} 8 {asked}"
+    assert [logged["samples"] for logged in worker.logged] == [2, 1, 1]
     assert [report["count"] for report in worker.reports] == [3]
+
+
+def test_each_second_of_a_step_is_accounted_for() -> None:
+    """The clock ticks once a look: what is logged and noted adds up to all that went by."""
+    train, test = blobs()
+    model = Softmax((2,), 3)
+    script = [("train", [0, 1]), ("train", [2, 3]), ("evaluate", [0, 1]), ("train", [4])]
+    worker = Scripted(model, script)
+    stepper(model, train, test, spans=True).work(worker)
+    logged = sum(one[name] for one in worker.logged for name in TIMES)
+    evaluating = sum(e - b for kind, b, e in worker.spans if kind is SpanKind.EVALUATE)
+    waited = sum(e - b for kind, b, e in worker.spans if kind is SpanKind.LEASE)
+    noted = sum(e - b for _, b, e in worker.spans)
+    assert noted == worker.clock - 1.0, "from the first look to the last"
+    assert logged == noted - evaluating - 1.0, "but the evaluation, and the wait for it"
+    assert waited == len(script)
+
+
+class Blank(Plain):
+    """Learns nothing, and tells of each draw of its random stream."""
+
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
+        super().__init__(input_shape, n_classes)
+        self.drawn: list[float] = []
+
+    def loss_and_gradients(
+        self, params: Any, x: Any, y: Any, rng: Any = None
+    ) -> tuple[float, dict[str, Any]]:
+        self.drawn.append(float(rng.random()))
+        return 0.0, {"w": np.zeros(self.shape, np.float32)}
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_models_randomness_does_not_depend_on_who_computes(prefetch: bool) -> None:
+    train, test = blobs()
+    drawn = []
+    for workers in (1, 3):
+        model = Blank((2,), 3)
+        trainer(model, workers=workers, prefetch=prefetch, seed=3).fit(train, test)
+        drawn.append(sorted(model.drawn))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == len(drawn[0])
+
+
+def test_the_best_parameters_on_the_validation_part_are_kept() -> None:
+    """A rate that ruins the model in its last epochs: what is kept is from before."""
+    train, test = blobs(240)
+    train, validation = split(train, 0.2)
+    steps = -(-len(train) // 8)
+
+    def rate(step: int) -> float:
+        return 0.1 if step < 2 * steps else -3.0 if step < 3 * steps else 0.0
+
+    trained = trainer(optimizer=optim.SGD(lambda step: abs(rate(step)))).fit(
+        train, test, validation
+    )
+    assert trained.best_epoch is not None
+    best = trained.history[trained.best_epoch]
+    assert best.best
+    assert best.validation_accuracy == max(e.validation_accuracy or 0 for e in trained.history)
+    assert trained.result.kept_version == best.version
+    assert trained.accuracy == pytest.approx(best.test_accuracy)
+
+
+def test_early_stopping() -> None:
+    train, test = blobs()
+    train, validation = split(train, 0.2)
+    subject = trainer(Blank((2,), 3), epochs=50, patience=3)
+    trained = subject.fit(train, test, validation)
+    assert trained.stopped_early
+    assert trained.best_epoch == 0
+    assert 4 <= len(trained.history) < 10
+    with pytest.raises(ArgumentError, match="needs a validation part"):
+        subject.fit(train, test)
+
+
+def test_a_callback_may_end_the_training() -> None:
+    train, test = blobs()
+    trained = trainer(epochs=50, callbacks=[lambda epoch: epoch.epoch == 2]).fit(train, test)
+    assert 3 <= len(trained.history) < 10
+    assert not trained.stopped_early
+
+
+def test_what_the_model_only_observes_is_averaged() -> None:
+    class Observing(Plain):
+        averages = {"seen": 0.5}  # noqa: RUF012
+
+        def init(self, rng: np.random.Generator) -> dict[str, Any]:
+            return {**super().init(rng), "seen": np.zeros(1, np.float32)}
+
+        def loss_and_gradients(self, params: Any, x: Any, y: Any) -> tuple[float, dict[str, Any]]:
+            loss, grads = super().loss_and_gradients(params, x, y)
+            return loss, {**grads, "seen": np.full(1, 8.0, np.float32)}
+
+    train, _ = blobs()
+    trained = trainer(Observing((2,), 3), epochs=1, batch_size=45).fit(train)
+    assert trained.result.params is not None
+    np.testing.assert_array_equal(trained.result.params["seen"], [6.0])

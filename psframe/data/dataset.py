@@ -1,118 +1,127 @@
-"""Samples with labels; their split into training and test part; their scaling."""
+"""Samples with labels."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Dataset", "Scaling", "prepare", "split"]
+from psframe.data.augmentation import Augmentation
+from psframe.data.preprocessing import Preprocessing
+
+__all__ = ["Dataset", "Parts", "Samples"]
+
+Indices = npt.NDArray[Any] | slice
+
+
+class Samples(Protocol):
+    """What holds the samples: a NumPy array, or something like it that reads files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, *input_shape)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """A real dtype."""
+
+    def __getitem__(self, indices: Any, /) -> npt.NDArray[Any]:
+        """Give the samples of a slice or of int64 indices."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """n samples with labels.
+    """n samples with labels, and what is done to them before a model sees them.
 
     Attributes:
-        x: (n, *input_shape) float32.
-        y: (n,) int64 labels in [0, n_classes).
+        x: (m, *input_shape) of any real dtype, in memory or read when asked for. Images are (h, w)
+            or (c, h, w).
+        y: (m,) int64 labels in [0, n_classes).
         n_classes: number of classes k.
         name: for messages.
-        scaled: whether x already lies in a range that a model likes; then `prepare` does not
-            standardise it.
+        classes: their names, k of them; "0", "1", ... by default.
+        rows: which of the m samples are in the dataset, in order; None for all.
+        preprocessing: applied to each batch; None only makes it float32.
+        augmentation: applied to each batch with a random generator; None for none.
+        checked: whether all of x is known to be finite.
     """
 
-    x: npt.NDArray[np.float32]
+    x: Samples
     y: npt.NDArray[np.int64]
     n_classes: int
     name: str
-    scaled: bool = False
+    classes: tuple[str, ...] = ()
+    rows: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+    preprocessing: Preprocessing | None = None
+    augmentation: Augmentation | None = None
+    checked: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            object.__setattr__(self, "classes", tuple(str(i) for i in range(self.n_classes)))
 
     def __len__(self) -> int:
-        return len(self.y)
+        return len(self.y) if self.rows is None else len(self.rows)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
-        return self.x.shape[1:]
+        return tuple(self.x.shape[1:])
 
-    def take(self, indices: npt.NDArray[Any]) -> Dataset:
-        """Copy the samples at `indices` into a dataset of their own."""
-        return replace(self, x=self.x[indices], y=self.y[indices])
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(n,) labels, in the dataset's order."""
+        return self.y if self.rows is None else self.y[self.rows]
 
+    def subset(self, indices: npt.NDArray[Any]) -> Dataset:
+        """Make the dataset of the samples at `indices` of this one; no sample is copied."""
+        return replace(self, rows=np.asarray(indices) if self.rows is None else self.rows[indices])
 
-@dataclass(frozen=True)
-class Scaling:
-    """The map x -> (x - mean) / deviation, by feature.
+    def raw(self, indices: Indices) -> npt.NDArray[Any]:
+        """Give samples as they are stored; perhaps a view, not to be written.
 
-    Attributes:
-        mean: (*input_shape) float32.
-        deviation: (*input_shape) float32, 1 for a feature that is constant.
-    """
+        Raises:
+            ValueError: one is not finite (found only now where not all of x is known to be).
+        """
+        if self.rows is not None:
+            indices = self.rows[indices]
+        x = self.x[indices]
+        if not self.checked and x.dtype.kind == "f" and not np.isfinite(x).all():
+            place = [int(i) for i in np.argwhere(~np.isfinite(x))[0]]
+            at = np.arange(len(self.y))[indices][place[0]]
+            raise ValueError(
+                f"data {self.name!r}: 'x' has {x[tuple(place)]} in sample {at}, at "
+                f"{tuple(place[1:])}: no finite number"
+            )
+        return x
 
-    mean: npt.NDArray[np.float32]
-    deviation: npt.NDArray[np.float32]
+    def batch(
+        self, indices: Indices, rng: np.random.Generator | None = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Give samples and labels as a model takes them; threads may call it at the same time.
 
-    @classmethod
-    def of(cls, train: Dataset) -> Scaling:
-        """Measure mean and standard deviation of each feature, on the training part alone."""
-        mean = train.x.mean(axis=0, dtype=np.float64)
-        deviation = train.x.std(axis=0, dtype=np.float64)
-        # Rounding leaves a constant feature a deviation of about 1e-17 of its size.
-        constant = deviation <= 1e-12 * np.abs(mean)
-        deviation[constant] = 1.0
-        return cls(mean.astype(np.float32), deviation.astype(np.float32))
+        Args:
+            indices: into this dataset, int64 or a slice.
+            rng: for the augmentation; without one there is none.
 
-    def apply(self, data: Dataset) -> Dataset:
-        """Standardise a dataset with these figures; the result counts as scaled."""
-        return replace(data, x=(data.x - self.mean) / self.deviation, scaled=True)
-
-
-def split(data: Dataset, test_fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Split into training and test part, each class in the same proportion.
-
-    The test part has ceil(n * test_fraction) samples; each class gives its share, rounded so that
-    the shares add up, but always keeps a sample to train on. The same seed gives the same parts.
-
-    Raises:
-        ValueError: test_fraction is not in (0, 1), or a part would be empty.
-    """
-    if not 0.0 < test_fraction < 1.0:
-        raise ValueError(f"test_fraction: expected a number in (0, 1), got {test_fraction}")
-    rng = np.random.default_rng(seed)
-    counts = np.bincount(data.y, minlength=data.n_classes)
-    taken = _shares(counts, math.ceil(len(data) * test_fraction - 1e-9), test_fraction)
-    test_parts = [
-        rng.permutation(np.flatnonzero(data.y == label))[: taken[label]]
-        for label in range(data.n_classes)
-    ]
-    in_test = np.zeros(len(data), bool)
-    in_test[np.concatenate(test_parts)] = True
-    if not in_test.any() or in_test.all():
-        raise ValueError(
-            f"{data.name}: {len(data)} samples of {data.n_classes} classes are too few to hold out "
-            f"a test part of {test_fraction:.0%} and keep each class in the training part"
-        )
-    return data.take(np.flatnonzero(~in_test)), data.take(np.flatnonzero(in_test))
+        Returns:
+            (n, *input_shape) float32, contiguous, and (n,) int64; the caller's own.
+        """
+        raw = self.raw(indices)
+        if self.preprocessing is None:
+            x = raw.astype(np.float32, order="C")
+        else:
+            x = np.ascontiguousarray(self.preprocessing.apply(raw))
+        if rng is not None and self.augmentation is not None:
+            x = self.augmentation.apply(x, rng)
+        return x, self.labels[indices].copy()
 
 
-def _shares(counts: npt.NDArray[Any], total: int, fraction: float) -> npt.NDArray[Any]:
-    """Divide `total` among the classes by their counts: the largest remainders round up."""
-    exact = counts * fraction
-    shares = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(shares - exact, kind="stable")
-    shares[by_remainder[: max(0, total - int(shares.sum()))]] += 1
-    shares_max = np.maximum(counts - 1, 0)
-    return shares.clip(max=shares_max)
+class Parts(NamedTuple):
+    """Data in parts; a part that there is not is None."""
 
-
-def prepare(data: Dataset, test_fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Split, and standardise both parts by the training part unless the data is scaled."""
-    train, test = split(data, test_fraction, seed)
-    if data.scaled:
-        return train, test
-    scaling = Scaling.of(train)
-    return scaling.apply(train), scaling.apply(test)
+    train: Dataset
+    validation: Dataset | None = None
+    test: Dataset | None = None

@@ -25,6 +25,7 @@ __all__ = [
     "classification_sums",
     "cross_entropy",
     "he_normal",
+    "softmax",
     "takes",
 ]
 
@@ -118,6 +119,15 @@ def he_normal(
     """
     scale = math.sqrt(2.0 / fan_in)
     return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def softmax(logits: Any) -> Any:
+    """Turn (n, k) logits into probabilities, in their memory: exp(z_ij - m_i) / sum_j ..."""
+    xp = array_module(logits)
+    logits -= logits.max(axis=1, keepdims=True)
+    probabilities = xp.exp(logits, out=logits)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def cross_entropy(logits: Any, y: Any) -> tuple[Any, Any]:

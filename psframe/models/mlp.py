@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psframe.models.base import array_module, classification_sums, cross_entropy, he_normal
+from psframe.models.base import (
+    array_module,
+    classification_sums,
+    cross_entropy,
+    he_normal,
+    softmax,
+)
 
 __all__ = ["MLP"]
 
@@ -70,6 +76,10 @@ class MLP:
     def evaluate(self, params: Mapping[str, Any], x: Any, y: Any) -> dict[str, float]:
         """Sum loss, correct predictions and samples over a batch."""
         return classification_sums(self._forward(params, x)[1], y)
+
+    def probabilities(self, params: Mapping[str, Any], x: Any) -> Any:
+        """Compute the (n, k) probability of each class."""
+        return softmax(self._forward(params, x)[1])
 
     def predict(self, params: Mapping[str, Any], x: Any) -> Any:
         """Compute the (n,) most likely labels."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.errors import ArgumentError
-from psframe.models.base import array_module, cross_entropy
+from psframe.models.base import array_module, cross_entropy, softmax
 from psframe.models.layers import Context, Layer
 
 __all__ = ["Sequential"]
@@ -119,6 +119,10 @@ class Sequential:
             self._forward(parts, x[i : i + _EVALUATED_AT_ONCE], context).copy() for i in blocks
         ]
         return results[0] if len(results) == 1 else array_module(x).concatenate(results)
+
+    def probabilities(self, params: Mapping[str, Any], x: Any) -> Any:
+        """Compute the (n, k) probability of each class."""
+        return softmax(self.logits(params, x))
 
     def evaluate(self, params: Mapping[str, Any], x: Any, y: Any) -> dict[str, float]:
         """Sum loss, correct predictions and samples over a batch."""

@@ -1,0 +1,141 @@
+"""NumPy's `.npz`: arrays x and y, or x_train and y_train, x_test and y_test, x_validation, ...
+
+Nothing is unpickled, and nothing is allocated before a member is known to hold what its header
+claims.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psframe.data.checks import check_file, checked_labels, checked_samples
+from psframe.data.dataset import Dataset, Parts
+
+__all__ = ["load_npz"]
+
+_PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+_MEMBERS = {"x", "y"} | {f"{c}_{s}" for c in "xy" for names in _PARTS.values() for s in names}
+
+
+def load_npz(path: Path, name: str) -> Dataset | Parts:
+    """Read an npz file.
+
+    Raises:
+        ValueError: it is no such file, or not such data.
+    """
+    where = f"data {name!r}"
+    check_file(path, where)
+    arrays = _arrays(path, where)
+    if "x" in arrays and "y" in arrays:
+        return _part(arrays, "x", "y", name, where)
+    parts: dict[str, Dataset | None] = {}
+    for part, suffixes in _PARTS.items():
+        keys = [(f"x_{s}", f"y_{s}") for s in suffixes]
+        found = next(((x, y) for x, y in keys if x in arrays and y in arrays), None)
+        parts[part] = None if found is None else _part(arrays, *found, name, where)
+    train = parts["train"]
+    if train is None:
+        found_names = ", ".join(arrays) or "nothing"
+        raise ValueError(
+            f"{where}: expected arrays 'x' and 'y', or 'x_train' and 'y_train', found {found_names}"
+        )
+    return Parts(*_same_classes([train, parts["validation"], parts["test"]], where))
+
+
+def _part(arrays: dict[str, npt.NDArray[Any]], x: str, y: str, name: str, where: str) -> Dataset:
+    labels = checked_labels(arrays[y], where, y)
+    samples = checked_samples(arrays[x], len(labels), where, x, y)
+    return Dataset(_channels_first(samples), labels, int(labels.max()) + 1, name)
+
+
+def _channels_first(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Turn images with channels last, as most libraries keep them, into (n, c, h, w)."""
+    last = x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
+    return np.moveaxis(x, -1, 1) if last else x
+
+
+def _same_classes(parts: list[Any], where: str) -> list[Any]:
+    """Give all parts the training part's classes."""
+    train = parts[0]
+    for part in parts[1:]:
+        if part is not None and part.n_classes > train.n_classes:
+            label = part.n_classes - 1
+            raise ValueError(
+                f"{where}: label {label} is not among the {train.n_classes} classes of the "
+                "training part"
+            )
+    return [None if p is None else _with_classes(p, train.n_classes) for p in parts]
+
+
+def _with_classes(part: Dataset, count: int) -> Dataset:
+    return Dataset(part.x, part.y, count, part.name)
+
+
+def _arrays(path: Path, where: str) -> dict[str, npt.NDArray[Any]]:
+    """Read the members whose names begin with x or y; others are only listed."""
+    try:
+        with path.open("rb") as stream:
+            _check_magic(stream.read(6), where)
+            stream.seek(0)
+            with zipfile.ZipFile(stream) as members:
+                return {
+                    info.filename.removesuffix(".npy"): _member(members, info, where)
+                    for info in members.infolist()
+                }
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise ValueError(f"{where}: does not fit into memory: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
+        raise _damaged(where, error) from error
+    except (ValueError, NotImplementedError, TypeError, SyntaxError) as error:
+        if str(error).startswith(where):
+            raise
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: str, error: Exception) -> ValueError:
+    return ValueError(f"{where}: is truncated or damaged: {str(error) or 'it ends early'}")
+
+
+def _member(members: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> npt.NDArray[Any]:
+    name = info.filename.removesuffix(".npy")
+    if name not in _MEMBERS:
+        return np.empty(0)
+    with members.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f"{where}: {name!r} is of the unknown version {version}")
+        shape, _, dtype = read_header(stream)
+        if dtype.hasobject:
+            raise ValueError(
+                f"{where}: {name!r} holds an array of Python objects, which is never unpickled; "
+                "save numbers"
+            )
+        held = info.file_size - stream.tell()
+        if math.prod(shape) * dtype.itemsize != held:
+            raise ValueError(
+                f"{where}: is truncated or damaged: {name!r} claims the shape {shape} of {dtype} "
+                f"and holds {held} bytes"
+            )
+    with members.open(info) as stream:
+        array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array
+
+
+def _check_magic(magic: bytes, where: str) -> None:
+    if magic == b"\x93NUMPY":
+        raise ValueError(f"{where}: expected an .npz file with 'x' and 'y', this is a .npy")
+    if not magic.startswith(b"PK"):
+        raise ValueError(f"{where}: is not an .npz file, or a truncated one")

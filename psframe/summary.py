@@ -1,0 +1,194 @@
+"""What remains of a training: summary.json, and the same in words when it is over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from psframe.plan import Result
+from psframe.statistics import Statistics, WorkerStatistics
+
+__all__ = ["SUMMARY", "find_slowest", "summarise", "write_summary"]
+
+SUMMARY = "summary.json"
+
+# A worker is slow if its steps take so many times as long as the others' or, where all go at one
+# pace because they wait for each other, the part of them that is its own.
+_SLOW = 1.1
+_SLOW_OWN = 1.25
+_OWN = ("compute_s", "data_s")
+_TIMES = (*_OWN, "servers_s")
+
+_log = logging.getLogger("psframe")
+
+
+def summarise(
+    result: Result,
+    now: Statistics,
+    *,
+    seconds: float,
+    accuracy: float | None = None,
+    loss: float | None = None,
+    confusion: Any = None,
+    classes: Sequence[str] = (),
+    mode: str = "",
+    optimizer: str = "",
+    model: str = "",
+    data: str = "",
+    ranks: Sequence[int | None] = (),
+    devices: Sequence[str | None] = (),
+    best_epoch: int | None = None,
+    stopped_early: bool = False,
+) -> dict[str, Any]:
+    """Gather what summary.json holds.
+
+    Args:
+        result: of the run, on the root.
+        now: the monitor's statistics at its end.
+        seconds: that the whole training took.
+        accuracy, loss: of the result's parameters on the test part, where known.
+        confusion: (k, k) counts, a row a true label, a column a predicted one; None if not known.
+        classes: the k labels' names.
+        mode, optimizer, model, data: as the user gave them.
+        ranks, devices: of each worker, as far as known.
+        best_epoch: whose parameters the result has; else the monitor's, if it saw evaluations.
+        stopped_early: whether the run ended before its last epoch because nothing improved.
+    """
+    matrix = None if confusion is None else np.asarray(confusion).astype(np.int64)
+    workers = [
+        _worker(one, _at(ranks, one.worker), _at(devices, one.worker)) for one in now.workers
+    ]
+    ledger = result.ledger.as_dict()
+    return {
+        "accuracy": _finite(accuracy),
+        "loss": _finite(loss),
+        "seconds": round(float(seconds), 3),
+        "updates": int(result.version),
+        "samples": now.samples,
+        "staleness": [int(count) for count in result.staleness],
+        "ledger": {name: int(count) for name, count in ledger.items() if name != "reasons"},
+        "mode": mode,
+        "optimizer": optimizer,
+        "model": model,
+        "data": data,
+        "classes": [str(name) for name in classes],
+        "confusion": None if matrix is None else matrix.tolist(),
+        "per_class": None if matrix is None else _per_class(matrix),
+        "workers": workers,
+        "slowest": find_slowest(workers)[0],
+        "best_epoch": now.best_epoch if best_epoch is None else best_epoch,
+        "stopped_early": bool(stopped_early),
+    }
+
+
+def write_summary(folder: str | Path, record: Mapping[str, Any]) -> bool:
+    """Write summary.json; a reader sees none, the old one or the new one, whole.
+
+    A disk that refuses it is logged: a finished run is worth more than its summary.
+
+    Returns:
+        True if it was written.
+    """
+    file = Path(folder) / SUMMARY
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            text = json.dumps(record, allow_nan=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        _log.warning("%s: %s; the run has no summary", file, error.strerror or error)
+        return False
+    return True
+
+
+def find_slowest(workers: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
+    """Find the worker that is slower than the others, and why.
+
+    Args:
+        workers: the entries of a summary.
+
+    Returns:
+        Its index, None if all are much alike; and the reason in words.
+    """
+    known = [one for one in workers if one["pushes"]]
+    if len(known) < 2:
+        return None, ""
+    slow, factor = _outlier(known, _TIMES)
+    if factor > _SLOW:
+        pace = f"{factor:.2g} times slower than the others"
+        return slow["worker"], f"{pace}{_why(slow, known, _TIMES)}"
+    slow, factor = _outlier(known, _OWN)
+    if factor > _SLOW_OWN:
+        pace = f"its steps take {factor:.2g} times as long, and the others wait for it"
+        return slow["worker"], f"{pace}{_why(slow, known, _OWN)}"
+    return None, "all workers are much alike" if any(map(_step_s, known)) else ""
+
+
+def _step_s(one: Mapping[str, Any], names: Sequence[str] = _TIMES) -> float:
+    """Seconds of a step that went into these."""
+    return float(sum(one[name] for name in names) / one["pushes"])
+
+
+def _outlier(
+    known: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> tuple[Mapping[str, Any], float]:
+    """Find whose steps take longest, and how many times as long as the others' do."""
+    slow = max(known, key=lambda one: _step_s(one, names))
+    usual = median(_step_s(one, names) for one in known if one is not slow)
+    return slow, _step_s(slow, names) / usual if usual > 0 else 0.0
+
+
+def _why(slow: Mapping[str, Any], known: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Name what takes most longer in its steps than in the others'."""
+    words = {
+        "compute_s": "computing gradients",
+        "data_s": "waiting for data",
+        "servers_s": "waiting for servers",
+    }
+    usual = {
+        name: median(_step_s(one, [name]) for one in known if one is not slow) for name in names
+    }
+    name = max(names, key=lambda name: _step_s(slow, [name]) - usual[name])
+    mine = 1000 * _step_s(slow, [name])
+    return f": {mine:.3g} ms a step {words[name]}, the others {1000 * usual[name]:.3g} ms"
+
+
+def _worker(one: WorkerStatistics, rank: int | None, device: str | None) -> dict[str, Any]:
+    return {
+        "worker": one.worker,
+        "rank": rank,
+        "device": device,
+        "pushes": one.pushes,
+        "samples": one.samples,
+        "samples_per_s": round(one.mean_samples_per_s or 0.0, 3),
+        "staleness_mean": round(one.staleness_mean or 0.0, 4),
+        "compute_s": round(one.compute_s, 4),
+        "servers_s": round(one.servers_s, 4),
+        "data_s": round(one.data_s, 4),
+    }
+
+
+def _per_class(matrix: Any) -> list[float | None]:
+    totals = matrix.sum(axis=1)
+    right = np.diagonal(matrix)
+    return [float(r) / float(n) if n else None for r, n in zip(right, totals, strict=True)]
+
+
+def _at(values: Sequence[Any], index: int) -> Any:
+    return values[index] if index < len(values) else None
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

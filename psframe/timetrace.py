@@ -1,0 +1,111 @@
+"""A timeline of all ranks as a Chrome trace, for Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+from psframe.events import HostEvent, SpanKind, Spans
+
+__all__ = ["TRACE", "TimeTrace"]
+
+TRACE = "trace.json"
+
+# 21 bytes each in memory, about 90 in the file.
+_SPANS_MAX = 400_000
+# Two clocks nearer than this are one: ranks on a node share it, and what is seen is the message's
+# time under way.
+_SAME_CLOCK_S = 0.01
+
+_log = logging.getLogger("psframe")
+
+
+class TimeTrace:
+    """Gathers what ranks were at, and writes it as `trace.json` at the end.
+
+    One track a rank. A worker's clock is aligned by the message that took the shortest time: its
+    offset to this process's clock is the least (time of arrival - time of sending), which is too
+    large by that message's time under way. After 400,000 spans no more are taken, which the file
+    says.
+
+    Args:
+        clock: this process's seconds, the clock of its own spans.
+
+    Attributes:
+        dropped: spans that were not taken.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.dropped = 0
+        self._clock = clock
+        self._worker, self._kind = array("i"), array("B")
+        self._begin, self._end = array("d"), array("d")
+        self._offset: dict[int, float] = {-1: 0.0}
+
+    def __call__(self, event: HostEvent) -> None:
+        """Take one event; only spans concern it."""
+        if not isinstance(event, Spans):
+            return
+        if event.worker >= 0:
+            offset = self._clock() - event.now_s
+            self._offset[event.worker] = min(offset, self._offset.get(event.worker, offset))
+        room = _SPANS_MAX - len(self._kind)
+        self.dropped += max(len(event.spans) - room, 0)
+        for kind, begin, end in event.spans[: max(room, 0)]:
+            self._worker.append(event.worker)
+            self._kind.append(kind)
+            self._begin.append(begin)
+            self._end.append(end)
+
+    def write(self, folder: Path, servers: int) -> Path | None:
+        """Write trace.json by rename; a disk that refuses it is warned of, and None returned."""
+        file = folder / TRACE
+        temporary = file.with_name(f".{TRACE}.tmp")
+        try:
+            try:
+                with temporary.open("w", encoding="utf-8") as stream:
+                    stream.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+                    stream.write(",\n".join(self._tracks(servers)))
+                    for line in self._lines(servers):
+                        stream.write(",\n" + line)
+                    stream.write(f'\n], "otherData": {{"spans_dropped": {self.dropped}}}}}\n')
+                temporary.replace(file)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            _log.warning("%s: %s; the run has no trace", file, error.strerror or error)
+            return None
+        return file
+
+    def _tracks(self, servers: int) -> list[str]:
+        names = {_rank(worker, servers): worker for worker in sorted(self._offset)}
+        lines = ['{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "psframe"}}']
+        for rank, worker in names.items():
+            who = "server 0" if worker < 0 else f"worker {worker}"
+            name = json.dumps({"name": f"rank {rank} ({who})"})
+            lines.append(
+                f'{{"name": "thread_name", "ph": "M", "pid": 0, "tid": {rank}, "args": {name}}}'
+            )
+        return lines
+
+    def _lines(self, servers: int):  # type: ignore[no-untyped-def]
+        """Give one line a span; times in microseconds from the first one on."""
+        names = [kind.name.lower() for kind in SpanKind]
+        offset = {w: 0.0 if 0 <= o < _SAME_CLOCK_S else o for w, o in self._offset.items()}
+        columns = list(zip(self._worker, self._kind, self._begin, self._end, strict=True))
+        start = min((begin + offset[worker] for worker, _, begin, _ in columns), default=0.0)
+        for worker, kind, begin, end in columns:
+            ts = (begin + offset[worker] - start) * 1e6
+            yield (
+                f'{{"name": "{names[kind]}", "ph": "X", "pid": 0, "tid": {_rank(worker, servers)},'
+                f' "ts": {ts:.3f}, "dur": {(end - begin) * 1e6:.3f}}}'
+            )
+
+
+def _rank(worker: int, servers: int) -> int:
+    return 0 if worker < 0 else servers + worker

@@ -1,0 +1,565 @@
+"""Files of every format, written here after its specification; and files that are damaged.
+
+The originals of MNIST and CIFAR-10 cannot be fetched where these tests run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from psframe.data import Dataset, Parts, load
+from psframe.data.formats.shards import ShardedArray
+
+N = 12
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(N, 3)).astype(np.float32)
+Y = np.arange(N) % 3
+
+
+def one(data: Dataset | Parts) -> Dataset:
+    assert isinstance(data, Dataset)
+    return data
+
+
+def parts(data: Dataset | Parts) -> Parts:
+    assert isinstance(data, Parts)
+    return data
+
+
+def same(data: Dataset, x: Any, y: Any) -> None:
+    found, labels = data.batch(slice(None))
+    np.testing.assert_array_equal(found, np.asarray(x, np.float32))
+    np.testing.assert_array_equal(labels, y)
+
+
+# ---- npz ---------------------------------------------------------------------------------------
+
+
+def write(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_npz(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.npz", x=X, y=Y.astype(np.uint8), other=np.zeros(2))
+    data = one(load(path))
+    same(data, X, Y)
+    assert data.n_classes == 3
+
+
+def test_npz_in_parts(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.npz",
+        x_train=X,
+        y_train=Y,
+        x_test=X[:5],
+        y_test=Y[:5],
+        x_val=X[5:],
+        y_val=Y[5:],
+    )
+    data = parts(load(path))
+    same(data.train, X, Y)
+    assert data.test is not None
+    assert data.validation is not None
+    same(data.test, X[:5], Y[:5])
+    same(data.validation, X[5:], Y[5:])
+    wrong = write(tmp_path / "w.npz", x_train=X, y_train=Y, x_test=X, y_test=Y + 1)
+    with pytest.raises(
+        ValueError, match=r"label 3 is not among the 3 classes of the training part"
+    ):
+        load(wrong)
+
+
+def test_npz_with_channels_last(tmp_path: Path) -> None:
+    x = RNG.integers(0, 255, size=(N, 6, 5, 3), dtype=np.uint8)
+    data = one(load(write(tmp_path / "d.npz", x=x, y=Y)))
+    assert data.input_shape == (3, 6, 5)
+    same(data, np.moveaxis(x, -1, 1), Y)
+
+
+GOOD_X, GOOD_Y = np.ones((4, 2)), np.array([0, 1, 0, 1])
+NAN_X = GOOD_X.copy()
+NAN_X[2, 1] = np.nan
+IMAGE_X = np.ones((4, 2, 3))
+IMAGE_X[1, 0, 2] = -np.inf
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"x": GOOD_X}, ["expected arrays 'x' and 'y'", "found x"]),
+        ({}, ["found nothing"]),
+        ({"x": GOOD_X, "y": GOOD_Y[:3]}, ["'x' has 4 samples, but 'y' has 3 labels"]),
+        ({"x": NAN_X, "y": GOOD_Y}, ["'x' has nan at row 2, column 1: no finite number"]),
+        ({"x": IMAGE_X, "y": GOOD_Y}, ["-inf at row 1, column (0, 2)"]),
+        ({"x": GOOD_X * 1e300, "y": GOOD_Y}, ["row 0, column 0: too large for float32", "8 such"]),
+        ({"x": GOOD_X, "y": GOOD_Y + 0.5}, ["'y' has dtype float64, expected integers"]),
+        ({"x": GOOD_X, "y": GOOD_Y - 1}, ["label -1 at row 0"]),
+        ({"x": GOOD_X, "y": GOOD_Y * 900}, ["label 900 at row 1", "only 4 samples"]),
+        ({"x": GOOD_X, "y": GOOD_Y * 0}, ["only one class, 0"]),
+        ({"x": GOOD_X, "y": GOOD_Y.reshape(2, 2)}, ["'y' has shape (2, 2)"]),
+        ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, ["'y' is empty"]),
+        ({"x": GOOD_X[:, 0], "y": GOOD_Y}, ["'x' has shape (4,)"]),
+        ({"x": GOOD_X[:, :0], "y": GOOD_Y}, ["at least one feature"]),
+        ({"x": GOOD_X.astype(complex), "y": GOOD_Y}, ["'x' has dtype complex128"]),
+        ({"x": GOOD_X.astype(str), "y": GOOD_Y}, ["'x' has dtype <U", "expected real numbers"]),
+        ({"x_train": GOOD_X, "y_train": GOOD_Y * 0}, ["'y_train' has only one class"]),
+    ],
+)
+def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], words: list[str]) -> None:
+    path = write(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=r"bad\.npz") as caught:
+        load(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+class Trap:
+    """Unpickling it would be noticed."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("it was unpickled",))
+
+
+def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.npz", x=np.array([Trap(), 1], object), y=GOOD_Y)
+    with pytest.raises(ValueError, match=r"bad.npz.*Python objects, which is never unpickled"):
+        load(path)
+    plain = tmp_path / "bad.pkl"
+    plain.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"bad.pkl.*is not an .npz file"):
+        load(plain)
+    folder = shards(tmp_path / "s")
+    np.save(folder / "a-x.npy", np.array([Trap(), 1], object))
+    with pytest.raises(ValueError, match=r"a-x\.npy"):
+        load(folder)
+
+
+def test_files_that_are_no_data(tmp_path: Path) -> None:
+    array = tmp_path / "a.npy"
+    np.save(array, GOOD_X)
+    empty, text = tmp_path / "empty.npz", tmp_path / "text.npz"
+    empty.write_bytes(b"")
+    text.write_text("1,2,3\n")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # nobody writes: reading it would wait for ever
+    (tmp_path / "folder").mkdir()
+    for path, words in [
+        (pipe, "no regular file"),
+        (array, "this is a .npy"),
+        (empty, "truncated"),
+        (text, "is not an .npz file"),
+        (tmp_path / "folder", "without data that is known; looked for"),
+        (tmp_path / "none.npz", "no such file"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            load(path)
+        assert path.name in str(caught.value)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.npz", x=GOOD_X, y=GOOD_Y).read_bytes()
+    path = tmp_path / "cut.npz"
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.npz"):
+            load(path)
+
+
+def test_a_damaged_member_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, x=np.arange(400.0).reshape(200, 2), y=np.arange(200) % 2)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"d.npz.*damaged"):
+        load(path)
+
+
+def claiming(path: Path, shape: tuple[int, ...]) -> Path:
+    """An npz file whose members claim a shape that they do not hold."""
+    header = io.BytesIO()
+    fields = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+        archive.writestr("y.npy", header.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("shape", [(1 << 50, 2), (1 << 24, 2), (3, 2)])
+def test_a_header_that_claims_more_than_there_is(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = claiming(tmp_path / "bomb.npz", shape)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"bomb\.npz.*claims the shape"):
+            load(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_name_is_nearly_digits() -> None:
+    with pytest.raises(ValueError, match="did you mean 'digits'"):
+        load("digit")
+
+
+# ---- CSV ---------------------------------------------------------------------------------------
+
+
+def csv(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_csv_without_a_header(tmp_path: Path, delimiter: str, end: str) -> None:
+    rows = [[*map(repr, map(float, x)), str(y)] for x, y in zip(X, Y, strict=True)]
+    text = "".join(delimiter.join(row) + end for row in rows)
+    data = one(load(csv(tmp_path / "d.csv", text)))
+    same(data, X, Y)
+    assert data.classes == ("0", "1", "2")
+
+
+def test_csv_with_names_and_quotes(tmp_path: Path) -> None:
+    text = '\ufeff"kind, of",a,"b"\n"cat ""big""",1,2\n\ndog,3,-4e1\ncat,5,6\n'
+    data = one(load(csv(tmp_path / "d.csv", text), "kind, of"))
+    assert data.classes == ("cat", 'cat "big"', "dog")
+    same(data, [[1, 2], [3, -40], [5, 6]], [1, 2, 0])
+    with pytest.raises(ValueError, match=r"no column 'kind of'.*did you mean 'kind, of'"):
+        load(tmp_path / "d.csv", "kind of")
+
+
+def test_csv_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    data = one(load(csv(tmp_path / "d.csv", "1,10\n2,9\n3,10\n")))
+    assert data.classes == ("9", "10")
+    assert data.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no samples"),
+        ("a,b,c\n", "holds no samples"),
+        ("1\n2\n", "line 1: expected at least two columns, got 1"),
+        ("1,2,0\n3,4\n", "line 2: has 2 columns, expected 3"),
+        ("a,b,y\n1,2,0\n3,x,1\n", "line 3, column 'b': expected a number, got 'x'"),
+        ("1,2,0\n3,,1\n", "line 2, column '1': expected a number, got ''"),
+        ("1,2,0\n3,nan,1\n", "line 2, column '1': nan is no finite number"),
+        ("1,2,0\n\n3,inf,1\n", "line 3, column '1': inf is no finite number"),
+        ("1,2,\n3,4,1\n", "line 1, column '2': the label is missing"),
+        ("1,2,0\n3,4,0\n", "only one class, '0'"),
+        ('1,2,0\n3,"4,0\n', "line 2: unexpected end of data"),
+        ("1,1e300,0\n3,4,1\n", "too large for float32"),
+        ("1," + "9" * 200_000 + ",0\n", "line 1: field larger than field limit"),
+    ],
+)
+def test_csv_that_is_no_table(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=r"data '.*d\.csv'") as caught:
+        load(csv(tmp_path / "d.csv", text))
+    assert words in str(caught.value)
+
+
+def test_csv_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(b"1,2,\xff\n")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load(tmp_path / "d.csv")
+
+
+def test_a_label_column_belongs_to_tables(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="belongs to CSV or Parquet, this is npz"):
+        load(write(tmp_path / "d.npz", x=X, y=Y), "y")
+
+
+# ---- IDX ---------------------------------------------------------------------------------------
+
+IMAGES = RNG.integers(0, 256, size=(N, 6, 5), dtype=np.uint8)
+
+
+def idx(array: Any, code: int = 0x08) -> bytes:
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    big = array.astype(array.dtype.newbyteorder(">"))
+    return struct.pack(">HBB", 0, code, array.ndim) + sizes + big.tobytes()
+
+
+def mnist(folder: Path, *, packed: bool = False, prefix: str = "", test: str = "t10k") -> Path:
+    folder.mkdir()
+    for part, n in (("train", N), (test, 5)):
+        for kind, d, array in (("images", 3, IMAGES[:n]), ("labels", 1, Y[:n].astype(np.uint8))):
+            name = f"{prefix}{part}-{kind}-idx{d}-ubyte"
+            data = idx(array)
+            if packed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+            else:
+                (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("prefix", "test"), [("", "t10k"), ("emnist-balanced-", "test")])
+def test_idx(tmp_path: Path, packed: bool, prefix: str, test: str) -> None:
+    data = parts(load(mnist(tmp_path / "m", packed=packed, prefix=prefix, test=test)))
+    same(data.train, IMAGES, Y)
+    assert data.train.x.dtype == np.uint8
+    assert data.test is not None
+    same(data.test, IMAGES[:5], Y[:5])
+
+
+@pytest.mark.parametrize(
+    ("code", "dtype"), [(0x09, "i1"), (0x0B, "i2"), (0x0C, "i4"), (0x0D, "f4"), (0x0E, "f8")]
+)
+def test_idx_of_other_types(tmp_path: Path, code: int, dtype: str) -> None:
+    folder = mnist(tmp_path / "m")
+    values = (IMAGES % 100).astype(dtype)
+    (folder / "train-images-idx3-ubyte").write_bytes(idx(values, code))
+    same(parts(load(folder)).train, values, Y)
+
+
+def test_idx_that_is_not(tmp_path: Path) -> None:
+    folder = mnist(tmp_path / "m")
+    file = folder / "train-images-idx3-ubyte"
+    whole = file.read_bytes()
+    for data, words in [
+        (b"", "is no IDX file"),
+        (b"\0\0\x08", "is no IDX file"),
+        (b"\0\0\x07\x03" + whole[4:], "is no IDX file"),
+        (b"\0\1\x08\x03" + whole[4:], "is no IDX file"),
+        (b"\0\0\x08\xff" + whole[4:], "has 255 dimensions"),
+        (whole[:9], "truncated in its header"),
+        (whole[:-1], "claims 360 bytes"),
+        (whole + b"\0", "claims 360 bytes"),
+        (struct.pack(">HBBIII", 0, 8, 3, 2**31, 2**31, 9), "claims"),
+        (idx(IMAGES[:4]), "has 4 samples, but 'train-labels-idx1-ubyte' has 12"),
+    ]:
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte") as caught:
+            load(folder)
+        assert words in str(caught.value)
+    file.unlink()
+    with pytest.raises(ValueError, match="has no train-images file"):
+        load(folder)
+    mnist_like = mnist(tmp_path / "n", prefix="a-")
+    (mnist_like / "b-train-labels-idx1-ubyte").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"several datasets \(a-, b-\)"):
+        load(mnist_like)
+
+
+def test_gzip_that_unpacks_to_more_or_less(tmp_path: Path) -> None:
+    folder = mnist(tmp_path / "m", packed=True)
+    file = folder / "train-images-idx3-ubyte.gz"
+    whole = idx(IMAGES)
+    for data in (whole + b"\0" * (1 << 20), whole[:-1]):
+        file.write_bytes(gzip.compress(data))
+        with pytest.raises(ValueError, match="has not the 360 bytes"):
+            load(folder)
+    huge = struct.pack(">HBBIII", 0, 8, 3, 1 << 20, 1 << 10, 1 << 10)
+    file.write_bytes(gzip.compress(huge))
+    with pytest.raises(ValueError, match=f"claims {1 << 40} bytes"):
+        load(folder)
+    file.write_bytes(gzip.compress(whole)[:-20])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load(folder)
+
+
+# ---- CIFAR-10 ----------------------------------------------------------------------------------
+
+PIXELS = RNG.integers(0, 256, size=(N, 3, 32, 32), dtype=np.uint8)
+
+
+def cifar(folder: Path) -> Path:
+    folder.mkdir()
+    labels = (Y * 3).astype(np.uint8)
+    records = [
+        bytes([label]) + pixels.tobytes() for label, pixels in zip(labels, PIXELS, strict=True)
+    ]
+    (folder / "data_batch_1.bin").write_bytes(b"".join(records[:7]))
+    (folder / "data_batch_2.bin").write_bytes(b"".join(records[7:]))
+    (folder / "test_batch.bin").write_bytes(b"".join(records[:4]))
+    (folder / "batches.meta.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n\n")
+    return folder
+
+
+def test_cifar(tmp_path: Path) -> None:
+    data = parts(load(cifar(tmp_path / "c")))
+    same(data.train, PIXELS, Y * 3)
+    assert (data.train.n_classes, data.train.classes[3]) == (10, "class3")
+    assert data.train.x.dtype == np.uint8
+    assert data.test is not None
+    same(data.test, PIXELS[:4], Y[:4] * 3)
+
+
+def test_cifar_that_is_not(tmp_path: Path) -> None:
+    folder = cifar(tmp_path / "c")
+    file = folder / "data_batch_2.bin"
+    whole = file.read_bytes()
+    for data, words in [
+        (b"", "data_batch_2.bin: has 0 bytes"),
+        (whole[:-1], "is it truncated?"),
+        (whole[:3073] + b"\x0b" + whole[3074:], "record 1 has label 11, expected 0 to 9"),
+    ]:
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"data '.*c'") as caught:
+            load(folder)
+        assert words in str(caught.value)
+
+
+# ---- Parquet -----------------------------------------------------------------------------------
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "d.parquet"
+    columns = {"a": X[:, 0].astype(float), "kind": [f"k{y}" for y in Y], "rest": X[:, 1:].tolist()}
+    pq.write_table(pa.table(columns), path)
+    data = one(load(path, "kind"))
+    same(data, X, Y)
+    assert data.classes == ("k0", "k1", "k2")
+    for table, words in [
+        ({"a": [1.0, None], "y": [0, 1]}, "column 'a': row 1 is missing"),
+        ({"a": ["x", "z"], "y": [0, 1]}, "column 'a' is string, expected numbers"),
+        ({"a": [[1.0], [1.0, 2.0]], "y": [0, 1]}, "lists of different lengths"),
+        ({"a": [1.0, float("nan")], "y": [0, 1]}, "nan at row 1, column 0"),
+        ({"a": [1.0, 2.0], "y": [0, None]}, "1 missing labels"),
+        ({"y": [0, 1]}, "expected two or more"),
+    ]:
+        pq.write_table(pa.table(table), path)
+        with pytest.raises(ValueError, match=r"d\.parquet") as caught:
+            load(path)
+        assert words in str(caught.value)
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="not a Parquet file, or a damaged one"):
+        load(path)
+
+
+# ---- shards ------------------------------------------------------------------------------------
+
+
+def shards(folder: Path, x: Any = X, **index: Any) -> Path:
+    folder.mkdir()
+    entries = []
+    for name, rows in (("a", slice(0, 5)), ("b", slice(5, N))):
+        np.save(folder / f"{name}-x.npy", x[rows])
+        np.save(folder / f"{name}-y.npy", Y[rows])
+        entries.append({"x": f"{name}-x.npy", "y": f"{name}-y.npy", "n": len(Y[rows])})
+    whole = {"format": "psframe-shards", "version": 1, "classes": ["p", "q", "r"]}
+    (folder / "index.json").write_text(json.dumps({**whole, "parts": {"train": entries}, **index}))
+    return folder
+
+
+def test_shards_are_mapped(tmp_path: Path) -> None:
+    data = parts(load(shards(tmp_path / "s"))).train
+    assert isinstance(data.x, ShardedArray)
+    same(data, X, Y)
+    assert data.classes == ("p", "q", "r")
+    mixed = np.array([11, 0, 4, 5, 5, 9, 4])
+    x, y = data.batch(mixed)
+    np.testing.assert_array_equal(x, X[mixed])
+    np.testing.assert_array_equal(y, Y[mixed])
+    assert len(data.batch(np.array([], np.int64))[0]) == 0
+    np.testing.assert_array_equal(data.batch(slice(3, 8))[0], X[3:8])
+
+
+def test_shards_with_nan_are_found_when_they_are_read(tmp_path: Path) -> None:
+    x = X.copy()
+    x[7, 2] = np.nan
+    data = parts(load(shards(tmp_path / "s", x))).train
+    data.batch(slice(0, 5))
+    with pytest.raises(ValueError, match=r"nan in sample 7, at \(2,\)"):
+        data.batch(np.array([1, 7]))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"format": "other"}, "expected psframe-shards of version 1"),
+        ({"version": 2}, "expected psframe-shards of version 1"),
+        ({"parts": {}}, "expected a part 'train'"),
+        ({"parts": {"train": [], "extra": []}}, "expected a part 'train'"),
+        (
+            {"parts": {"train": [{"x": "../a-x.npy", "y": "a-y.npy", "n": 5}]}},
+            "files in this folder",
+        ),
+        ({"parts": {"train": [{"x": "a-x.npy", "y": "a-y.npy", "n": 6}]}}, "5 samples, expected 6"),
+        ({"parts": {"train": [{"x": "a-x.npy", "y": "a-y.npy", "n": True}]}}, "expected"),
+        ({"parts": {"train": [{"x": "a-x.npy"}]}}, "is no index of shards"),
+        ({"parts": [1]}, "is no index of shards"),
+        ({"parts": {"train": [{"x": "no.npy", "y": "a-y.npy", "n": 5}]}}, "no.npy: cannot be read"),
+        ({"classes": ["one"]}, "labels from 0 to 2, expected 0 to 0"),
+    ],
+)
+def test_an_index_that_makes_no_sense(tmp_path: Path, index: dict[str, Any], words: str) -> None:
+    folder = shards(tmp_path / "s", **index)
+    with pytest.raises(ValueError, match=r"data '.*s'") as caught:
+        load(folder)
+    assert words in str(caught.value)
+
+
+def test_shards_that_are_cut_or_differ(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "s")
+    (folder / "index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no index of shards"):
+        load(folder)
+    folder = shards(tmp_path / "t")
+    whole = (folder / "b-x.npy").read_bytes()
+    (folder / "b-x.npy").write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"b-x\.npy: is truncated"):
+        load(folder)
+    np.save(folder / "b-x.npy", X[5:, :2])
+    with pytest.raises(ValueError, match=r"b-x\.npy differs in shape or dtype"):
+        load(folder)
+
+
+# ---- whatever comes ----------------------------------------------------------------------------
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 500))
+@pytest.mark.parametrize("kind", ["npz", "idx", "cifar", "shards", "csv"])
+def test_mutations_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, at: int, byte: int, cut: int
+) -> None:
+    """Never anything but data or a ValueError, and never much memory."""
+    base = tmp_path_factory.mktemp("m")
+    if kind == "npz":
+        source = target = write(base / "d.npz", x=X, y=Y)
+    elif kind == "csv":
+        source = target = csv(base / "d.csv", "a,b,y\n1,2,0\n3,4,1\n" * 3)
+    else:
+        make = {"idx": mnist, "cifar": cifar, "shards": shards}[kind]
+        source = make(base / kind)
+        name = {
+            "idx": "train-labels-idx1-ubyte",
+            "cifar": "data_batch_1.bin",
+            "shards": "index.json",
+        }
+        target = source / name[kind]
+    data = bytearray(target.read_bytes())
+    data[at % len(data)] = byte
+    target.write_bytes(data[: max(len(data) - cut, 0)] if cut > 250 else data)
+    said = str(source)
+    tracemalloc.start()
+    try:
+        load(source)
+    except ValueError as error:
+        said = str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert str(source) in said
+    assert peak < 8 << 20
