@@ -1,7 +1,7 @@
 """psframe: a parameter server for MPI clusters, in Python."""
 
 from psframe import optim
-from psframe.client import Pending, PendingPull, Worker
+from psframe.client import Worker
 from psframe.consistency import BSP, SSP, Async
 from psframe.errors import (
     ArgumentError,
@@ -17,6 +17,7 @@ from psframe.errors import (
 )
 from psframe.ledger import Ledger
 from psframe.params import Params, Receipt
+from psframe.pending import Pending, PendingPull
 from psframe.runtime import Result, run
 from psframe.simulation import Network, SimResult, simulate
 from psframe.tasks import Task

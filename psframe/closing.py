@@ -12,7 +12,7 @@ from psframe.board import Line, bar, duration, number, rate
 from psframe.summary import find_slowest
 from psframe.terminal import find_terminal
 
-__all__ = ["closing_lines", "print_summary"]
+__all__ = ["class_lines", "closing_lines", "print_summary"]
 
 _WIDTH, _WIDTH_MAX = 80, 100
 _LABEL = 16  # columns of a line's name
@@ -214,6 +214,16 @@ def _worker_row(one: Mapping[str, Any], width: int) -> str:
     if one["device"] not in (None, "cpu"):
         where.append(one["device"])
     return "  ".join([row, *([" ".join(where)] if where else [])])[:width]
+
+
+def class_lines(record: Mapping[str, Any], width: int = _WIDTH) -> list[str]:
+    """Say as plain text how each label fared.
+
+    Args:
+        record: with classes, confusion and per_class, as of a summary.
+        width: columns.
+    """
+    return ["".join(text for text, _ in line).rstrip() for line in _classes(record, width)]
 
 
 def _classes(record: Mapping[str, Any], width: int) -> list[Line]:

@@ -53,8 +53,13 @@ class Policy:
         """Say whether it may start the step after its next one, whatever other workers do."""
         return True
 
-    def offer(self, worker: int) -> Verdict:
-        """Judge the push at the head of the worker's queue; TAKE makes it part of a round."""
+    def offer(self, worker: int, *, current: bool = True) -> Verdict:
+        """Judge the push at the head of the worker's queue; TAKE makes it part of a round.
+
+        Args:
+            worker: whose.
+            current: whether it was computed on the current version.
+        """
         return Verdict.TAKE if self.may_start(worker) else Verdict.WAIT
 
     def finish(self, worker: int) -> bool:
@@ -136,17 +141,22 @@ class _BSPPolicy(Policy):
         self._taken: set[int] = set()
         self._refused: set[int] = set()
         self._parked: set[int] = set()
+        self._sat_out: set[int] = set()  # parked while a round closed; no push since
         self._n_live = workers
 
     def may_start(self, worker: int) -> bool:
         return self.clocks[worker] <= self._round
 
-    def offer(self, worker: int) -> Verdict:
+    def offer(self, worker: int, *, current: bool = True) -> Verdict:
         clock = self.clocks[worker]
         if clock < self._round:
             return Verdict.LATE
         if clock > self._round or worker in self._taken:
             return Verdict.WAIT
+        if worker in self._sat_out:
+            self._sat_out.discard(worker)
+            if not current:
+                return Verdict.LATE  # a gradient for the round that it has sat out
         self._taken.add(worker)
         return Verdict.TAKE
 
@@ -195,7 +205,9 @@ class _BSPPolicy(Policy):
     def unpark(self, worker: int) -> None:
         if worker in self._parked:
             self._parked.discard(worker)
-            self.clocks[worker] = max(self.clocks[worker], self._round)
+            if self.clocks[worker] < self._round:
+                self.clocks[worker] = self._round
+                self._sat_out.add(worker)
 
 
 class Mode(Protocol):
@@ -244,6 +256,9 @@ class BSP:
     Args:
         backup: b >= 0. A round closes at W - b pushes; a later one is dropped and its worker
             joins the round that is current then. At least one push makes a round.
+
+    A worker that waits for a block of `leases` takes no part in rounds meanwhile. Should it then
+    push a gradient of parameters that it had pulled before, that is late as well.
 
     Raises:
         ValueError: backup is negative.

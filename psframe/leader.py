@@ -212,7 +212,7 @@ class Leader(Server):
             self._round.pop(worker, None)
             self._settle(push, Reason.STOPPED, clock)
             return self._serve_wanted(push)
-        verdict = self.policy.offer(worker)
+        verdict = self.policy.offer(worker, current=push.version >= self.store.version)
         if verdict is Verdict.WAIT:
             return False
         if verdict is Verdict.LATE:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from psframe.client import Endpoint, Worker
+from psframe.client import Worker
 from psframe.errors import MessageError, RankLost, Stopped
 from psframe.events import (
     Answer,
@@ -28,6 +28,7 @@ from psframe.events import (
     ToServer,
     Withheld,
 )
+from psframe.exchange import Endpoint
 from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.leader import Leader

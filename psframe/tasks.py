@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from psframe.events import Lease, LeaseKind, TaskSpec
 from psframe.params import Params
+from psframe.wire import NAME_BYTES_MAX, NAMES_MAX
 
 __all__ = ["EpochOrders", "Task", "real_number", "task_spec"]
 
@@ -68,10 +69,13 @@ class Task:
         """Report sums over this block, once; they are added over all blocks, in block order.
 
         Raises:
-            ValueError: this is no evaluation, or it is over.
+            ValueError: this is no evaluation, or it is over; or there are more than 64 names, or
+                one is longer than 256 bytes.
             TypeError: a value is not a real number.
         """
         self._check("report()")
+        if len(sums) > NAMES_MAX:
+            raise ValueError(f"report(): expected at most {NAMES_MAX} names, got {len(sums)}")
         numbers = {name: real_number(name, value) for name, value in sums.items()}
         self._open = False
         self._report(numbers)
@@ -168,7 +172,13 @@ def real_number(name: str, value: Any) -> float:
 
     Raises:
         TypeError: it is not a real number.
+        ValueError: the name does not fit into a message.
     """
+    size = len(name.encode())
+    if size > NAME_BYTES_MAX:
+        raise ValueError(
+            f"{name[:40]!r}...: expected a name of at most {NAME_BYTES_MAX} bytes, got {size}"
+        )
     try:
         if not isinstance(value, (str, bytes)):
             return float(value)

@@ -2,7 +2,7 @@
 
 It numbers the requests, knows which servers have still to answer each, which gradient slot is
 free, and which snapshots the worker holds on which server. The blocking calls that users make
-are in `client.py`; they send what this returns and feed it what arrives.
+are in `client.py` and `exchange.py`; they send what this returns and feed it what arrives.
 """
 
 from __future__ import annotations

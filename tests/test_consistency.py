@@ -143,6 +143,27 @@ def test_bsp_does_not_wait_for_who_is_gone_or_parked() -> None:
     assert not policy.leave(0)
 
 
+@pytest.mark.parametrize("current", [True, False])
+def test_bsp_an_old_gradient_of_who_has_sat_a_round_out_is_late(current: bool) -> None:
+    policy = BSP().policy(2)
+    policy.park(1)
+    policy.offer(0)
+    assert policy.due() == [0]
+    policy.unpark(1)
+    assert policy.offer(1, current=current) is (TAKE if current else LATE)
+    if not current:
+        policy.join(1)
+        assert policy.due() is None, "the round waits for its next push"
+        assert policy.offer(1, current=False) is TAKE, "only the first one is judged"
+
+
+def test_bsp_who_was_parked_and_missed_nothing_is_not_late() -> None:
+    policy = BSP().policy(2)
+    policy.park(1)
+    policy.unpark(1)
+    assert policy.offer(1, current=False) is TAKE
+
+
 def test_bsp_steps_finish_with_their_round() -> None:
     with pytest.raises(AssertionError):
         BSP().policy(1).finish(0)

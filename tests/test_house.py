@@ -58,7 +58,10 @@ PICKLING_METHODS = frozenset(
     "send recv isend irecv issend ssend bsend ibsend sendrecv bcast gather allgather scatter"
     " alltoall reduce allreduce scan exscan".split()
 )
-HEAVY = ("cupy", "greenlet", "mpi4py", "numba", "rich", "safetensors", "tyro")
+HEAVY = (
+    *("cupy", "greenlet", "matplotlib", "mpi4py", "numba", "pyarrow", "rich", "safetensors"),
+    *("tensorboard", "tyro"),
+)
 
 
 # ---- reading the house ----

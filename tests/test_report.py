@@ -272,8 +272,9 @@ def test_what_is_no_run_is_an_error(
     tmp_path: Path, make: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "run")
-    assert main([str(tmp_path / "run")]) == 1
-    assert "psframe: error:" in capsys.readouterr().err
+    for name in ("run", "n" * 5000):
+        assert main([str(tmp_path / name)]) == 1
+        assert "psframe: error:" in capsys.readouterr().err
 
 
 def test_a_half_written_last_line_is_left_out(whole: Path, tmp_path: Path) -> None:
@@ -346,6 +347,12 @@ BROKEN: dict[str, dict[str, bytes]] = {
         "summary.json": b'{"seconds": -1, "staleness": [1e308, 1e308], "updates": 1e300,'
         b' "workers": [{"pushes": -1, "samples_per_s": -7, "compute_s": -2, "data_s": 1}]}',
     },
+    "times that cannot be": {
+        "timeline.jsonl": b'{"time_s": 1e17, "workers": [[1,1,1,1,1,1]]}\n'
+        b'{"time_s": -3, "workers": [[2,2,2,2,2,2]]}\n{"time_s": -1, "workers": [[3,3,3,3,3,3]]}\n'
+        b'{"time_s": 9999999999, "workers": [[90,90,90,90,90,90]]}\n'
+        b'{"time_s": 9999999999.000002, "workers": [[900,900,900,900,900,900]]}\n'
+    },
     "with tags in every text": {
         "config.toml": b"lr = '" + HOSTILE + b"'\n",
         "status.json": json.dumps({"state": HOSTILE.decode(), "reason": HOSTILE.decode()}).encode(),
@@ -383,6 +390,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=10,
 )
+NUMBER = st.sampled_from([0, 1, 2.5, 7, 100, -1, 1e17, None]) | st.integers(0, 20)
+WORKER = "worker rank pushes samples samples_per_s staleness_mean compute_s servers_s data_s"
+WORKERS = st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(WORKER.split(), NUMBER)))
+COUNTS = st.lists(st.lists(NUMBER, min_size=6, max_size=6), max_size=4)
+COUNT = st.lists(st.integers(0, 5), min_size=1, max_size=4)
 SUMMARY = "accuracy loss seconds updates samples staleness ledger mode classes confusion per_class"
 SUMMARY += " workers slowest best_epoch stopped_early"
 LINE = "time_s epoch update train_loss test_loss test_accuracy samples_per_s staleness_mean"
@@ -392,8 +404,18 @@ LINE += " workers"
 @needs_matplotlib
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    summary=st.fixed_dictionaries({}, optional=dict.fromkeys(SUMMARY.split(), JSON)),
-    lines=st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(LINE.split(), JSON))),
+    summary=st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(SUMMARY.split(), JSON | NUMBER)
+        | {"workers": WORKERS | JSON, "staleness": COUNT | JSON, "per_class": COUNT | JSON}
+        | {"confusion": st.lists(COUNT, max_size=4) | JSON},
+    ),
+    lines=st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional=dict.fromkeys(LINE.split(), JSON | NUMBER) | {"workers": COUNTS | JSON},
+        )
+    ),
     status=JSON,
 )
 def test_no_json_breaks_the_words(

@@ -115,7 +115,9 @@ def drawing() -> Iterator[None]:
             "extra 'plots')"
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # in a class's name
+        # They are about looks: a glyph that no font has, labels that leave no room. An ugly figure
+        # of an odd run is better than none.
+        warnings.simplefilter("ignore", UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield

@@ -194,10 +194,10 @@ def _worker(row: dict[str, Any], position: int) -> Worker:
     names += ["compute_s", "servers_s", "data_s"]
     index, rank = _index(row.get("worker")), _index(row.get("rank"))
     return Worker(
-        position if index is None else index,
+        index if index is not None and index < _WORKERS_MAX else position,
         rank="" if rank is None else str(rank),
         device=_text(row.get("device")),
-        **{name: number(row.get(name)) for name in names},
+        **{name: value for name in names if (value := number(row.get(name))) >= 0},
     )
 
 

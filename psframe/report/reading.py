@@ -34,6 +34,8 @@ METRICS = (
 )
 # Nothing that a run counts or measures is larger; what is, would overflow in a sum.
 LARGEST = 1e18
+# No run is 300 years old, and a millisecond can still be told in such a time.
+_TIME_S_MAX = 1e10
 _FILES = ("config.toml", "metrics.jsonl", "status.json", "summary.json", "timeline.jsonl")
 # A file that is no run's must not fill the memory. 10^5 lines of metrics are 25 MB; one line of a
 # timeline of 10,000 workers is 1 MB.
@@ -97,9 +99,14 @@ def read_run(path: str | Path) -> Run:
         RunDirError: it is not a folder, or holds none of a run's files.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+        is_run = any((folder / name).exists() for name in _FILES)
+    except OSError as error:  # no permission to look, a name that is too long
+        raise RunDirError(f"{str(path)!r}: cannot be read: {error.strerror or error}") from error
+    if not is_folder:
         raise RunDirError(f"{str(path)!r}: expected the folder of a run, such as runs/NAME")
-    if not any((folder / name).exists() for name in _FILES):
+    if not is_run:
         raise RunDirError(
             f"{str(path)!r}: is not the folder of a run: it has none of {', '.join(_FILES)}"
         )
@@ -209,6 +216,10 @@ def _metrics(run: Run) -> dict[str, Floats]:
     rows = [[number(line.get(key)) for key in METRICS] for line in _lines(run, "metrics.jsonl")]
     table = np.array(rows, dtype=np.float64).reshape(len(rows), len(METRICS))
     columns = {key: np.ascontiguousarray(table[:, i]) for i, key in enumerate(METRICS)}
+    for key, column in columns.items():  # a loss may be negative, and nothing else
+        most = 1.0 if key.endswith("accuracy") else _TIME_S_MAX if key == "time_s" else LARGEST
+        if not key.endswith("loss"):
+            column[(column < 0) | (column > most)] = math.nan
     columns["time_s"] = _continued(columns["time_s"])
     return columns
 
@@ -230,7 +241,7 @@ def _timeline(run: Run) -> Timeline | None:
     for line in _lines(run, "timeline.jsonl"):
         found = _workers(line.get("workers"))
         time_s = number(line.get("time_s"))
-        if found is None or math.isnan(time_s):
+        if found is None or not 0 <= time_s <= _TIME_S_MAX:
             bad += 1
             continue
         last = (time_s, found) if seen % every else None

@@ -163,7 +163,8 @@ def _slowest(run: Run, facts: Facts) -> Iterator[Finding]:
     share = worker.samples_per_s / middle
     text = f"{_name(worker)} was the slowest: {count(worker.samples_per_s)} samples/s, "
     text += f"{share:.0%} of the median's {count(middle)}"
-    longer = worker.step_s / _median(np.array([w.step_s for w in facts.workers]))
+    usual_s = _median(np.array([w.step_s for w in facts.workers]))
+    longer = worker.step_s / usual_s if usual_s > 0 else math.nan
     if share >= _SLOW and longer > _LONG:
         text = f"{_name(worker)} was the slowest: its own part of a step, computing and waiting for"
         text += f" data, takes {longer:.1f} times the median's, and the others wait for it."

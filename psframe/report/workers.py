@@ -71,6 +71,8 @@ def _spans(timeline: Timeline | None) -> _Spans | None:
     pushes = float(np.median(counts[-1, :, 0]))
     number = int(max(2, min(len(time_s) - 1, _SPANS_MAX, pushes / 12)))
     edges = np.linspace(time_s[0], time_s[-1], number + 1)
+    if not np.all(np.diff(edges) > 0):  # a run too short for its clock
+        return None
     after = np.clip(np.searchsorted(time_s, edges), 1, len(time_s) - 1)
     part = (edges - time_s[after - 1]) / (time_s[after] - time_s[after - 1])
     part = part[:, None, None]
@@ -190,7 +192,7 @@ def _bars(axes: Any, index: Floats, parts: Floats) -> None:
     axes.set_xlabel(label)
     axes.grid(visible=False)
     room = 1.2 if len(parts) < 4 else 0.6  # a single bar as wide as the figure is no bar
-    axes.set_xlim(x[0] - room, x[-1] + room)
+    axes.set_xlim(x.min() - room, x.max() + room)
     if many or len(parts) <= 16:
         names = [f"{i:.0f}" for i in index]
         axes.set_xticks(x, names, rotation=90 if many else 0, fontsize=7.5 if many else 9)

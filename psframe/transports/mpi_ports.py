@@ -201,7 +201,7 @@ class MpiServerPort:
 
 
 class MpiEndpoint:
-    """A worker's end; see `psframe.client.Endpoint`."""
+    """A worker's end; see `psframe.exchange.Endpoint`."""
 
     def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
         self._mesh = mesh

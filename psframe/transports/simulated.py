@@ -246,7 +246,7 @@ class SimulatedPort:
 
 
 class SimulatedEndpoint:
-    """A worker's end; see `psframe.client.Endpoint`. Used inside the worker's greenlet."""
+    """A worker's end; see `psframe.exchange.Endpoint`. Used inside the worker's greenlet."""
 
     def __init__(self, virtual: VirtualTime, index: int) -> None:
         self._virtual = virtual

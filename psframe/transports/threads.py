@@ -137,7 +137,7 @@ class ThreadPort:
 
 
 class ThreadEndpoint:
-    """A worker's end; see `psframe.client.Endpoint`."""
+    """A worker's end; see `psframe.exchange.Endpoint`."""
 
     def __init__(self, hub: ThreadHub, index: int, clock: Callable[[], float] = time.monotonic):
         self._hub = hub

@@ -16,13 +16,14 @@ __all__ = ["load_csv", "pick_label"]
 _DELIMITERS = ",;\t"
 
 
-def load_csv(path: Path, name: str, label: str | None) -> Dataset:
+def load_csv(path: Path, name: str, label: str | None, features: int | None = None) -> Dataset:
     """Read a table; the first line may be names of columns.
 
     Args:
         path: the file, UTF-8.
         name: for messages.
         label: name of the label column; the last one if None.
+        features: a table of so many columns has no labels; all samples are of one class then.
 
     Raises:
         ValueError: it is no such table; the message names the line and the column.
@@ -34,7 +35,8 @@ def load_csv(path: Path, name: str, label: str | None) -> Dataset:
             first = stream.readline()
             stream.seek(0)
             delimiter = max(_DELIMITERS, key=first.count)
-            return _read(csv.reader(stream, delimiter=delimiter, strict=True), name, where, label)
+            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+            return _read(rows, name, where, label, features)
     except OSError as error:
         raise ValueError(f"{where}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -60,7 +62,7 @@ def pick_label(names: list[str], label: str | None, where: str) -> int:
     return names.index(label)
 
 
-def _read(rows, name: str, where: str, label: str | None) -> Dataset:  # type: ignore[no-untyped-def]
+def _read(rows, name: str, where: str, label: str | None, features: int | None) -> Dataset:  # type: ignore[no-untyped-def]
     # csv gives its reader no name that could be written as a type.
     names: list[str] = []
     at = width = 0
@@ -73,16 +75,18 @@ def _read(rows, name: str, where: str, label: str | None) -> Dataset:  # type: i
                 width = len(row)
                 if width < 2:
                     raise ValueError(f"{where}: line 1: expected at least two columns, got {width}")
-                headed = label is not None or not all(_is_number(cell) for cell in row[:-1])
+                bare = width == features and label is None
+                numbers = row if bare else row[:-1]
+                headed = label is not None or not all(_is_number(cell) for cell in numbers)
                 names = row if headed else [str(i) for i in range(width)]
-                at = pick_label(names, label, where)
+                at = width if bare else pick_label(names, label, where)
                 if headed:
                     continue
             if len(row) != width:
                 raise ValueError(
                     f"{where}: line {rows.line_num}: has {len(row)} columns, expected {width}"
                 )
-            labels.append(row.pop(at))
+            labels.append("" if at == width else row.pop(at))
             try:
                 values.extend(map(float, row))
             except ValueError:
@@ -97,8 +101,10 @@ def _read(rows, name: str, where: str, label: str | None) -> Dataset:  # type: i
         raise ValueError(f"{where}: line {rows.line_num}: {error}") from error
     if not labels:
         raise ValueError(f"{where}: holds no samples")
-    x = np.frombuffer(values, np.float64).reshape(len(labels), width - 1)
+    x = np.frombuffer(values, np.float64).reshape(len(labels), -1)
     _check_finite(x, names[:at] + names[at + 1 :], lines, where)
+    if at == width:
+        return Dataset(checked_samples(x, len(x), where), np.zeros(len(x), np.int64), 1, name)
     empty = next((i for i, text in enumerate(labels) if not text.strip()), None)
     if empty is not None:
         raise ValueError(

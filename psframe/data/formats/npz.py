@@ -18,7 +18,7 @@ import numpy.typing as npt
 from psframe.data.checks import check_file, checked_labels, checked_samples
 from psframe.data.dataset import Dataset, Parts
 
-__all__ = ["load_npz"]
+__all__ = ["channels_first", "load_npz", "read_members"]
 
 _PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 _MEMBERS = {"x", "y"} | {f"{c}_{s}" for c in "xy" for names in _PARTS.values() for s in names}
@@ -31,8 +31,7 @@ def load_npz(path: Path, name: str) -> Dataset | Parts:
         ValueError: it is no such file, or not such data.
     """
     where = f"data {name!r}"
-    check_file(path, where)
-    arrays = _arrays(path, where)
+    arrays = read_members(path, where)
     if "x" in arrays and "y" in arrays:
         return _part(arrays, "x", "y", name, where)
     parts: dict[str, Dataset | None] = {}
@@ -52,10 +51,10 @@ def load_npz(path: Path, name: str) -> Dataset | Parts:
 def _part(arrays: dict[str, npt.NDArray[Any]], x: str, y: str, name: str, where: str) -> Dataset:
     labels = checked_labels(arrays[y], where, y)
     samples = checked_samples(arrays[x], len(labels), where, x, y)
-    return Dataset(_channels_first(samples), labels, int(labels.max()) + 1, name)
+    return Dataset(channels_first(samples), labels, int(labels.max()) + 1, name)
 
 
-def _channels_first(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def channels_first(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Turn images with channels last, as most libraries keep them, into (n, c, h, w)."""
     last = x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
     return np.moveaxis(x, -1, 1) if last else x
@@ -78,8 +77,13 @@ def _with_classes(part: Dataset, count: int) -> Dataset:
     return Dataset(part.x, part.y, count, part.name)
 
 
-def _arrays(path: Path, where: str) -> dict[str, npt.NDArray[Any]]:
-    """Read the members whose names begin with x or y; others are only listed."""
+def read_members(path: Path, where: str) -> dict[str, npt.NDArray[Any]]:
+    """Read the members that are samples or labels; others are only listed.
+
+    Raises:
+        ValueError: it is no npz file, or a damaged one.
+    """
+    check_file(path, where)
     try:
         with path.open("rb") as stream:
             _check_magic(stream.read(6), where)

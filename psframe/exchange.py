@@ -1,0 +1,122 @@
+"""A worker's requests under way: its end of a transport, and waiting for the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from psframe.errors import Stopped, WaitTimeout
+from psframe.events import Answer, FromWorker, Lease
+from psframe.layout import Array
+from psframe.worker import Request, WorkerProtocol
+
+__all__ = ["Endpoint", "Exchange"]
+
+
+class Endpoint(Protocol):
+    """A worker's end of a transport.
+
+    Attributes:
+        index: the worker, 0..W-1.
+        workers, servers: W and S.
+        in_place: by server, whether its snapshots are read in place.
+        virtual_time: whether this is a simulation, in which threads have no place.
+    """
+
+    virtual_time: bool
+    index: int
+    workers: int
+    servers: int
+    in_place: Sequence[bool]
+
+    def send(self, server: int, message: FromWorker) -> None:
+        """Send; messages to one server arrive in order. The slot named in a push is not
+        written again before it is answered."""
+
+    def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
+        """Take the next (server, answer); None after `timeout_s` seconds without one.
+
+        Raises:
+            RankLost: no answer can come any more.
+        """
+
+    def now(self) -> float:
+        """Seconds on the clock that `receive` counts by."""
+
+    def slot(self, index: int) -> Array:
+        """The worker's flat gradient slot 0 or 1, of P elements."""
+
+    def snapshot(self, server: int, buffer: int) -> Array:
+        """The server's shard in that buffer, or COPIED; valid until it is released."""
+
+
+class Exchange:
+    """Feeds the worker's protocol what its endpoint receives, for as long as somebody waits.
+
+    Attributes:
+        endpoint: the worker's end of a transport.
+        protocol: its state machine.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.protocol = WorkerProtocol(endpoint.index, endpoint.servers, endpoint.in_place)
+
+    def send(self, server: int, message: FromWorker) -> None:
+        """Send to one server."""
+        self.endpoint.send(server, message)
+
+    def send_each(self, messages: Iterable[FromWorker]) -> None:
+        """Send to every server the message that is for it."""
+        send = self.endpoint.send
+        for server, message in enumerate(messages):
+            send(server, message)
+
+    def check_running(self) -> None:
+        """Raise Stopped if the run is known to be over."""
+        if self.protocol.stopped:
+            raise Stopped("the run is over")
+
+    def poll(self) -> None:
+        """Take what has arrived."""
+        while self._receive(0.0):
+            pass
+
+    def wait(self, request: Request, timeout_s: float | None = None) -> None:
+        """Wait until every server has answered the request.
+
+        Raises:
+            WaitTimeout: that took longer than `timeout_s`; the request stays under way.
+        """
+        if timeout_s is not None:
+            self._wait_until(request, timeout_s)
+            return
+        receive, take = self.endpoint.receive, self.protocol.receive
+        while request.waiting:
+            item = receive(None)
+            if item is not None:
+                take(*item)
+
+    def drain(self) -> None:
+        """Wait until every request has been answered."""
+        while self.protocol.outstanding:
+            self._receive(None)
+
+    def _wait_until(self, request: Request, timeout_s: float) -> None:
+        endpoint = self.endpoint
+        deadline = endpoint.now() + timeout_s
+        while request.waiting:
+            left = deadline - endpoint.now()
+            if not self._receive(max(left, 0.0)) and left <= 0:
+                raise WaitTimeout(
+                    f"worker {endpoint.index}: no answer to request {request.seq} within"
+                    f" {timeout_s} s; {request.waiting} of {endpoint.servers} servers have not"
+                    " answered"
+                )
+
+    def _receive(self, timeout_s: float | None) -> bool:
+        item = self.endpoint.receive(timeout_s)
+        if item is None:
+            return False
+        self.protocol.receive(*item)
+        return True
