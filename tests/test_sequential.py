@@ -164,7 +164,7 @@ def test_what_makes_no_sense_is_refused(make: Any, words: str) -> None:
 
 def test_the_cnn_learns_the_digits() -> None:
     """98.5% in full; a few epochs, so that the test stays short."""
-    train, test = prepare(load("digits"), seed=1)
+    train, _, test = prepare(load("digits"), seed=1)
     trainer = Trainer(CNN((8, 8), 10), optimizer=psframe.optim.Adagrad(), epochs=6, workers=2)
     trained = trainer.fit(train, test)
     assert trained.accuracy is not None
