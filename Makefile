@@ -35,14 +35,14 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test laws check bench clean
+.PHONY: help train test test-slurm laws check bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## Say what there is.
 	@echo "usage: make TARGET [MPI=openmpi|mpich] [NP=4] [ARGS='...'] [PYTHON=python3]"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 train: $(VENV)/.installed ## Train on the digits under mpirun: a server and NP - 1 workers; ARGS are psframe.train's.
 	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/python -m psframe.train $(ARGS)
@@ -54,6 +54,9 @@ test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without 
 
 laws: .venv/.installed-dev ## Run the slow tests: the laws of asynchronous training by their full protocols.
 	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m slow tests </dev/null
+
+test-slurm: .venv/.installed .venv-mpich/.installed ## Run the Slurm examples on a Slurm of one node (root; Debian's slurm-wlm and munge).
+	timeout --kill-after=30 $(TEST_LIMIT_S) tests/slurm/run.sh </dev/null
 
 check: .venv/.installed-dev ## Check format, lint and types, and run the docstrings' examples.
 	.venv/bin/ruff format --check .

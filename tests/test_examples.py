@@ -36,9 +36,6 @@ def run(*arguments: str, cwd: Path = ROOT) -> str:
 
 def test_every_example_is_here() -> None:
     assert {path.name for path in FOLDER.glob("*.py")} == set(PRINTS)
-    others = [path.relative_to(FOLDER) for path in FOLDER.glob("*/*")]
-    others = [path for path in others if path.parts[0] != "__pycache__"]
-    assert [str(path) for path in others] == ["slurm/train.sbatch"]
 
 
 @pytest.mark.parametrize("name", PRINTS)
@@ -65,16 +62,3 @@ def test_the_model_class_is_one_for_the_command(tmp_path: Path) -> None:
 def test_a_simulation_is_the_same_again(tmp_path: Path) -> None:
     first = run(str(FOLDER / "simulate.py"), cwd=tmp_path)
     assert run(str(FOLDER / "simulate.py"), cwd=tmp_path) == first
-
-
-def test_the_slurm_script_is_bash_and_passes_flags_that_exist() -> None:
-    script = FOLDER / "slurm/train.sbatch"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text(encoding="utf-8")
-    from psframe.settings import Settings
-
-    known = {"--" + name.replace("_", "-") for name in vars(Settings())}
-    command = text.partition("-m psframe.train")[2]
-    flags = set(re.findall(r"(--[a-z-]+)", command))
-    assert flags
-    assert flags <= known

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs the Slurm examples on a Slurm of one node: tests/slurm/run.sh (make test-slurm).
+#
+# As a batch job with the Open MPI wheel's mpirun, with srun and the MPICH wheel, and with srun and a
+# PMI that the library does not understand, which must be refused and not train four times over.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+if [ -z "${SLURM_CONF-}" ]; then
+    status=0
+    tests/slurm/one_node.sh "$0" || status=$?
+    [ "$status" -eq 77 ] && exit 0 # it has said why
+    exit "$status"
+fi
+
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+limit_s=120
+
+fail() {
+    echo "tests/slurm: FAILED: $1" >&2
+    cat "$logs/$1.out" >&2 || true
+    exit 1
+}
+
+# Runs a batch script, waiting for its end, and sees that its run is completed and has learned.
+batch() {
+    local name=$1
+    shift
+    timeout "$limit_s" sbatch --wait --quiet --nodes=1 --ntasks-per-node=4 \
+        --output="$logs/$name.out" --export=ALL,RUN_DIR="$logs/$name" "$@" || fail "$name"
+    python3 - "$logs/$name/status.json" <<'PYTHON' || fail "$name"
+import json
+import sys
+
+status = json.load(open(sys.argv[1]))
+assert status["state"] == "completed", status
+assert status["test_accuracy"] >= 0.97, status
+PYTHON
+    grep -q "test accuracy" "$logs/$name.out" || fail "$name"
+    echo "tests/slurm: $name: $(grep -c '' "$logs/$name.out") lines, $(cat "$logs/$name/status.json")"
+}
+
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+VENV=$PWD/.venv batch mpirun examples/slurm/train.sbatch --epochs 15
+VENV=$PWD/.venv-mpich PMI=pmi2 batch srun examples/slurm/train-srun.sbatch --epochs 15
+
+# The Open MPI wheel does not speak PMI-2: each of the four tasks is alone.
+name=wrong-pmi
+if timeout "$limit_s" srun --quiet --mpi=pmi2 -n 4 .venv/bin/python -m psframe.train \
+    --run-dir "$logs/$name" >"$logs/$name.out" 2>&1; then
+    fail "$name"
+fi
+grep -q "do not belong together" "$logs/$name.out" || fail "$name"
+grep -q "srun --mpi=pmix" "$logs/$name.out" || fail "$name"
+[ ! -e "$logs/$name/status.json" ] || fail "$name"
+echo "tests/slurm: $name: refused: $(grep -m 1 'belong together' "$logs/$name.out" | cut -c 1-100)..."
+echo "tests/slurm: all passed"

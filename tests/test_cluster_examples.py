@@ -1,0 +1,114 @@
+"""The batch scripts and container files: their form, and that psframe knows the flags they use."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from psframe.launch import arguments as launch_arguments
+from psframe.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(
+    [
+        *EXAMPLES.glob("slurm/*.sbatch"),
+        *EXAMPLES.glob("pbs/*.pbs"),
+        *EXAMPLES.glob("apptainer/*.sh"),
+        *ROOT.glob("tests/slurm/*.sh"),
+    ]
+)
+
+
+def test_there_are_some() -> None:
+    assert {path.parent.name for path in SCRIPTS} == {"slurm", "pbs", "apptainer"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_a_script_is_one(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert script.read_text().startswith("#!/")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of psframe's in a script, a line each."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = (line.strip() for line in joined.splitlines() if not line.lstrip().startswith("#"))
+    return [shlex.split(line.split(" || ")[0]) for line in lines if "-m psframe." in line]
+
+
+def check(words: list[str]) -> None:
+    """Every flag is one of the command's that it is given to."""
+    at = next(i for i, word in enumerate(words) if word.startswith("psframe."))
+    own = words[at + 1 :]
+    if words[at] == "psframe.launch":
+        cut = own.index("--")
+        known = {field.replace("_", "-") for field in launch_arguments().__dataclass_fields__} | {
+            "n"
+        }
+        assert flags(own[:cut]) <= known
+        assert own[cut + 1] == "train"
+        own = own[cut + 2 :]
+    assert flags(own) <= {field.replace("_", "-") for field in Settings.__dataclass_fields__}
+    assert "run-dir" in flags(own)
+
+
+def flags(words: list[str]) -> set[str]:
+    return {word.lstrip("-") for word in words if re.match(r"--?[a-z]", word)}
+
+
+@pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.is_relative_to(EXAMPLES)], ids=lambda p: p.name
+)
+def test_psframe_knows_the_flags(script: Path) -> None:
+    found = commands(script.read_text())
+    assert found
+    for words in found:
+        check(words)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *[s for s in SCRIPTS if s.is_relative_to(EXAMPLES)],
+        *EXAMPLES.glob("kubernetes/*"),
+        *EXAMPLES.glob("apptainer/*.def"),
+    ],
+    ids=lambda p: f"{p.parent.name}-{p.name}",
+)
+def test_what_to_change_is_on_top(path: Path) -> None:
+    text = path.read_text()
+    assert "---- change" in "\n".join(text.splitlines()[:22])
+
+
+def test_the_kubernetes_job() -> None:
+    job = yaml.safe_load((EXAMPLES / "kubernetes" / "train.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
+    spec = job["spec"]
+    replicas = spec["mpiReplicaSpecs"]
+    launcher = replicas["Launcher"]["template"]["spec"]["containers"][0]
+    words = [str(word) for word in launcher["command"]]
+    check(words)
+    ranks = int(words[words.index("-n") + 1])
+    assert ranks == replicas["Worker"]["replicas"] * spec["slotsPerWorker"]
+    assert words[words.index("--hostfile") + 1] == "/etc/mpi/hostfile", "where the operator puts it"
+    for role in replicas.values():
+        pod = role["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+
+
+@pytest.mark.parametrize("name", ["kubernetes/Dockerfile", "apptainer/psframe.def"])
+def test_an_image_installs_psframe_with_an_extra_that_there_is(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    extras = re.search(r"/opt/psframe\[(.*?)\]", text)
+    assert extras is not None
+    named = "openmpi" if extras[1] == "${EXTRAS}" else extras[1]
+    assert f'\n{named} = ["' in (ROOT / "pyproject.toml").read_text()
