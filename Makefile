@@ -35,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-slurm laws check bench clean
+.PHONY: help train test test-slurm laws check docs bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -64,6 +64,10 @@ check: .venv/.installed-dev ## Check format, lint and types, and run the docstri
 	.venv/bin/mypy --strict psframe
 	.venv/bin/python -m pytest -q --doctest-modules psframe </dev/null
 
+docs: .venv/.installed-dev ## Build the documentation into docs/_build; warnings are errors.
+	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: $(VENV)/.installed ## Measure pushes and pulls against a bare MPI echo, and updates against o = a + b.
 	@set -e; for ranks in $(BENCH_RANKS); do for bytes in $(BENCH_BYTES); do \
 	    $(VENV)/bin/mpirun -n $$ranks $(VENV)/bin/python -m psframe.bench push-pull \
@@ -71,7 +75,7 @@ bench: $(VENV)/.installed ## Measure pushes and pulls against a bare MPI echo, a
 	$(VENV)/bin/python -m psframe.bench apply --json $(ARGS)
 
 clean: ## Remove the environments, caches and logs; runs are kept.
-	rm -rf .venv .venv-mpich build dist psframe.egg-info .test-logs
+	rm -rf .venv .venv-mpich build dist docs/_build psframe.egg-info .test-logs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find psframe tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -94,7 +98,7 @@ install = $1/bin/python -m pip install --quiet --config-settings editable_mode=c
 	@touch $@
 
 .venv/.installed-dev .venv-mpich/.installed-dev: %/.installed-dev: %/.installed
-	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check$(comma)parquet$(comma)plots$(comma)tensorboard))
+	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check$(comma)docs$(comma)parquet$(comma)plots$(comma)tensorboard))
 	@touch $@
 
 comma := ,

@@ -59,7 +59,7 @@ class Worker:
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
         self._notes = Notes(self._exchange)
-        self._leasing = Leasing(self._exchange, seed, self._pull_pinned, self._notes.flush_log)
+        self._leasing = Leasing(self._exchange, seed, self._notes.flush_log)
         self.index = endpoint.index
         self.count = endpoint.workers
         self.xp: ModuleType = device.xp
@@ -209,7 +209,7 @@ class Worker:
             Tasks. Raises as `leases`, and what `prepare` raises.
         """
         spec = task_spec(n_samples, batch_size, epochs, shuffle, evaluate)
-        return self._leasing.tasks(spec, prepare)
+        return self._leasing.tasks(spec, prepare, self._pull_pinned)
 
     def stop(self) -> None:
         """End the run for all workers; what they have pushed before is drained."""
@@ -248,6 +248,7 @@ class Worker:
             for server in range(self._endpoint.servers)
         )
         self._exchange.drain()
+        self._prefetch = None  # it knows the worker: a circle, that would hold a run's memory
 
     # ---- inside --------------------------------------------------------------------------
 

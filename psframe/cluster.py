@@ -42,7 +42,8 @@ from psframe.roles import (
 )
 from psframe.transports.meeting import Neighbours, meet
 from psframe.transports.mpi import Mesh, open_mesh
-from psframe.transports.mpi_ports import MpiEndpoint, MpiServerPort
+from psframe.transports.mpi_endpoint import MpiEndpoint
+from psframe.transports.mpi_port import MpiServerPort
 
 __all__ = ["fail_together", "run_cluster"]
 

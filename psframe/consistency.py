@@ -136,7 +136,7 @@ class _BSPPolicy(Policy):
 
     def __init__(self, workers: int, backup: int) -> None:
         super().__init__(workers)
-        self._backup = backup
+        self._quorum = max(1, workers - backup)  # pushes that close a round
         self._round = 0
         self._taken: set[int] = set()
         self._refused: set[int] = set()
@@ -174,7 +174,8 @@ class _BSPPolicy(Policy):
 
     def due(self) -> list[int] | None:
         done = len(self._taken) + len(self._refused)
-        if not done or done < self._n_live - len(self._parked) - self._backup:
+        # Those that cannot push are missing already: they use up the backups.
+        if not done or done < min(self._quorum, self._n_live - len(self._parked)):
             return None
         members = sorted(self._taken)
         self.close(members)
@@ -254,8 +255,9 @@ class BSP:
     """Bulk synchronous parallel: one update a round, the mean of its pushes.
 
     Args:
-        backup: b >= 0. A round closes at W - b pushes; a later one is dropped and its worker
-            joins the round that is current then. At least one push makes a round.
+        backup: b >= 0. A round closes at W - b pushes, or with those of all live workers if they
+            are fewer; a later one is dropped and its worker joins the round that is current then.
+            At least one push makes a round.
 
     A worker that waits for a block of `leases` takes no part in rounds meanwhile. Should it then
     push a gradient of parameters that it had pulled before, that is late as well.

@@ -330,8 +330,7 @@ class Leader(Server):
             worker, seq, event.plan, clock=self.policy.clocks[worker], may_start=may_start
         )
         self._abandon_evaluation()
-        self._wake |= self._book.stirred
-        self._book.stirred = False
+        self._wake |= self._book.stirred()
         if lease is None:
             if may_start:
                 self.policy.park(worker)
@@ -348,8 +347,7 @@ class Leader(Server):
         if self._book.begin(worker) and self.policy.may_follow(worker):
             clock = self.policy.clocks[worker] + 1
             lease = self._book.request_ahead(worker, event.seq, event.plan, clock=clock)
-            self._wake |= self._book.stirred
-            self._book.stirred = False
+            self._wake |= self._book.stirred()
         self._out.append(lease)
 
     def _lease_done(self, worker: int) -> None:

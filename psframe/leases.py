@@ -8,9 +8,6 @@ the results in block order, so that they do not depend on who computed what.
 Blocks are numbers here; which indices they mean is a function of the seed that every worker
 computes for itself. Each call of `leases` by a worker belongs to one *plan*: the k-th call of
 every worker is the same plan and must ask for the same thing.
-
-In BSP a round's blocks are assigned in worker order: the first request of a round reserves a
-block for every live worker (a *wave*), so that who is fast does not matter.
 """
 
 from __future__ import annotations
@@ -21,11 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from psframe.events import Evaluated, Lease, LeaseKind, TaskSpec
+from psframe.waves import PlanBook, Waves
 
 __all__ = ["LeaseBook"]
-
-# A request in waves: plan, steps that the worker has finished, count of requests at that clock.
-_Ask = tuple[int, int, int]
 
 
 @dataclass(slots=True)
@@ -37,34 +32,6 @@ class _Hand:
     kind: LeaseKind
     block: int  # training: epoch * blocks an epoch + block; evaluation: block
     begun: bool = True  # False: leased ahead of time, and no push is about it yet
-
-
-@dataclass(slots=True)
-class _Plan:
-    spec: TaskSpec
-    next_block: int = 0
-    returned: list[int] = field(default_factory=list)  # a heap
-    reserved: int = 0  # blocks reserved for a worker that has not asked yet
-    outstanding: int = 0  # training blocks in some worker's hand
-    done: dict[int, int] = field(default_factory=dict)  # epoch -> blocks completed, until done
-    evaluations: int = 0  # evaluations asked for and not finished
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.spec.n_samples // self.spec.batch_size)
-
-    def take(self) -> int | None:
-        if self.returned:
-            return heapq.heappop(self.returned)
-        if self.next_block < self.blocks * self.spec.epochs:
-            self.next_block += 1
-            return self.next_block - 1
-        return None
-
-    @property
-    def finished(self) -> bool:
-        exhausted = not self.returned and self.next_block >= self.blocks * self.spec.epochs
-        return exhausted and not (self.outstanding or self.reserved or self.evaluations)
 
 
 @dataclass(slots=True)
@@ -99,17 +66,11 @@ class LeaseBook:
         workers: W.
         live: whether each worker is live, kept by the policy.
         waves: assign the blocks of a round in worker order (BSP).
-
-    Attributes:
-        stirred: a request has freed a block, or reserved one for another worker that waits; the
-            caller lets those that wait ask again, and clears it.
     """
 
     def __init__(self, workers: int, live: Sequence[bool], *, waves: bool) -> None:
-        self.stirred = False
-        self._live = live
-        self._waves = waves
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, PlanBook] = {}
+        self._waves = Waves(self._plans, live) if waves else None
         # The plan of each worker's last request and whether it might start then; how many live
         # workers are in each plan, and how many of them are ready to work on it.
         self._latest = [(-1, False)] * workers
@@ -119,22 +80,25 @@ class LeaseBook:
         self._hands: list[list[_Hand]] = [[] for _ in range(workers)]
         self._evaluation: _Evaluation | None = None
         self._wanted: deque[tuple[int, int]] = deque()  # (plan, epoch) to be evaluated
-        # Of each worker in waves: its last request, the plan in which it waits for a block, and
-        # the blocks that are reserved for requests that it has not made yet.
-        self._asks: list[_Ask] = [(0, -1, 0)] * workers
-        self._waits_in: list[int | None] = [None] * workers
-        self._reserved: list[dict[_Ask, int]] = [{} for _ in range(workers)]
 
     @property
     def evaluating(self) -> bool:
         """Whether a snapshot is pinned for an evaluation."""
         return self._evaluation is not None
 
+    def stirred(self) -> bool:
+        """Tell, once, whether a request has freed or reserved a block for others that wait."""
+        waves = self._waves
+        if waves is None or not waves.stirred:
+            return False
+        waves.stirred = False
+        return True
+
     def open(self, plan: int, spec: TaskSpec) -> bool:
         """Make sure that the plan is there; False if another worker asked for other leases."""
         book = self._plans.get(plan)
         if book is None:
-            book = self._plans[plan] = _Plan(spec)
+            book = self._plans[plan] = PlanBook(spec)
         return book.spec == spec
 
     def request(
@@ -151,7 +115,8 @@ class LeaseBook:
                 nobody holds a block and has to wait for workers that wait for that block.
         """
         book = self._plans[plan]
-        self._waits_in[worker] = None
+        if self._waves is not None:
+            self._waves.waits(worker, None)
         self._leave_plan(worker)
         self._latest[worker] = plan, may_start
         self._in_plan[plan] += 1
@@ -161,8 +126,8 @@ class LeaseBook:
         lease = None
         if may_start:
             lease = self._evaluate(worker, seq, plan) or self._train(worker, seq, plan, clock)
-        if lease is None:
-            self._waits_in[worker] = plan
+        if lease is None and self._waves is not None:
+            self._waves.waits(worker, plan)
         return lease
 
     def request_ahead(self, worker: int, seq: int, plan: int, *, clock: int) -> Lease:
@@ -292,7 +257,8 @@ class LeaseBook:
 
     def _train(self, worker: int, seq: int, plan: int, clock: int) -> Lease | None:
         book = self._plans[plan]
-        taken = self._take_in_wave(worker, plan, clock) if self._waves else book.take()
+        waves = self._waves
+        taken = book.take() if waves is None else waves.take(worker, plan, clock)
         if taken is None:
             return None
         book.outstanding += 1
@@ -304,7 +270,7 @@ class LeaseBook:
 
     def expire(self, worker: int, clock: int) -> bool:
         """Take back what was reserved for steps that the worker has finished otherwise."""
-        return self._unreserve(worker, lambda ask: ask[1] < clock)
+        return self._waves is not None and self._waves.expire(worker, clock)
 
     def give_back(self, worker: int) -> bool:
         """Return what a worker that has left or is lost holds; True if there was anything."""
@@ -312,7 +278,7 @@ class LeaseBook:
         hands, self._hands[worker] = self._hands[worker], []
         for hand in hands:
             self._return(hand)
-        return self._unreserve(worker, lambda ask: True) or bool(hands)
+        return (self._waves is not None and self._waves.give_up(worker)) or bool(hands)
 
     def give_back_ahead(self, worker: int, seq: int | None = None) -> bool:
         """Return the block that the worker has not begun; True if there was one.
@@ -338,46 +304,3 @@ class LeaseBook:
         plan, ready = self._latest[worker]
         self._in_plan[plan] -= 1
         self._ready[plan] -= ready
-
-    def _unreserve(self, worker: int, which: Callable[[_Ask], bool]) -> bool:
-        """Return the blocks reserved for some requests of the worker; True if there were any."""
-        mine = self._reserved[worker]
-        asks = [ask for ask in mine if which(ask)] if mine else []
-        for ask in asks:
-            book = self._plans[ask[0]]
-            book.reserved -= 1
-            heapq.heappush(book.returned, mine.pop(ask))
-        return bool(asks)
-
-    def _take_in_wave(self, worker: int, plan: int, clock: int) -> int | None:
-        last_plan, last_clock, count = self._asks[worker]
-        if plan == last_plan and clock <= last_clock:  # asked ahead of time, it is less
-            ask = plan, last_clock, count + 1
-        else:
-            ask = plan, clock, 0
-        mine = self._reserved[worker]
-        self.stirred |= self._unreserve(worker, lambda other: other[0] == plan and other < ask)
-        if ask not in mine:
-            self._reserve_wave(plan, ask)
-        found = min((other for other in mine if other[0] == plan), default=None)
-        if found is None:
-            # Who has to wait must not keep the others waiting for what it does not ask for.
-            self.stirred |= self._unreserve(worker, lambda other: True)
-            return None
-        self._asks[worker] = ask
-        self._plans[plan].reserved -= 1
-        return mine.pop(found)
-
-    def _reserve_wave(self, plan: int, ask: _Ask) -> None:
-        """Reserve a block for every live worker that has still to make the request `ask`."""
-        book = self._plans[plan]
-        for other, mine in enumerate(self._reserved):
-            elsewhere = self._waits_in[other] not in (None, plan)
-            if not self._live[other] or elsewhere or self._asks[other] >= ask or ask in mine:
-                continue
-            block = book.take()
-            if block is None:
-                return
-            book.reserved += 1
-            mine[ask] = block
-            self.stirred |= self._waits_in[other] == plan

@@ -21,7 +21,6 @@ class Leasing:
     Args:
         exchange: the worker's.
         seed: the run's.
-        pull_pinned: pulls the snapshot that is evaluated.
         flush_log: sends what the worker has logged; called with every request.
 
     Attributes:
@@ -29,28 +28,36 @@ class Leasing:
             `give_back` before anything else is asked for.
     """
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        seed: int,
-        pull_pinned: Callable[[], Params],
-        flush_log: Callable[[], None],
-    ) -> None:
+    def __init__(self, exchange: Exchange, seed: int, flush_log: Callable[[], None]) -> None:
         self.abandoned: int | None = None
         self._exchange = exchange
         self._seed = seed
-        self._pull_pinned = pull_pinned
         self._flush_log = flush_log
         self._plans = 0
 
-    def tasks(self, spec: TaskSpec, prepare: Callable[[Task], Any] | None) -> Iterator[Task]:
-        """Begin the next plan; see `Worker.tasks`."""
+    def tasks(
+        self,
+        spec: TaskSpec,
+        prepare: Callable[[Task], Any] | None,
+        pull_pinned: Callable[[], Params],
+    ) -> Iterator[Task]:
+        """Begin the next plan; see `Worker.tasks`.
+
+        Args:
+            spec, prepare: of the plan.
+            pull_pinned: pulls the snapshot that is evaluated. (It is not kept: it is the worker's,
+                and that would be a circle, and hold a run's memory after its end.)
+        """
         plan = self._plans
         self._plans += 1
         orders = EpochOrders(self._seed, plan, spec)
+
+        def task_of(lease: Lease) -> Task:
+            return orders.task(lease, pull_pinned, self._report)
+
         if prepare is None:
-            return self._one_by_one(plan, spec, orders)
-        return self._prepared(plan, spec, orders, prepare)
+            return self._one_by_one(plan, spec, task_of)
+        return self._prepared(plan, spec, task_of, prepare)
 
     def give_back(self) -> None:
         """Return the block that has been abandoned, if there is one."""
@@ -58,19 +65,25 @@ class Leasing:
         if seq is not None:
             self._exchange.send(0, GiveBack(self._exchange.endpoint.index, seq))
 
-    def _one_by_one(self, plan: int, spec: TaskSpec, orders: EpochOrders) -> Iterator[Task]:
+    def _one_by_one(
+        self, plan: int, spec: TaskSpec, task_of: Callable[[Lease], Task]
+    ) -> Iterator[Task]:
         while True:
             lease = self._ask(plan, spec)
             if lease.kind is LeaseKind.EXHAUSTED:
                 return
-            task = self._task(orders, lease)
+            task = task_of(lease)
             try:
                 yield task
             finally:
                 task.close()
 
     def _prepared(
-        self, plan: int, spec: TaskSpec, orders: EpochOrders, prepare: Callable[[Task], Any]
+        self,
+        plan: int,
+        spec: TaskSpec,
+        task_of: Callable[[Lease], Task],
+        prepare: Callable[[Task], Any],
     ) -> Iterator[Task]:
         """As `_one_by_one`; the block after the present one is leased and prepared meanwhile."""
         endpoint = self._exchange.endpoint
@@ -83,14 +96,14 @@ class Leasing:
                     lease = self._ask(plan, spec)
                     if lease.kind is LeaseKind.EXHAUSTED:
                         return
-                    task = self._task(orders, lease)
+                    task = task_of(lease)
                     prepared = preparation.start(task)
                 ahead = None
                 try:
                     if task.kind == "train":
                         lease = self._ask(plan, spec, ahead=True)
                         if lease.kind is LeaseKind.TRAIN:
-                            following = self._task(orders, lease)
+                            following = task_of(lease)
                             ahead = lease.seq, following, preparation.start(following)
                         begin = endpoint.now()
                         task.prepared = prepared()
@@ -119,9 +132,6 @@ class Leasing:
                 " equal arguments"
             )
         return request.lease
-
-    def _task(self, orders: EpochOrders, lease: Lease) -> Task:
-        return orders.task(lease, self._pull_pinned, self._report)
 
     def _report(self, sums: dict[str, float]) -> None:
         self._exchange.send(0, Report(self._exchange.endpoint.index, sums))

@@ -64,11 +64,6 @@ class LedgerBook:
         """Note that a push is missing in some shard; twice the same push counts once."""
         self._partial.add((worker, seq))
 
-    @property
-    def settled(self) -> int:
-        """Pushes whose fate is decided."""
-        return sum(self._by_reason) + self._fenced
-
     def ledger(self) -> Ledger:
         """Close the account as it stands."""
         by_reason = self._by_reason

@@ -36,8 +36,8 @@ from psframe.store import Store
 
 __all__ = ["Queued", "Server", "ServerMemory"]
 
-# A worker has at most two pushes, two pulls and a lease request under way, a report and its
-# leave behind them; more is no worker of ours.
+# A worker has at most two pushes, two pulls and a lease request under way; a report, a block that
+# it gives back, and its leave behind them; more is no worker of ours.
 _QUEUE_MAX = 8
 _SLOTS = 2
 

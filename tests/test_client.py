@@ -4,6 +4,8 @@ Unless a test says otherwise a message takes no time, and neither does a computa
 """
 
 import contextlib
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -827,6 +829,27 @@ def test_evaluations_are_of_one_snapshot_and_merged(servers):
         Evaluated(0, 4, {"count": 5.0, "w": 3 * -4.0}),
         Evaluated(1, 8, {"count": 5.0, "w": 3 * -8.0}),
     ]
+
+
+def test_a_worker_is_no_part_of_a_circle():
+    """Or it would hold a run's shared memory until the collector comes."""
+    workers = []
+
+    def work(worker):
+        workers.append(weakref.ref(worker))
+        for task in worker.tasks(4, 2, evaluate=(1, 1), prepare=lambda task: None):
+            worker.pull()
+            worker.push(ones())
+            task.close()
+        worker.log(loss=1.0)
+        worker.pull_async()
+
+    gc.disable()
+    try:
+        play(work)
+        assert [ref() for ref in workers] == [None]
+    finally:
+        gc.enable()
 
 
 # ---- by hand -----------------------------------------------------------------------------

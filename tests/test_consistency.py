@@ -104,6 +104,22 @@ def test_bsp_backup_drops_the_laggard_and_lets_it_join() -> None:
     assert policy.offer(1) is TAKE
 
 
+def test_bsp_the_first_to_go_are_the_backups() -> None:
+    """A round has W - b members as long as so many can push."""
+    policy = BSP(backup=1).policy(4)
+    policy.leave(3)
+    for worker in (0, 1):
+        policy.offer(worker)
+    assert policy.due() is None
+    policy.offer(2)
+    assert policy.due() == [0, 1, 2]
+    policy.park(2)
+    policy.offer(1)
+    assert policy.due() is None
+    policy.offer(0)
+    assert policy.due() == [0, 1], "all that can"
+
+
 def test_bsp_with_more_backups_than_workers_needs_one_push() -> None:
     policy = BSP(backup=5).policy(2)
     assert policy.due() is None

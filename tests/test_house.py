@@ -31,6 +31,7 @@ FLOORS = (
     (
         "consistency",
         "leases",
+        "waves",
         "store",
         "events",
         "ledger",

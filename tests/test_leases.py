@@ -145,8 +145,7 @@ def test_who_waits_elsewhere_keeps_nobody_waiting() -> None:
     assert office.block(0)[1] == 0  # reserves block 1 of plan 0 for worker 1
     assert office.block(1, plan=1)[1] == 1  # reserves block 0 of plan 1 for worker 0
     assert office.ask(0, clock=1) is None
-    assert office.book.stirred, "what worker 0 had in plan 1 is free for those who wait"
-    office.book.stirred = False
+    assert office.book.stirred(), "what worker 0 had in plan 1 is free for those who wait"
     assert office.block(1, plan=1, clock=1)[1] == 0
     assert office.ask(1, plan=1, clock=2) is not None, "plan 1 is exhausted"
 
@@ -159,9 +158,10 @@ def test_reserving_for_a_waiting_worker_stirs_it() -> None:
     office.lose(0)
     office.lose(2)
     office.live[0] = True
-    assert not office.book.stirred
+    assert not office.book.stirred()
     assert office.ask(0, clock=1) is not None
-    assert office.book.stirred
+    assert office.book.stirred()
+    assert not office.book.stirred(), "it is told once"
     assert office.block(1, clock=1)[1] == 2
 
 

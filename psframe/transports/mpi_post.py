@@ -8,8 +8,11 @@ of persistent sends a peer, tested before reuse and never waited for.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from typing import Any
+
+import numpy as np
 
 from psframe.errors import MessageError
 from psframe.events import (
@@ -25,23 +28,41 @@ from psframe.events import (
     Withheld,
 )
 from psframe.layout import Array
-from psframe.transports.mpi import MPI, TAG_POST  # type: ignore[attr-defined]
+from psframe.transports.mpi import (  # type: ignore[attr-defined]
+    MPI,
+    TAG_POST,
+    Patience,
+    Transfers,
+)
 from psframe.wire import HEADER_BYTES, Delivery, Event, encode, encode_into
 
-__all__ = ["Post", "TooLong"]
+__all__ = ["Post", "TooLong", "close", "copy_inline"]
 
 _RECEIVES = 4  # persistent receives posted at once
 _SENDS = 2  # persistent sends under way to one peer
+# An array that fits into this together with the header travels inside the message.
+_MESSAGE_BYTES = 4096
+_INLINE_BYTES_MAX = _MESSAGE_BYTES - HEADER_BYTES
+_CLOSE_BOUND_S = 30.0
 
 _HEADER_ONLY = frozenset((Answer, End, Gone, Lease, Lost, Pin, Pull, Push, Stop, Withheld))
 
 
 class Post:
-    """Messages of `wire` to and from any rank, in order between any two."""
+    """Messages of `wire` to and from any rank, in order between any two.
 
-    def __init__(self, comm: Any, bytes_max: int) -> None:
+    Args:
+        comm: the run's communicator.
+        bytes_max: of the longest message without an array that can come.
+
+    Attributes:
+        inline_bytes_max: of an array that can travel inside its message.
+    """
+
+    def __init__(self, comm: Any, bytes_max: int = 0) -> None:
+        bytes_max = max(bytes_max, _MESSAGE_BYTES)
+        self.inline_bytes_max = _INLINE_BYTES_MAX
         self._comm = comm
-        self._bytes_max = bytes_max
         self._status = MPI.Status()
         self._inboxes = [bytearray(bytes_max) for _ in range(_RECEIVES)]
         self._receives = [
@@ -195,3 +216,23 @@ class _Peer:
     def close(self) -> None:
         for request in self._sends:
             request.Free()
+
+
+def copy_inline(target: Array, buffer: bytearray, n_bytes: int) -> None:
+    """Copy the array inside a message to where it belongs."""
+    target.view(np.uint8)[:] = np.frombuffer(buffer, np.uint8, n_bytes, HEADER_BYTES)
+
+
+def close(post: Post, transfers: Transfers, patience: Patience) -> None:
+    """Wait until everything has left, and take the receives back.
+
+    Raises:
+        MessageError: something has not left in time.
+    """
+    deadline = time.monotonic() + _CLOSE_BOUND_S
+    while post.sending or transfers.busy:
+        transfers.progress()
+        post.flush()
+        if patience.wait() and time.monotonic() > deadline:
+            raise MessageError(f"messages have not left within {_CLOSE_BOUND_S:.0f} s")
+    post.close()

@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 from psframe.bench import main
 from psframe.transports.echo import EchoLine
-from psframe.transports.mpi_ports import MpiEndpoint
+from psframe.transports.mpi_endpoint import MpiEndpoint
 
 SMALL = ["push-pull", "--json", "--rounds", "2", "--seconds", "0.002", "--bytes", "1KiB", "64KiB"]
 

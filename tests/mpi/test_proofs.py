@@ -6,7 +6,7 @@ from mpi4py import MPI
 from proofs import cases, check
 
 import psframe
-from psframe.transports import mpi, mpi_ports
+from psframe.transports import mpi, mpi_post
 
 WORLD = MPI.COMM_WORLD
 WAYS = ("memory", "inline", "pieces")
@@ -15,7 +15,7 @@ WAYS = ("memory", "inline", "pieces")
 def prepare(way: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Choose how arrays travel; returns what to give as shared_memory."""
     if way == "pieces":  # each array behind its message, in several pieces and a rest
-        monkeypatch.setattr(mpi_ports, "_INLINE_BYTES_MAX", 8)
+        monkeypatch.setattr(mpi_post, "_INLINE_BYTES_MAX", 8)
         monkeypatch.setattr(mpi, "_PIECE_BYTES", 24)
     return way == "memory"
 

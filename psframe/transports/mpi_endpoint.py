@@ -1,0 +1,161 @@
+"""A worker's end of the MPI transport; the server's, `mpi_port`, says how arrays travel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from psframe.events import Answer, FromWorker, Lease, Push
+from psframe.layout import Array, Layout
+from psframe.transports.in_order import InOrder
+from psframe.transports.meeting import LANDING, SLOTS, Neighbours
+from psframe.transports.mpi import Mesh, Patience, Transfers
+from psframe.transports.mpi_post import Post, close, copy_inline
+from psframe.wire import Delivery, Limits, Link, decode
+
+__all__ = ["MpiEndpoint"]
+
+_IN_PLACE = frozenset({Delivery.IN_PLACE})
+
+
+class MpiEndpoint:
+    """A worker's end; see `psframe.exchange.Endpoint`."""
+
+    def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
+        self._mesh = mesh
+        self._layout = layout
+        self._neighbours = neighbours
+        self.servers = neighbours.servers
+        self.workers = neighbours.workers
+        self.index = mesh.rank - neighbours.servers
+        self._shards = layout.shards(self.servers)
+        self.virtual_time = False
+        self.in_place: Sequence[bool] = [
+            rank in neighbours.segments for rank in range(self.servers)
+        ]
+        own = neighbours.own
+        self._slots = [
+            np.empty(layout.size, layout.dtype) if own is None else own.array(index)
+            for index in range(SLOTS)
+        ]
+        self._landing = None if own is None else own.array(LANDING)
+        # By server without shared memory: where parameters land, two in turn.
+        self._landings: dict[tuple[int, int], Array] = {}
+        self._turn = [0] * self.servers
+        self._snapshots: dict[tuple[int, int], Array] = {}
+        self._post: Post = Post(mesh.comm)
+        self._limits = [
+            Limits(
+                Link.SERVER_TO_WORKER,
+                self.workers,
+                self.servers,
+                shard_bytes=(end - begin) * layout.dtype.itemsize,
+                inline_bytes_max=self._post.inline_bytes_max,
+                worker=self.index,
+                server=server,
+                deliveries=(_IN_PLACE if self.in_place[server] else frozenset(Delivery)),
+            )
+            for server, (begin, end) in enumerate(self._shards)
+        ]
+        self._patience = Patience(neighbours.crowded)
+        self._transfers = Transfers()
+        self._slot_sends = [0] * SLOTS
+        self._inbox: InOrder[tuple[int, Answer | Lease]] = InOrder()
+        self._answers = self._inbox.ready
+
+    def send(self, server: int, message: FromWorker) -> None:
+        """Send a message, and the gradient with it unless the server reads it in place."""
+        if not isinstance(message, Push) or self.in_place[server]:
+            self._post.send(server, message)
+            return
+        begin, end = self._shards[server]
+        array = self._slots[message.slot][begin:end]
+        if array.nbytes <= self._post.inline_bytes_max:
+            self._post.send(server, message, Delivery.INLINE, array)
+            return
+        self._post.send(server, message, Delivery.RANGE, array)
+        slot = message.slot
+        self._slot_sends[slot] += 1
+        self._transfers.add(self._mesh.start_send(array, server), lambda: self._left(slot))
+
+    def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
+        """Take the next (server, answer); None after `timeout_s` seconds without one."""
+        answers, patience = self._answers, self._patience
+        patience.reset()
+        deadline = 0.0
+        while not answers:
+            if self._take() | self._transfers.progress():
+                patience.reset()
+            elif timeout_s == 0:
+                return None
+            elif patience.wait() and timeout_s is not None:
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + timeout_s
+                elif now > deadline:
+                    return None
+        return answers.popleft()
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock."""
+        return time.monotonic()
+
+    def slot(self, index: int) -> Array:
+        """The worker's gradient slot, free to be written."""
+        # Its push has been answered, so its bytes have arrived; MPI has still to say so.
+        while self._slot_sends[index]:
+            self._transfers.progress()
+        return self._slots[index]
+
+    def snapshot(self, server: int, buffer: int) -> Array:
+        """The server's snapshot, in place or where it has landed."""
+        if not self.in_place[server]:
+            return self._landings[server, buffer]
+        array = self._snapshots.get((server, buffer))
+        if array is None:
+            begin, end = self._shards[server]
+            if buffer < 0:
+                assert self._landing is not None, "memory is shared"
+                array = self._landing[begin:end]
+            else:
+                array = self._neighbours.segments[server].array(buffer)
+            self._snapshots[server, buffer] = array
+        return array
+
+    def close(self) -> None:
+        """Wait until everything has left, and take the receives back."""
+        close(self._post, self._transfers, self._patience)
+
+    def _left(self, slot: int) -> None:
+        self._slot_sends[slot] -= 1
+
+    def _take(self) -> bool:
+        taken = self._post.take()
+        if taken is None:
+            return False
+        source, n_bytes, buffer = taken
+        answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
+        assert isinstance(answer, (Answer, Lease)), "the limits of the link allow no other"
+        inbox = self._inbox
+        if isinstance(answer, Answer) and delivery is Delivery.RANGE:
+            entry = inbox.hold(source, (source, answer))
+            requests = self._mesh.start_receive(self._land(source, answer), source)
+            self._transfers.add(requests, lambda: inbox.arrived(source, entry))
+        else:
+            if isinstance(answer, Answer) and delivery is Delivery.INLINE:
+                copy_inline(self._land(source, answer), buffer, payload_bytes)
+            inbox.add(source, (source, answer))
+        self._post.next()
+        return True
+
+    def _land(self, server: int, answer: Answer) -> Array:
+        """Choose where the parameters land: not where the present ones may lie."""
+        turn = self._turn[server] = 1 - self._turn[server]
+        answer.buffer = turn
+        array = self._landings.get((server, turn))
+        if array is None:
+            begin, end = self._shards[server]
+            array = self._landings[server, turn] = np.empty(end - begin, self._layout.dtype)
+        return array

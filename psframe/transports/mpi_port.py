@@ -1,0 +1,182 @@
+"""The server's end of the MPI transport.
+
+Between processes of one node arrays stay in shared memory and messages are doorbells; between
+nodes an array goes inside its message if it is small, and in transfers of its own behind the
+message if it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+
+from psframe.errors import MessageError
+from psframe.events import NO_BUFFER, Answer, Lease, Lost, Output, Push, Sent, ToServer
+from psframe.layout import Array, Layout
+from psframe.server import ServerMemory
+from psframe.store import Buffers, HeapBuffers, buffer_count
+from psframe.transports.in_order import InOrder
+from psframe.transports.meeting import LANDING, SLOTS, Neighbours
+from psframe.transports.mpi import Mesh, Patience, Transfers
+from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
+from psframe.transports.shared_memory import SegmentBuffers
+from psframe.wire import HEADER_BYTES, Delivery, Limits, Link, decode, payload_limit
+
+__all__ = ["MpiServerPort"]
+
+_IN_PLACE = frozenset({Delivery.IN_PLACE})
+_SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
+
+_log = logging.getLogger("psframe")
+
+
+class MpiServerPort:
+    """A server's end.
+
+    Attributes:
+        workers: W.
+        buffers: memory for the store.
+    """
+
+    def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
+        self._mesh = mesh
+        self._neighbours = neighbours
+        self._begin, self._end = layout.shards(neighbours.servers)[mesh.rank]
+        self._dtype = layout.dtype
+        self.workers = neighbours.workers
+        size, count = self._end - self._begin, buffer_count(self.workers)
+        own = neighbours.own
+        self.buffers: Buffers = (
+            HeapBuffers(count, size, layout.dtype) if own is None else SegmentBuffers(own, count)
+        )
+        self._gradients: list[list[Array | None]] = [[None] * SLOTS for _ in range(self.workers)]
+        self._shared = [
+            neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
+        ]
+        self._post: Post = Post(mesh.comm, HEADER_BYTES + payload_limit(self.workers))
+        self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
+        self._patience = Patience(neighbours.crowded)
+        self._transfers = Transfers()
+        self._inbox: InOrder[ToServer] = InOrder()
+        self._events = self._inbox.ready
+        self._distrusted: set[int] = set()
+
+    @property
+    def memory(self) -> ServerMemory:
+        """Where the machine finds gradients and landing areas."""
+        return ServerMemory(self._gradient, self._landing, self._shared)
+
+    def receive(self, timeout_s: float) -> ToServer | None:
+        """Take the next event; None after `timeout_s` seconds without one."""
+        events, patience = self._events, self._patience
+        deadline = 0.0
+        while not events:
+            if self._take() | self._transfers.progress():
+                patience.reset()
+            elif patience.wait():
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + timeout_s
+                elif now > deadline:
+                    return None
+        return events.popleft()
+
+    def to_worker(self, answer: Answer | Lease) -> None:
+        """Send an answer, and the parameters with it unless the worker reads them in place."""
+        worker = answer.worker
+        rank = self._neighbours.servers + worker
+        if isinstance(answer, Lease) or answer.buffer == NO_BUFFER or self._shared[worker]:
+            self._post.send(rank, answer)
+            return
+        array = self.buffers[answer.buffer]
+        if array.nbytes <= self._post.inline_bytes_max:
+            self._post.send(rank, answer, Delivery.INLINE, array)
+            self._events.append(Sent(worker))
+            return
+        self._post.send(rank, answer, Delivery.RANGE, array)
+        requests = self._mesh.start_send(array, rank)
+        self._transfers.add(requests, lambda: self._events.append(Sent(worker)))
+
+    def to_leader(self, event: Output) -> None:
+        """Send to server 0."""
+        self._post.send(0, event)  # type: ignore[arg-type]
+
+    def to_followers(self, event: Output) -> None:
+        """Send to every server but server 0."""
+        for server in range(1, self._neighbours.servers):
+            self._post.send(server, event)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Wait until everything has left, and take the receives back."""
+        close(self._post, self._transfers, self._patience)
+
+    def _take(self) -> bool:
+        """Take one message; True if there was one."""
+        try:
+            taken = self._post.take()
+        except TooLong as error:
+            self._distrust(error.source, error)
+            return True
+        if taken is None:
+            return False
+        source, n_bytes, buffer = taken
+        try:
+            event, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
+        except MessageError as error:
+            self._post.next()
+            self._distrust(source, error)
+            return True
+        inbox = self._inbox
+        if isinstance(event, Push) and delivery is Delivery.RANGE:
+            entry = inbox.hold(source, event)
+            requests = self._mesh.start_receive(self._gradient(event.worker, event.slot), source)
+            self._transfers.add(requests, lambda: inbox.arrived(source, entry))
+        else:
+            if isinstance(event, Push) and delivery is Delivery.INLINE:
+                copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
+            inbox.add(source, event)  # type: ignore[arg-type]
+        self._post.next()
+        return True
+
+    def _distrust(self, source: int, error: MessageError) -> None:
+        """Believe a worker no more that sends what is no message; a server's is fatal."""
+        worker = source - self._neighbours.servers
+        if worker < 0:
+            raise error
+        if source not in self._distrusted:
+            self._distrusted.add(source)
+            _log.error("worker %d (rank %d) counts as lost: %s", worker, source, error)
+            self._events.append(Lost(worker))
+
+    def _gradient(self, worker: int, slot: int) -> Array:
+        array = self._gradients[worker][slot]
+        if array is None:
+            segment = self._neighbours.segments.get(self._neighbours.servers + worker)
+            if segment is None:
+                array = np.empty(self._end - self._begin, self._dtype)
+            else:
+                array = segment.array(slot)[self._begin : self._end]
+            self._gradients[worker][slot] = array
+        return array
+
+    def _landing(self, worker: int) -> Array:
+        segment = self._neighbours.segments[self._neighbours.servers + worker]
+        return segment.array(LANDING)[self._begin : self._end]
+
+    def _make_limits(self, rank: int, layout: Layout) -> Limits:
+        servers, leads = self._neighbours.servers, self._mesh.rank == 0
+        if rank < servers:
+            link = Link.FOLLOWER_TO_LEADER if leads else Link.LEADER_TO_FOLLOWER
+            return Limits(link, self.workers, servers, server=rank)
+        worker = rank - servers
+        return Limits(
+            Link.WORKER_TO_LEADER if leads else Link.WORKER_TO_FOLLOWER,
+            self.workers,
+            servers,
+            shard_bytes=(self._end - self._begin) * layout.dtype.itemsize,
+            inline_bytes_max=self._post.inline_bytes_max,
+            worker=worker,
+            deliveries=_IN_PLACE if self._shared[worker] else _SENT,
+        )
