@@ -75,5 +75,5 @@ def test_make_help_names_every_target() -> None:
         text=True,
         check=True,
     )
-    listed = set(re.findall(r"^  ([a-z]+) ", done.stdout, re.MULTILINE))
+    listed = set(re.findall(r"^  ([a-z-]+) ", done.stdout, re.MULTILINE))
     assert listed == make_targets() >= {"train", "test", "check", "bench", "clean", "help"}

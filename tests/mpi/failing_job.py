@@ -45,6 +45,8 @@ def work(worker: psframe.Worker) -> None:
         for _ in worker.leases(10, 1):
             worker.push_pull(ONES)
     if WHAT.startswith("raise") and last:
+        while not (FOLDER / f"pid-{RANK - 1}").exists():
+            worker.pull()  # until the other one is where it is to be caught
         now()
         raise ValueError("the data are gone")
     if WHAT == "kill" and last:
