@@ -406,9 +406,9 @@ class EpochDone:
 
 @dataclass(slots=True)
 class Evaluated:
-    """An evaluation of the snapshot pinned when the epoch was done, summed in block order.
+    """An evaluation of the snapshot pinned for the epoch when it was done, or soon after.
 
-    `best` says that no earlier one scored as high, where the run scores evaluations.
+    Sums are added in block order. `best` says that no earlier one scored as high, where the run scores evaluations.
     """
 
     epoch: int

@@ -26,8 +26,10 @@ class EpochSummary:
         samples: completed in it.
         train_loss: mean over its batches, each computed on the parameters of its time.
         staleness_mean: over its pushes.
-        test_loss, validation_loss: mean over that part, on the parameters of `version`.
+        test_loss, validation_loss: mean over that part.
         test_accuracy, validation_accuracy: on the same, in [0, 1].
+        evaluated_version: whose parameters these four are of: `version`, or a later one if
+            the evaluation of the epoch before was still under way.
         best: whether no earlier epoch's parameters did as well on the validation part.
     """
 
@@ -40,6 +42,7 @@ class EpochSummary:
     test_accuracy: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    evaluated_version: int | None = None
     best: bool = False
 
 
@@ -114,7 +117,7 @@ class History:
                 return self._finish(event.epoch)
         elif isinstance(event, Evaluated) and event.epoch in self._open:
             summary = self._open[event.epoch]
-            summary.best = event.best
+            summary.best, summary.evaluated_version = event.best, event.version
             for name, value in evaluation_metrics(event.sums).items():
                 setattr(summary, name, value)
             self._worse = 0 if event.best else self._worse + 1

@@ -107,6 +107,7 @@ class Recorder:
         metrics = evaluation_metrics(event.sums)
         self.test_accuracy = metrics.get("test_accuracy", self.test_accuracy)
         fields.update(metrics)
+        fields["evaluated_update"] = event.version
         self._waits = self._fixed = True
         self._run_dir.metrics(time_s=self._time_s(), **fields)
 

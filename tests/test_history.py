@@ -16,7 +16,7 @@ def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
     assert [summary.epoch for summary in seen] == [0]
     history.close()
     assert history.epochs == [
-        EpochSummary(0, 10, 90, 3.0, 1.0, 2.0, 0.5),
+        EpochSummary(0, 10, 90, 3.0, 1.0, 2.0, 0.5, evaluated_version=10),
         EpochSummary(1, 20, 90, None, 2.0, None, None),
     ]
 

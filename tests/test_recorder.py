@@ -51,6 +51,7 @@ def test_a_line_an_epoch_with_its_evaluation(tmp_path: Path) -> None:
             "staleness_mean": 1.5,
             "test_loss": 0.5,
             "test_accuracy": 0.75,
+            "evaluated_update": 45,
         },
         {
             "time_s": 4.0,
@@ -61,8 +62,23 @@ def test_a_line_an_epoch_with_its_evaluation(tmp_path: Path) -> None:
             "staleness_mean": 2.0,
             "test_loss": 0.25,
             "test_accuracy": 0.9,
+            "evaluated_update": 90,
         },
     ]
+
+
+def test_what_workers_measured_is_summed_by_epoch(tmp_path: Path) -> None:
+    recorder = Recorder(RunDir.create(tmp_path, config={}), Clock(), evaluations=False)
+    recorder(Logged(0, {"compute_s": (1.0, 2), "data_s": (0.25, 2), "other": (9.0, 1)}))
+    recorder(Logged(1, {"compute_s": (2.0, 2)}))
+    recorder(EpochDone(0, 1, 10, 0.0))
+    recorder(Logged(1, {"compute_s": (4.0, 2)}))
+    recorder(EpochDone(1, 2, 10, 0.0))
+    recorder.close()
+    first, second = lines(tmp_path)
+    assert (first["compute_s"], first["data_s"]) == (3.0, 0.25)
+    assert second["compute_s"] == 4.0
+    assert not {"data_s", "servers_s", "other"} & set(second)
 
 
 @pytest.mark.parametrize("evaluations", [None, False])

@@ -356,7 +356,7 @@ def test_the_best_parameters_on_the_validation_part_are_kept() -> None:
     best = trained.history[trained.best_epoch]
     assert best.best
     assert best.validation_accuracy == max(e.validation_accuracy or 0 for e in trained.history)
-    assert trained.result.kept_version == best.version
+    assert trained.result.kept_version == best.evaluated_version
     assert trained.accuracy == pytest.approx(best.test_accuracy)
 
 
