@@ -408,7 +408,8 @@ class EpochDone:
 class Evaluated:
     """An evaluation of the snapshot pinned for the epoch when it was done, or soon after.
 
-    Sums are added in block order. `best` says that no earlier one scored as high, where the run scores evaluations.
+    Sums are added in block order. `best` says that no earlier one scored as high, where the run
+    scores evaluations.
     """
 
     epoch: int
