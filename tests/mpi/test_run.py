@@ -95,7 +95,8 @@ def test_leases_evaluations_and_accounts(mode: Any, servers: int, shared: bool) 
         return
     assert result.params is not None
     np.testing.assert_array_equal(result.params["w"], -0.5 * result.version)
-    assert [e.epoch for e in events if isinstance(e, EpochDone)] == list(range(epochs))
+    # In the order in which they were done: a slow rank may hold a block of an earlier one.
+    assert sorted(e.epoch for e in events if isinstance(e, EpochDone)) == list(range(epochs))
     evaluated = [e for e in events if isinstance(e, Evaluated)]
     assert [e.sums["count"] for e in evaluated] == [n_tests] * epochs
     blocks = -(-n_tests // 4)
