@@ -139,19 +139,22 @@ class Plan:
         )
 
     @property
-    def measured(self) -> tuple[tuple[int, int], ...] | None:
-        """The runs [begin, end) of the flat vector that are gradients, if it is clipped by norm.
-
-        None if all of it is: averages (`psframe.optim.Average`) are pushed in the same vector, and
-        must not count.
-        """
-        averages = getattr(self.optimizer, "averages", None)
-        if self.clip_norm is None or averages is None:
-            return None
+    def averaged(self) -> tuple[tuple[int, int], ...]:
+        """The runs [begin, end) of the flat vector that are no gradients, but averaged."""
+        averages = getattr(self.optimizer, "averages", lambda name: False)
         layout = self.layout
-        places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
-        runs = tuple((begin, begin + size) for name, begin, size in places if not averages(name))
-        return None if len(runs) == len(places) else runs
+        places = zip(layout.names, layout.offsets, layout.sizes, strict=True)
+        return tuple((begin, begin + size) for name, begin, size in places if averages(name))
+
+    @property
+    def measured(self) -> tuple[tuple[int, int], ...] | None:
+        """The runs of which a gradient's norm is, if it is clipped by that; None if all of it."""
+        averaged = self.averaged
+        if self.clip_norm is None or not averaged:
+            return None
+        ends = [0, *(end for _, end in averaged)]
+        begins = [*(begin for begin, _ in averaged), self.layout.size]
+        return tuple((b, e) for b, e in zip(ends, begins, strict=True) if b < e)
 
     def digests(self, **more: object) -> dict[str, bytes]:
         """Give a 16-byte digest of each argument that must be equal on every rank."""
@@ -190,7 +193,12 @@ class Plan:
         """
         begin, end = self.layout.shards(self.servers)[index]
         rule = self.optimizer.updater(self.layout, begin, end)
-        store = Store(buffers, self.initial[begin:end], rule)
+        unscaled = [
+            (max(b, begin) - begin, min(e, end) - begin)
+            for b, e in self.averaged
+            if max(b, begin) < min(e, end)
+        ]
+        store = Store(buffers, self.initial[begin:end], rule, unscaled)
         policy = self.mode.policy(workers)
         if index:
             return Follower(index, workers, store, policy, memory, clip_norm=self.clip_norm)

@@ -70,10 +70,19 @@ class Store:
         buffers: the memory; `buffer_count(workers)` of them.
         initial: the parameters at version 0, copied.
         rule: the optimizer bound to this shard.
+        unscaled: the runs [begin, end) of the shard that are no gradients, but observations to be
+            averaged: clipping does not scale them.
     """
 
-    def __init__(self, buffers: Buffers, initial: Array, rule: UpdateRule) -> None:
+    def __init__(
+        self,
+        buffers: Buffers,
+        initial: Array,
+        rule: UpdateRule,
+        unscaled: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self._buffers = buffers
+        self._unscaled = unscaled
         self._rule = rule
         self._holds = [0] * len(buffers)
         self._n_held = 0  # distinct buffers that are held
@@ -155,16 +164,17 @@ class Store:
             self._mean = np.empty_like(grads[0])
         mean = self._mean
         with np.errstate(over="ignore", invalid="ignore"):  # judged by the rule
-            _scaled(grads[0], scales[0], mean)
+            self._scale(grads[0], scales[0], mean)
             for grad, scale in zip(grads[1:], scales[1:], strict=True):
-                mean += grad if scale == 1.0 else _scaled(grad, scale, np.empty_like(grad))
+                mean += grad if scale == 1.0 else self._scale(grad, scale, np.empty_like(grad))
             mean /= len(grads)
         return self.update(mean)
 
-
-def _scaled(grad: Array, scale: float, out: Array) -> Array:
-    if scale == 1.0:
-        np.copyto(out, grad)
-    else:
+    def _scale(self, grad: Array, scale: float, out: Array) -> Array:
+        if scale == 1.0:
+            np.copyto(out, grad)
+            return out
         np.multiply(grad, grad.dtype.type(scale), out=out)
-    return out
+        for begin, end in self._unscaled:
+            out[begin:end] = grad[begin:end]
+        return out

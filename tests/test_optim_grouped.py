@@ -80,6 +80,30 @@ def test_the_norm_is_of_gradients_alone() -> None:
     np.testing.assert_allclose(result.params["mean"], 500.0)
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+def test_clipping_in_bsp_does_not_touch_averages(servers: int) -> None:
+    params = {"mean": np.zeros(3), "w": np.zeros(4), "last": np.zeros(2)}
+
+    def work(worker: Any) -> None:
+        worker.pull()
+        size = 3.0 * (1 + worker.index)
+        worker.push_pull({"mean": np.full(3, 10.0), "w": np.full(4, size), "last": np.full(2, 8.0)})
+
+    rule = Grouped(SGD(1.0), {"mean": Average(0.5), "last": Average(0.5)})
+    result = psframe.run(
+        *(work, params),
+        optimizer=rule,
+        mode=psframe.BSP(),
+        workers=2,
+        servers=servers,
+        clip_norm=3.0,
+    )
+    assert result.params is not None
+    np.testing.assert_allclose(result.params["w"], -1.5)  # each gradient to norm 3, so 1.5 each
+    np.testing.assert_array_equal(result.params["mean"], 5.0)
+    np.testing.assert_array_equal(result.params["last"], 4.0)
+
+
 def test_bsp_averages_the_rounds_mean() -> None:
     def work(worker: Any) -> None:
         worker.pull()

@@ -145,7 +145,9 @@ def test_names_tell_layer_and_number() -> None:
         *("conv1.w", "bn1.gamma", "bn1.beta", "bn1.mean", "bn1.variance")
     ]
     assert model.averages["bn2.variance"] == 0.9
-    assert set(model.averages) == {f"bn{i}.{name}" for i in (1, 2) for name in ("mean", "variance")}
+    assert set(model.averages) == {
+        f"bn{i}.{name}" for i in (1, 2, 3) for name in ("mean", "variance")
+    }
 
 
 @pytest.mark.parametrize(

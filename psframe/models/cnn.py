@@ -12,14 +12,19 @@ __all__ = ["CNN"]
 
 # Images with a shorter side than this keep their size through the first convolution.
 _SMALL = 16
+# Channels of each convolution, and whether a pooling follows.
+_SMALL_LAYERS = ((16, False), (32, True))
+_LARGE_LAYERS = ((32, True), (64, True), (64, True))
 
 
 class CNN(Sequential):
     """Convolutions with batch normalisation and ReLU, pooling, and two dense layers.
 
-    Images of less than 16 pixels a side: two convolutions of 32 channels, one pooling. Larger
-    ones: three of 32, 64 and 64 channels, each followed by a pooling. Then a dense layer of 128
-    units between dropouts, and one of a unit a class.
+    Images of less than 16 pixels a side: convolutions of 16 and 32 channels, one pooling, a dense
+    layer of 64 units. Larger ones: convolutions of 32, 64 and 64 channels, each followed by a
+    pooling, a dense layer of 128 units. Then dropout, and a unit a class. The dense layer is
+    normalised too: the first steps of Adagrad and Adam move each of its many weights by the whole
+    learning rate in one direction, which may leave its units dead.
 
     Args:
         input_shape: of one sample: (h, w), or (c, h, w).
@@ -43,12 +48,10 @@ class CNN(Sequential):
             )
         small = min(shape[-2:]) < _SMALL
         layers: list[Layer] = []
-        for channels, pooled in ((32, False), (32, True)) if small else _LARGE:
+        for channels, pooled in _SMALL_LAYERS if small else _LARGE_LAYERS:
             layers += [Conv2D(channels, bias=False), BatchNorm(), ReLU()]
             if pooled:
                 layers.append(MaxPool2D(2))
-        layers += [Flatten(), Dropout(0.25), Dense(128), ReLU(), Dropout(0.5), Dense(n_classes)]
+        units = 64 if small else 128
+        layers += [Flatten(), Dense(units), BatchNorm(), ReLU(), Dropout(0.5), Dense(n_classes)]
         super().__init__(shape, layers)
-
-
-_LARGE = ((32, True), (64, True), (64, True))
