@@ -6,7 +6,9 @@ runs in one process with worker threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import time
 import traceback
@@ -45,6 +47,7 @@ same runs in one process. For example:
 
 _INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 _THREADS = 3
+_log = logging.getLogger("psframe")
 _WORKERS_MAX = 4096  # of which the summary names the rank
 
 
@@ -253,13 +256,18 @@ def _leave(
             "completed", updates=result.version, test_accuracy=trained.accuracy, reason=""
         )
         write_summary(folder, record)
-    print_summary(
-        record,
-        sys.stdout,
-        run_dir=folder,
-        reasons=result.ledger.reasons,
-        launched=launched is not None,
-    )
+    try:
+        print_summary(
+            record,
+            sys.stdout,
+            run_dir=folder,
+            reasons=result.ledger.reasons,
+            launched=launched is not None,
+        )
+    except OSError as error:  # whoever was to read it has gone; the run is completed all the same
+        _log.warning("the summary could not be printed: %s", error.strerror or error)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:

@@ -359,3 +359,17 @@ def test_the_command_as_a_program(tmp_path: Path) -> None:
     folder = Path(done.stdout.splitlines()[-1].split()[-1])
     assert folder.parent == Path("runs")
     assert (tmp_path / folder / "checkpoints" / "final.safetensors").exists()
+
+
+def test_nobody_has_to_read_what_is_printed(tmp_path: Path) -> None:
+    """A full disk or a closed pipe at the output does not fail a run that is completed."""
+    command = [sys.executable, "-m", "psframe.train", *small(tmp_path), "--run-dir", "r"]
+    environ = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environ, timeout=100
+        )
+    assert done.returncode == 0, done.stderr
+    assert "the summary could not be printed: No space left on device" in done.stderr
+    assert json.loads(Path("r/status.json").read_text())["state"] == "completed"
+    assert json.loads(Path("r/summary.json").read_text())["updates"] == 9
