@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections import Counter
 from functools import partial
@@ -146,3 +148,32 @@ def test_stopping_ends_the_iterator() -> None:
             worker.stop()
 
     assert psframe.run(work, PARAMS, optimizer=SGD(0.1)).version == 1
+
+
+HANGING = """
+import sys, threading, numpy as np, psframe
+
+def prepare(task):
+    if task.indices[0] == 1:
+        started.set()
+        threading.Event().wait()  # a disk that hangs
+
+def work(worker):
+    worker.pull()
+    for _ in worker.tasks(3, 1, shuffle=False, prepare=prepare):
+        assert started.wait(30)
+        raise ValueError("enough")
+
+started = threading.Event()
+try:
+    psframe.run(work, {"w": np.zeros(2)}, optimizer=psframe.optim.SGD(0.1))
+except ValueError as error:
+    print("raised", error)
+"""
+
+
+def test_what_hangs_in_the_thread_does_not_keep_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert (done.returncode, done.stdout) == (0, "raised enough\n"), done.stderr
