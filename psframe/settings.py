@@ -16,7 +16,7 @@ from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 
-__all__ = ["Settings", "from_file"]
+__all__ = ["Settings", "check_choice", "from_file"]
 
 # Safe for stale gradients: Adagrad's steps shrink, which keeps it stable where SGD, at a rate that
 # serves one worker well, diverges under a delay of 15 updates. (Dean et al., Large Scale
@@ -284,6 +284,13 @@ def from_file(path: str | Path) -> Settings:
     return Settings(**values)
 
 
+def check_choice(flag: str, value: str) -> None:
+    """Raise ArgumentError if the flag is one of a few words, and this is none of them."""
+    hint = get_type_hints(Settings).get(flag.removeprefix("--").replace("-", "_"))
+    if get_origin(hint) is Literal:
+        _typed(hint, value, flag)
+
+
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """Return `value` if it is what `hint` says; an integer may stand for a float."""
     if get_origin(hint) is Literal:
@@ -291,7 +298,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             extra = f"; did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(f"{where}: expected one of {choices}, got {value!r}{extra}")
+            listed = ", ".join(map(str, choices))
+            raise ArgumentError(f"{where}: expected one of {listed}; got {value!r}{extra}")
         return value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:

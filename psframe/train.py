@@ -21,7 +21,7 @@ from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.monitor import Monitor
 from psframe.rundir import RunDir
-from psframe.settings import Settings, from_file
+from psframe.settings import Settings, check_choice, from_file
 from psframe.summary import summarise, write_summary
 from psframe.trainer import Trainer, TrainResult, initial_params
 from psframe.watching import Watching
@@ -66,10 +66,12 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
 
     default = Settings()
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
-        if flag == "--config" and following:
-            default = from_file(following)
-        elif flag.startswith("--config="):
-            default = from_file(flag.partition("=")[2])
+        name, equals, value = flag.partition("=")
+        value = value if equals else following
+        if name == "--config" and value:
+            default = from_file(value)
+        elif name.startswith("--") and value:
+            check_choice(name, value)  # with the nearest right one; tyro only lists them
     settings = tyro.cli(
         Settings,
         args=list(argv),

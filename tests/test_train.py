@@ -162,9 +162,7 @@ def test_an_unknown_key_names_the_nearest(
     ("flags", "words"),
     [
         (["--epoch", "3"], "--epochs"),
-        (["--mode", "asnyc"], "async"),
         (["--epochs", "many"], "--epochs"),
-        (["--optimizer", "adm"], "adam"),
         (["--config"], "--config"),
     ],
 )
@@ -175,6 +173,14 @@ def test_wrong_flags_end_with_2_and_name_the_right_ones(
         main(flags)
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--mode", "asnyc"], ["--mode=asnyc"]])
+def test_a_wrong_word_suggests_the_right_one(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(flags, capsys, status=2)
+    assert "--mode: expected one of async, ssp, bsp; got 'asnyc'; did you mean 'async'?" in said
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
