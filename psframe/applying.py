@@ -18,6 +18,7 @@ from psframe.errors import ArgumentError, PsframeError
 from psframe.launcher import find_launcher
 from psframe.models import create
 from psframe.optim import SGD
+from psframe.output import give_up_printing
 from psframe.rundir import CONFIG
 from psframe.settings import Settings, from_file
 from psframe.trainer import Trainer
@@ -191,6 +192,8 @@ def main_of(
     except KeyboardInterrupt:
         print("psframe: interrupted", file=sys.stderr, flush=True)
         return _INTERRUPTED
+    except BrokenPipeError:
+        give_up_printing()
     except (PsframeError, OSError) as error:
         if rank == 0:
             print(f"psframe: error: {error}", file=sys.stderr, flush=True)

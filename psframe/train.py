@@ -6,9 +6,7 @@ runs in one process with worker threads.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
 import time
 import traceback
@@ -20,6 +18,7 @@ from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost, R
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.monitor import Monitor
+from psframe.output import give_up_printing
 from psframe.rundir import RunDir
 from psframe.settings import Settings, check_choice, from_file
 from psframe.summary import summarise, write_summary
@@ -268,8 +267,7 @@ def _leave(
         )
     except OSError as error:  # whoever was to read it has gone; the run is completed all the same
         _log.warning("the summary could not be printed: %s", error.strerror or error)
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_printing()
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:

@@ -45,3 +45,15 @@ def test_it_is_a_module_too() -> None:
     command = [sys.executable, "-m", "psframe", "data", "describe", "digits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.startswith("digits: ")
+
+
+def test_whoever_reads_may_leave() -> None:
+    """The pipe is closed before anything is printed: no traceback, no complaint."""
+    command = [sys.executable, "-m", "psframe", "data", "describe", "digits", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=100) == 0

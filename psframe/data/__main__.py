@@ -12,6 +12,7 @@ from psframe.data.converting import convert
 from psframe.data.describing import describe, description_lines
 from psframe.data.loading import format_of, load
 from psframe.errors import ArgumentError
+from psframe.output import give_up_printing
 
 __all__ = ["arguments", "main"]
 
@@ -85,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         command.main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        give_up_printing()
     except (ArgumentError, ValueError) as error:
         print(f"psframe: error: {error}", file=sys.stderr, flush=True)
         return 1
