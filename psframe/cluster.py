@@ -175,7 +175,7 @@ class _ClusterRun:
         leader = plan.build_server(0, port.workers, port.buffers, port.memory)
         assert isinstance(leader, Leader)
         grace = Grace(leader, self.interrupts)
-        serve_first(grace, port, self.host)
+        serve_first(grace, port, self.host, spans=plan.spans)
         summary = _summarise(leader, interrupted=grace.interrupt is not None)
         error = self._outcome(summary, plan)
         if error is not None:
@@ -197,7 +197,8 @@ class _ClusterRun:
     def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         follower = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
-        serve(follower, port, no_host_event)
+        spans = port.to_leader if plan.spans else None
+        serve(follower, port, no_host_event, spans=spans)
         port.close()
         self.mesh.send(follower.outcome, 0, "this server's parameters", None)
 

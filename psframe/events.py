@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 __all__ = [
     "ALL_REQUESTS",
     "COPIED",
+    "NOBODY",
     "NO_BUFFER",
     "Answer",
     "Decision",
@@ -62,6 +63,8 @@ __all__ = [
 
 # `Answer.seq` of an answer that ends every request of the worker.
 ALL_REQUESTS = -1
+
+NOBODY = -1  # `Spans.worker` of a server's
 
 # Values of `Answer.buffer` beside the index of a snapshot buffer.
 NO_BUFFER = -1
@@ -236,11 +239,15 @@ class SpanKind(enum.IntEnum):
 
 @dataclass(slots=True)
 class Spans:
-    """What the worker was at: (kind, begin, end) in seconds of its own clock, which is `now_s`."""
+    """What a rank was at: (kind, begin, end) in seconds of its own clock, which is `now_s`.
+
+    The rank is `worker`'s or, where that is NOBODY, the server's.
+    """
 
     worker: int
     now_s: float
     spans: list[tuple[int, float, float]]
+    server: int = 0
 
 
 @dataclass(slots=True)
@@ -381,7 +388,7 @@ class Finished:
     server: int
 
 
-ToServer = FromWorker | Lost | Sent | Record | Withheld | Finished
+ToServer = FromWorker | Lost | Sent | Record | Withheld | Finished  # Spans of a follower too
 
 # ---- the leader to its host --------------------------------------------------------------
 

@@ -24,18 +24,14 @@ class Host:
     Args:
         run_dir: the folder, already created, or None.
         observer: the caller's own observer.
-        spans: whether it wants to know when the server was at what.
 
     Attributes:
         ending: whether the observer has asked for the end of the run.
         tick: the observer's method of that name, if it has one; to be called now and then.
     """
 
-    def __init__(
-        self, run_dir: RunDir | None, observer: Observer | None, *, spans: bool = False
-    ) -> None:
+    def __init__(self, run_dir: RunDir | None, observer: Observer | None) -> None:
         self.run_dir = run_dir
-        self.spans = spans
         self._observer = observer
         self._recorder = None if run_dir is None else Recorder(run_dir)
         self._witness = None if run_dir is None else Witness(run_dir.path)
@@ -54,7 +50,6 @@ class Host:
         overwrite: bool,
         config: Mapping[str, Any],
         observer: Observer | None,
-        spans: bool = False,
     ) -> Host:
         """Create the run directory and the host.
 
@@ -62,9 +57,9 @@ class Host:
             RunDirError: the directory cannot be used.
         """
         if run_dir is None:
-            return cls(None, observer, spans=spans)
+            return cls(None, observer)
         folder = RunDir.create(run_dir, overwrite=overwrite, config=config)
-        return cls(folder, observer, spans=spans)
+        return cls(folder, observer)
 
     @property
     def path(self) -> Path | None:

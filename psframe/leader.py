@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from psframe.consistency import Policy, Verdict
 from psframe.errors import MessageError
 from psframe.events import (
+    NOBODY,
     Answer,
     Decision,
     End,
@@ -162,7 +163,7 @@ class Leader(Server):
 
     def _other(self, event: ToServer) -> None:
         if isinstance(event, (Log, Spans, Stop)):
-            if self.gone[event.worker]:
+            if event.worker != NOBODY and self.gone[event.worker]:
                 return  # nothing more of it is believed
             if isinstance(event, Log):
                 self._out.append(Logged(event.worker, event.sums))

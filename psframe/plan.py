@@ -77,6 +77,7 @@ class Plan:
     clip_norm: float | None
     score: Score | None = None
     trace: bool = False
+    spans: bool = False
 
     @classmethod
     def check(
@@ -93,6 +94,7 @@ class Plan:
         clip_norm: float | None = None,
         score: Score | None = None,
         trace: bool = False,
+        spans: bool = False,
     ) -> Plan:
         """Check the arguments.
 
@@ -136,6 +138,7 @@ class Plan:
             None if clip_norm is None else float(clip_norm),
             score,
             bool(trace),
+            bool(spans),
         )
 
     @property
@@ -169,6 +172,7 @@ class Plan:
             "clip_norm": self.clip_norm,
             "score": self.score,
             "trace": self.trace,
+            "spans": self.spans,
             **more,
         }
         return {name: _digest(value) for name, value in arguments.items()}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from psframe.client import Worker
 from psframe.errors import MessageError, RankLost, Stopped
 from psframe.events import (
+    NOBODY,
     Answer,
     EpochDone,
     Evaluated,
@@ -21,7 +22,6 @@ from psframe.events import (
     Logged,
     Lost,
     Output,
-    Push,
     PushHandled,
     SpanKind,
     Spans,
@@ -57,6 +57,8 @@ _POLL_S = 0.5
 # compute.
 _GRACE_S = 2.0
 
+# A server's spans in one message.
+_SPANS_EVERY = 64
 # Of an exception's message; some print whole arrays.
 _MESSAGE_CHARS_MAX = 1000
 
@@ -101,7 +103,7 @@ def serve(
     observe: Observer,
     tick: Callable[[], None] | None = None,
     *,
-    spans: bool = False,
+    spans: Callable[[Spans], Any] | None = None,
 ) -> None:
     """Serve until every worker has left and, on every server, all is decided.
 
@@ -110,24 +112,41 @@ def serve(
         port: its end of the transport.
         observe: takes the leader's host events.
         tick: called between events, at least every half second; may raise to end the loop.
-        spans: whether to tell `observe` how long each push took (as `Spans` of worker -1).
+        spans: takes this server's spans, each of one update, some at a time; None for none.
 
     Raises:
         MessageError: a follower's or the leader's message made no sense (a worker's makes that
             worker count as lost).
     """
+    noted: list[tuple[int, float, float]] = []
     while not machine.finished:
         if tick is not None:
             tick()
         event = port.receive(_POLL_S)
         if event is None:
             continue
-        begin = time.monotonic() if spans else 0.0
-        for out in handle(machine, event):
+        outs = handle(machine, event) if spans is None else _measured(machine, event, noted, spans)
+        for out in outs:
             route(out, port, observe)
-        if spans and isinstance(event, Push):
-            end = time.monotonic()
-            observe(Spans(-1, end, [(SpanKind.APPLY, begin, end)]))
+
+
+def _measured(
+    machine: Server,
+    event: ToServer,
+    noted: list[tuple[int, float, float]],
+    spans: Callable[[Spans], Any],
+) -> list[Output]:
+    """As `handle`; notes how long an update took, and tells of some notes at a time."""
+    version, begin = machine.store.version, time.monotonic()
+    outs = handle(machine, event)
+    end = time.monotonic()
+    if machine.store.version != version:
+        noted.append((SpanKind.APPLY, begin, end))
+    # What a follower says last is that it has finished.
+    if len(noted) >= _SPANS_EVERY or (noted and machine.stopped):
+        spans(Spans(NOBODY, end, noted.copy(), machine.index))
+        noted.clear()
+    return outs
 
 
 def handle(machine: Server, event: ToServer) -> list[Output]:
@@ -209,13 +228,14 @@ class Grace:
         return "it had diverged" if self.leader.diverged else "it was interrupted"
 
 
-def serve_first(grace: Grace, port: ServerPort, host: Host) -> None:
+def serve_first(grace: Grace, port: ServerPort, host: Host, *, spans: bool = False) -> None:
     """Serve as server 0; once interrupted, to the end of what the workers are at.
 
     Args:
         grace: of the leader; its `interrupt` says afterwards whether the run was interrupted.
         port: the leader's end of the transport.
         host: takes its events, until an interrupt.
+        spans: whether it wants this server's spans too.
 
     Raises:
         Overdue, MessageError: as `Grace.check` and `serve`.
@@ -232,7 +252,7 @@ def serve_first(grace: Grace, port: ServerPort, host: Host) -> None:
 
     with interrupts.held():
         try:
-            serve(leader, port, host, tick, spans=host.spans)
+            serve(leader, port, host, tick, spans=host if spans else None)
             interrupts.check()
         except KeyboardInterrupt as error:
             grace.interrupt = error

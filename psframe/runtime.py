@@ -69,7 +69,7 @@ def run(
             the run as `worker.stop()` does. It may have a method `tick`, which is called between
             events and at least twice a second, and `opened`, called with the run directory.
         trace: tell the observer of every push (`PushHandled`).
-        spans: tell it when server 0 was at what (`Spans` of worker -1).
+        spans: tell it when servers were at what (`Spans`); workers tell with `worker.span`.
         score: function of an evaluation's sums (`worker.tasks(evaluate=...)`), higher is better;
             the result's parameters are then those of the best evaluation.
         shared_memory: use it between ranks on one node; False sends everything through MPI.
@@ -101,6 +101,7 @@ def run(
             clip_norm=clip_norm,
             score=score,
             trace=trace,
+            spans=spans,
         )
 
     def host(checked: Plan) -> Host:
@@ -118,7 +119,6 @@ def run(
             overwrite=overwrite,
             config=described if config is None else config,
             observer=observer,
-            spans=spans,
         )
 
     launcher = find_launcher()

@@ -108,6 +108,8 @@ class Server(ABC):
         self._awaited: int | None = None  # the least position that a blocked request waits for
         self._out: list[Output] = []
 
+    index = 0  # which server it is
+
     # The requests that this kind of server serves.
     _kinds: tuple[type, ...] = (Push, Pull, Leave)
 

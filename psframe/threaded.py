@@ -107,7 +107,7 @@ class _ThreadRun:
         for thread in self._threads:
             thread.start()
         try:
-            serve_first(grace, self._ports[0], self._host)
+            serve_first(grace, self._ports[0], self._host, spans=self._plan.spans)
         except Overdue as error:
             # Nobody can end a thread; these are daemons, and end with the process.
             _log.warning("%s; they are left behind", error)
@@ -124,7 +124,9 @@ class _ThreadRun:
 
     def _follow(self, server: int) -> None:
         try:
-            serve(self._machines[server], self._ports[server], no_host_event)
+            port = self._ports[server]
+            spans = port.to_leader if self._plan.spans else None
+            serve(self._machines[server], port, no_host_event, spans=spans)
         except BaseException as error:  # a thread has nobody to raise to but those that wait
             self._hub.broken = error
 

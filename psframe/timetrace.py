@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from psframe.events import HostEvent, SpanKind, Spans
+from psframe.events import NOBODY, HostEvent, SpanKind, Spans
 
 __all__ = ["TRACE", "TimeTrace"]
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("psframe")
 class TimeTrace:
     """Gathers what ranks were at, and writes it as `trace.json` at the end.
 
-    One track a rank. A worker's clock is aligned by the message that took the shortest time: its
+    One track a rank. A rank's clock is aligned by the message that took the shortest time: its
     offset to this process's clock is the least (time of arrival - time of sending), which is too
     large by that message's time under way. After 400,000 spans no more are taken, which the file
     says.
@@ -42,21 +42,21 @@ class TimeTrace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.dropped = 0
         self._clock = clock
-        self._worker, self._kind = array("i"), array("B")
+        self._who, self._kind = array("i"), array("B")  # a worker, or -1 - server
         self._begin, self._end = array("d"), array("d")
-        self._offset: dict[int, float] = {-1: 0.0}
+        self._offset: dict[int, float] = {}
 
     def __call__(self, event: HostEvent) -> None:
         """Take one event; only spans concern it."""
         if not isinstance(event, Spans):
             return
-        if event.worker >= 0:
-            offset = self._clock() - event.now_s
-            self._offset[event.worker] = min(offset, self._offset.get(event.worker, offset))
+        who = event.worker if event.worker != NOBODY else -1 - event.server
+        offset = self._clock() - event.now_s
+        self._offset[who] = min(offset, self._offset.get(who, offset))
         room = _SPANS_MAX - len(self._kind)
         self.dropped += max(len(event.spans) - room, 0)
         for kind, begin, end in event.spans[: max(room, 0)]:
-            self._worker.append(event.worker)
+            self._who.append(who)
             self._kind.append(kind)
             self._begin.append(begin)
             self._end.append(end)
@@ -83,11 +83,11 @@ class TimeTrace:
         return file
 
     def _tracks(self, servers: int) -> list[str]:
-        names = {_rank(worker, servers): worker for worker in sorted(self._offset)}
+        names = {_rank(who, servers): who for who in self._offset}
         lines = ['{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "psframe"}}']
-        for rank, worker in names.items():
-            who = "server 0" if worker < 0 else f"worker {worker}"
-            name = json.dumps({"name": f"rank {rank} ({who})"})
+        for rank, who in sorted(names.items()):
+            role = f"server {-1 - who}" if who < 0 else f"worker {who}"
+            name = json.dumps({"name": f"rank {rank} ({role})"})
             lines.append(
                 f'{{"name": "thread_name", "ph": "M", "pid": 0, "tid": {rank}, "args": {name}}}'
             )
@@ -97,15 +97,15 @@ class TimeTrace:
         """Give one line a span; times in microseconds from the first one on."""
         names = [kind.name.lower() for kind in SpanKind]
         offset = {w: 0.0 if 0 <= o < _SAME_CLOCK_S else o for w, o in self._offset.items()}
-        columns = list(zip(self._worker, self._kind, self._begin, self._end, strict=True))
-        start = min((begin + offset[worker] for worker, _, begin, _ in columns), default=0.0)
-        for worker, kind, begin, end in columns:
-            ts = (begin + offset[worker] - start) * 1e6
+        columns = list(zip(self._who, self._kind, self._begin, self._end, strict=True))
+        start = min((begin + offset[who] for who, _, begin, _ in columns), default=0.0)
+        for who, kind, begin, end in columns:
+            ts = (begin + offset[who] - start) * 1e6
             yield (
-                f'{{"name": "{names[kind]}", "ph": "X", "pid": 0, "tid": {_rank(worker, servers)},'
+                f'{{"name": "{names[kind]}", "ph": "X", "pid": 0, "tid": {_rank(who, servers)},'
                 f' "ts": {ts:.3f}, "dur": {(end - begin) * 1e6:.3f}}}'
             )
 
 
-def _rank(worker: int, servers: int) -> int:
-    return 0 if worker < 0 else servers + worker
+def _rank(who: int, servers: int) -> int:
+    return -1 - who if who < 0 else servers + who

@@ -69,3 +69,51 @@ def test_flags_are_flags(flag: tuple[str, str]) -> None:
     of_mpirun = {"--oversubscribe", "--bind-to"}
     settings = {"--" + key.replace("_", "-") for key in vars(Settings())}
     assert name in settings | of_mpirun | {"--help"}
+
+
+# ---- the commands ----
+
+VENV = Path(sys.executable).parent
+COMMANDS = re.findall(r"^    ((?:mpirun|psframe|python -m) .*?)(?:  +#.*)?$", README, re.MULTILINE)
+# A benchmark's own defaults take minutes; the tests of benchmarks measure.
+LESS = {
+    "push-pull": " --bytes 64KiB --rounds 1 --seconds 0.05",
+    "apply": " --params 1000 --rounds 1",
+}
+
+
+def run_command(command: str, folder: Path) -> str:
+    """Run a command of the README's as root may have to, with few epochs."""
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    crowd = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+    }
+    path = f"{VENV}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["bash", "-c", f'psframe() {{ python -m psframe "$@"; }}; {command}'],
+        cwd=folder,
+        env={**root, **crowd, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": "/tmp"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.skipif(not (VENV / "mpirun").exists(), reason="needs an environment with mpirun")
+def test_the_commands_work(tmp_path: Path) -> None:
+    """Those of training first: the others use the run that it leaves."""
+    order = sorted(COMMANDS, key=lambda command: "train" not in command)
+    assert {"train", "report", "evaluate", "predict", "bench"} <= set(
+        re.findall(r"psframe[ .](\w+)", " ".join(order))
+    )
+    for command in order:
+        command = command.replace("RUN_DIR", "runs/r").replace("DATA", "digits")
+        if "train" in command:
+            command += " --epochs 2 --run-dir runs/r --overwrite"
+        for name, more in LESS.items():
+            command += more if name in command else ""
+        assert run_command(command, tmp_path)

@@ -36,10 +36,12 @@ def test_a_track_for_each_rank(tmp_path: Path) -> None:
     trace = TimeTrace(Clock())
     trace(Logged(0, {}))
     trace(Spans(-1, 100.0, [(APPLY, 99.0, 99.5)]))
+    trace(Spans(-1, 100.0, [], 1))
     trace(Spans(1, 100.0, [(COMPUTE, 98.0, 98.25)]))
     names, spans, other = written(trace, tmp_path, servers=2)
     assert [(e["tid"], e["args"]["name"]) for e in names[1:]] == [
         (0, "rank 0 (server 0)"),
+        (1, "rank 1 (server 1)"),
         (3, "rank 3 (worker 1)"),
     ]
     assert spans == [

@@ -116,6 +116,11 @@ PLAIN = [
         TO_LEADER,
         header(18, 0, 0, 1, 0, 0, 0, 0, 2.5, 34, 0) + struct.pack("<BddBdd", 7, 1, 2, 0, 0, 0),
     ),
+    (
+        Spans(-1, 2.5, [(7, 1.0, 2.0)], 2),
+        FROM_FOLLOWER,
+        header(18, 0, 0, 0, 2, 0, 0, 0, 2.5, 17, 0) + struct.pack("<Bdd", 7, 1, 2),
+    ),
     (Stop(4), TO_LEADER, header(6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0)),
     (Leave(4), TO_LEADER, header(7, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0)),
     (
@@ -427,6 +432,8 @@ def test_a_message_on_the_wrong_link_is_refused(link: Link, data: bytes) -> None
     for other in set(Link) - {link}:
         if other is Link.WORKER_TO_FOLLOWER and data[4] in followers:
             assert read(data, LIMITS[other]) == read(data, LIMITS[link])
+        elif data[4] == Kind.SPANS and {link, other} == {TO_LEADER, FROM_FOLLOWER}:
+            refuse(data, LIMITS[other], "expected 0 from a")
         else:
             refuse(data, LIMITS[other], rf"{other.value} has kind {data[4]}, expected")
 

@@ -24,7 +24,7 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
     15 Lost
     16 Finished                                   server
     17 GiveBack
-    18 Spans                                                                                spans
+    18 Spans                                      server                                    spans
 
 `worker` and `seq` are the event's, where it has them; `norm` is Push's, and the clock of Spans;
 `log`, a position in the leader's log, is in Push, Pull, Answer and Lease. A field that a kind

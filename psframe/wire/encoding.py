@@ -186,8 +186,8 @@ def _encode_log(event: Log) -> bytes:
 
 
 def _encode_spans(event: Spans) -> bytes:
-    payload = pack_spans(event)
-    return _message(Kind.SPANS, event.worker, norm=event.now_s, payload=payload)
+    worker, payload = max(event.worker, 0), pack_spans(event)
+    return _message(Kind.SPANS, worker, slot=event.server, norm=event.now_s, payload=payload)
 
 
 def _encode_leave(event: Leave) -> bytes:

@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any
 
 from psframe.events import (
+    NOBODY,
     Decision,
     End,
     Finished,
@@ -37,6 +38,7 @@ from psframe.wire.header import (
     Fields,
     Kind,
     Limits,
+    Link,
     ReadBuffer,
     bad,
     bad_count,
@@ -127,7 +129,14 @@ def _read_log(fields: Fields, payload: memoryview, limits: Limits) -> Log:
 def _read_spans(fields: Fields, payload: memoryview, limits: Limits) -> Spans:
     if not 0 <= fields[9] <= TIME_MAX_S:
         raise bad(fields, "the clock", fields[9], f"0 to {TIME_MAX_S} seconds")
-    return Spans(fields[4], fields[9], read_spans(fields, payload))
+    spans = read_spans(fields, payload)
+    if limits.link is not Link.FOLLOWER_TO_LEADER:
+        if fields[5]:
+            raise bad(fields, "server", fields[5], "0 from a worker")
+        return Spans(fields[4], fields[9], spans)
+    if fields[4]:
+        raise bad(fields, "worker", fields[4], "0 from a server")
+    return Spans(NOBODY, fields[9], spans, _follower(fields, limits))
 
 
 def _read_pin(fields: Fields, payload: memoryview, limits: Limits) -> Pin:
@@ -191,7 +200,7 @@ _RULES: Mapping[int, _Rule] = {
     Kind.GIVE_BACK: _rule(
         lambda fields, payload, limits: GiveBack(fields[4], fields[6]), "worker seq"
     ),
-    Kind.SPANS: _rule(_read_spans, "worker norm payload_bytes"),
+    Kind.SPANS: _rule(_read_spans, "worker slot norm payload_bytes"),
     Kind.REPORT: _rule(_read_report, "worker payload_bytes"),
     Kind.LOG: _rule(_read_log, "worker payload_bytes"),
     Kind.STOP: _rule(lambda fields, payload, limits: Stop(fields[4]), "worker"),

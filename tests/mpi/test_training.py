@@ -112,22 +112,28 @@ def test_blocks_ahead_of_time_are_completed_once(mode: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_timeline_has_a_track_a_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("servers", SERVERS)
+def test_a_timeline_has_a_track_a_rank(tmp_path: Path, servers: int) -> None:
     train, test = blobs()
     trace = TimeTrace()
     trainer = Trainer(
-        Softmax((2,), 3), optimizer=optim.SGD(0.1), epochs=2, observer=trace, spans=True
+        Softmax((2,), 3),
+        optimizer=optim.SGD(0.1),
+        epochs=2,
+        servers=servers,
+        observer=trace,
+        spans=True,
     )
     trainer.fit(train, test)
     if not ROOT:
         return
-    file = trace.write(tmp_path, servers=1)
+    file = trace.write(tmp_path, servers)
     assert file is not None
     events = json.loads(file.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     names = {rank: {e["name"] for e in spans if e["tid"] == rank} for rank in range(SIZE)}
-    assert names[0] == {"apply"}
-    busy = [found for rank, found in names.items() if rank and "compute" in found]
+    assert [names[rank] for rank in range(servers)] == [{"apply"}] * servers
+    busy = [found for rank, found in names.items() if rank >= servers and "compute" in found]
     assert busy, names
     assert all({"compute", "push_pull", "lease"} <= found for found in busy)
     assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in spans)
