@@ -12,7 +12,7 @@ import numpy.typing as npt
 from psframe.devices import Device
 from psframe.errors import Stopped
 from psframe.events import Answer, Failure, Leave, SpanKind, Stop
-from psframe.exchange import Endpoint, Exchange
+from psframe.exchange import Endpoint, Exchange, Progress
 from psframe.layout import Layout
 from psframe.leasing import Leasing
 from psframe.notes import Notes
@@ -23,6 +23,9 @@ from psframe.tasks import Task, task_spec
 from psframe.worker import Request
 
 __all__ = ["Worker"]
+
+# A gradient of more is announced before it is written, and applied in pieces behind the worker.
+_STREAM_BYTES = 512 << 10
 
 
 class Worker:
@@ -54,6 +57,8 @@ class Worker:
         self._snapshots = Snapshots(layout, endpoint.servers, endpoint.snapshot)
         self._slots: list[GradientSlot | None] = [None, None]
         self._staging: list[Mapping[str, Any] | None] = [None, None]
+        streams = layout.size * layout.dtype.itemsize > _STREAM_BYTES
+        self._progress = [endpoint.progress(k) if streams else None for k in (0, 1)]
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"
         self._filling: int | None = None  # the slot that `gradients` gave out
@@ -146,10 +151,7 @@ class Worker:
             Stopped: the run is over.
         """
         self._exchange.check_running()
-        self._wait_for_slot()
-        # Once more, or it would write into a push that servers have still to apply.
-        self._exchange.check_running()
-        index = self._filling = self._protocol.slot
+        index = self._filling = self._free_slot()
         slot = self._slot(index)
         staging = self._staging[index]
         if staging is None:
@@ -252,10 +254,18 @@ class Worker:
 
     # ---- inside --------------------------------------------------------------------------
 
-    def _wait_for_slot(self) -> None:
-        user = self._protocol.slot_user
+    def _free_slot(self) -> int:
+        """Wait for a free gradient slot.
+
+        Raises:
+            Stopped: the run is over; the servers may have still to read what is in the slot.
+        """
+        index = self._protocol.slot
+        user = self._protocol.slot_user(index)
         if user is not None:
             self._exchange.wait(user)
+            self._exchange.check_running()
+        return index
 
     def _pull(self, *, pinned: bool) -> Params:
         self._exchange.check_running()
@@ -278,20 +288,47 @@ class Worker:
         plain = is_plain(self._shapes, self._layout.dtype, grads)
         if not plain:
             self._check_gradients(grads)
-        self._exchange.check_running()
-        versions = self._protocol.versions  # a prefetch that ends now is no reason to tell others
-        if want_params:
-            self._end_prefetch()
-        self._wait_for_slot()
-        self._exchange.check_running()
+        exchange, protocol = self._exchange, self._protocol
+        exchange.check_running()
+        read = protocol.present  # a prefetch that ends now is no reason to tell others
+        if want_params and self._prefetch is not None:
+            self._prefetch.wait()
+            exchange.check_running()
+        index = self._filling
+        if index is None:
+            index = self._free_slot()
         if self._leasing.abandoned is not None:
             self._leasing.give_back()
-        finite, norm = self._fill(grads, plain)
+        slot = self._slot(index)
+        progress = self._progress[index]
         self._filling = None
+        if progress is not None:
+            return self._stream(index, slot, progress, grads, want_params, read)
+        finite, norm = self._fill(index, slot, grads, plain)
+        request, messages = protocol.push(index, finite, norm, want_params, read=read)
+        exchange.send_each(messages)
+        return request
+
+    def _stream(
+        self,
+        index: int,
+        slot: GradientSlot,
+        progress: Progress,
+        grads: Mapping[str, Any] | None,
+        want_params: bool,
+        read: Sequence[Answer],
+    ) -> Request:
+        """Announce a push, and let the server follow while the gradient is written."""
+        progress.open()
         request, messages = self._protocol.push(
-            finite=finite, norm=norm, want_params=want_params, versions=versions
+            index, True, 0.0, want_params, read=read, arriving=True
         )
         self._exchange.send_each(messages)
+        finite, norm = False, 0.0
+        try:
+            finite, norm = self._fill(index, slot, grads, False, progress.advance)
+        finally:  # if it could not be written: it is refused, and nobody waits for it
+            progress.close(finite, norm)
         return request
 
     def _check_gradients(self, grads: Mapping[str, Any] | None) -> None:
@@ -301,18 +338,23 @@ class Worker:
         elif self._filling is None:
             raise ValueError(f"{where}: push(None) sends gradients(), which has not been called")
 
-    def _fill(self, grads: Mapping[str, Any] | None, plain: bool) -> tuple[bool, float]:
-        """Put the gradient into the next push's slot; whether it is finite, and its norm."""
-        index = self._protocol.slot
-        slot = self._slot(index)
+    def _fill(
+        self,
+        index: int,
+        slot: GradientSlot,
+        grads: Mapping[str, Any] | None,
+        plain: bool,
+        advance: Callable[[int], None] | None = None,
+    ) -> tuple[bool, float]:
+        """Put the gradient into a slot; whether it is finite, and its norm."""
         if grads is None:
-            if self._on_host:
-                return self._measure(slot, *slot.judge())  # the arrays given out are the slot
+            if self._on_host:  # the arrays given out are the slot
+                return self._measure(slot, *slot.judge(advance))
             grads = self._staging[index]
             assert grads is not None, "gradients() made it"
         if not self._on_host:
             grads = self._device.gradients(grads)
-        return self._measure(slot, *slot.pack(grads, plain=plain))
+        return self._measure(slot, *slot.pack(grads, plain=plain, advance=advance))
 
     def _measure(self, slot: GradientSlot, finite: bool, norm: float) -> tuple[bool, float]:
         if self._measured is None or not finite:
@@ -337,9 +379,10 @@ class Worker:
         if request.stopped:
             raise Stopped("the run is over")
         self._protocol.take_params(request)
-        arrays = self._snapshots.arrays(request.buffers)
+        answers = request.params
+        arrays = self._snapshots.arrays([answer.buffer for answer in answers])
         if not self._on_host:
             arrays, copied = self._device.params(arrays)
             if copied:
                 self._protocol.drop_params()
-        return Params(arrays, tuple(request.versions), push)
+        return Params(arrays, answers, push)

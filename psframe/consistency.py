@@ -30,6 +30,9 @@ class Verdict(enum.Enum):
     LATE = "late"
 
 
+_TAKE = Verdict.TAKE  # not looked up in the enum for every push
+
+
 class Policy:
     """The asynchronous policy, and the bookkeeping that all policies share.
 
@@ -60,7 +63,7 @@ class Policy:
             worker: whose.
             current: whether it was computed on the current version.
         """
-        return Verdict.TAKE if self.may_start(worker) else Verdict.WAIT
+        return _TAKE
 
     def finish(self, worker: int) -> bool:
         """Count a finished step; True if others may be able to go on for it."""
@@ -105,6 +108,9 @@ class _SSPPolicy(Policy):
 
     def may_follow(self, worker: int) -> bool:
         return self.clocks[worker] + 1 - self._staleness <= self._slowest
+
+    def offer(self, worker: int, *, current: bool = True) -> Verdict:
+        return Verdict.TAKE if self.may_start(worker) else Verdict.WAIT
 
     def finish(self, worker: int) -> bool:
         clock = self.clocks[worker]

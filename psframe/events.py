@@ -24,6 +24,7 @@ __all__ = [
     "NOBODY",
     "NO_BUFFER",
     "Answer",
+    "Arrived",
     "Decision",
     "End",
     "EpochDone",
@@ -159,6 +160,8 @@ class Push:
         want_params: answer with the parameters as well (push_pull).
         release: what the worker no longer uses, as RELEASE_* bits.
         log: the leader's records that a follower handles before it answers with parameters.
+        arriving: the gradient is still on its way, and `finite` and `norm` with it; `Arrived` tells
+            how much of it is there. Only server 0, if it is the only one, can handle such a push.
         receipt: filled in by the server between deciding the push and granting the pull.
     """
 
@@ -171,6 +174,7 @@ class Push:
     want_params: bool
     release: int
     log: int = 0
+    arriving: bool = False
     receipt: Answer | None = None
 
 
@@ -275,6 +279,25 @@ class Lost:
     """The worker is dead, or counts as dead. Nothing more of it will be believed."""
 
     worker: int
+
+
+@dataclass(slots=True)
+class Arrived:
+    """More of the gradient of a push is there that arrives after its message (`Push.arriving`).
+
+    Attributes:
+        worker, slot: whose, and where.
+        end: the elements [0, end) are there, those of the worker's whole gradient.
+        whole: they are all.
+        finite, norm: as in Push, once they are all there.
+    """
+
+    worker: int
+    slot: int
+    end: int
+    whole: bool = False
+    finite: bool = True
+    norm: float = 0.0
 
 
 @dataclass(slots=True)
@@ -388,7 +411,7 @@ class Finished:
     server: int
 
 
-ToServer = FromWorker | Lost | Sent | Record | Withheld | Finished  # Spans of a follower too
+ToServer = FromWorker | Lost | Sent | Arrived | Record | Withheld | Finished  # Spans of followers
 
 # ---- the leader to its host --------------------------------------------------------------
 

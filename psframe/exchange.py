@@ -10,7 +10,20 @@ from psframe.events import Answer, FromWorker, Lease
 from psframe.layout import Array
 from psframe.worker import Request, WorkerProtocol
 
-__all__ = ["Endpoint", "Exchange"]
+__all__ = ["Endpoint", "Exchange", "Progress"]
+
+
+class Progress(Protocol):
+    """What a server is told of a gradient that is still being written into its slot."""
+
+    def open(self) -> None:
+        """Say that nothing of it is there; before its push is sent."""
+
+    def advance(self, end: int) -> None:
+        """Say that the elements [0, end) are there, not yet all."""
+
+    def close(self, finite: bool, norm: float) -> None:
+        """Say that all is there, and what it is: as in `Push`."""
 
 
 class Endpoint(Protocol):
@@ -45,6 +58,9 @@ class Endpoint(Protocol):
 
     def slot(self, index: int) -> Array:
         """The worker's flat gradient slot 0 or 1, of P elements."""
+
+    def progress(self, slot: int) -> Progress | None:
+        """Where to tell how far the gradient of an `arriving` push is; None if none may be."""
 
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's shard in that buffer, or COPIED; valid until it is released."""

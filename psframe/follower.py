@@ -72,6 +72,7 @@ class Follower(Server):
     ) -> None:
         super().__init__(workers, store, policy, memory, clip_norm)
         self.index = index
+        self._may_start = self._may_start_here
         self._verdicts: list[deque[_Pending]] = [deque() for _ in range(workers)]
         self._rounds: deque[_Pending] = deque()  # closed in the leader's order
         self._closed = 0  # rounds, here
@@ -88,7 +89,7 @@ class Follower(Server):
 
     # ---- events --------------------------------------------------------------------------
 
-    def _received(self, event: Queued, *, fenced: bool) -> None:
+    def _received(self, push: Push, *, fenced: bool) -> None:
         """The leader keeps the ledger."""
 
     def _serve(self, event: Queued) -> bool:
@@ -143,14 +144,14 @@ class Follower(Server):
         """Rounds that the leader has closed, as far as this server has heard."""
         return self._closed + len(self._rounds)
 
-    def _may_start(self, worker: int) -> bool:
+    def _may_start_here(self, worker: int) -> bool:
         # The leader may have moved the worker's clock for its own reasons (a lease that it waited
         # for). What it has closed before this pull is applied first, so that the pull brings
         # the same round of every shard; a round that the worker takes part in later is not
         # waited for, because its part may be queued behind this very pull.
         verdicts = self._verdicts[worker]
         before = verdicts[0].round if verdicts else self._decided
-        return self._closed >= before and super()._may_start(worker)
+        return self._closed >= before and self.policy.may_start(worker)
 
     def _undone(self) -> list[_Pending]:
         """List the decisions that have still to be carried out."""

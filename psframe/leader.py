@@ -10,6 +10,7 @@ from psframe.errors import MessageError
 from psframe.events import (
     NOBODY,
     Answer,
+    Arrived,
     Decision,
     End,
     EpochDone,
@@ -43,6 +44,9 @@ from psframe.server import Queued, Server, ServerMemory
 from psframe.store import Store
 
 __all__ = ["Leader", "Score"]
+
+# Not looked up in the enums for every push.
+_NONE, _TAKE = Reason.NONE, Verdict.TAKE
 
 Score = Callable[[Mapping[str, float]], float]
 
@@ -97,6 +101,12 @@ class Leader(Server):
         self.kept_version: int | None = None
         self._book = LeaseBook(workers, policy.live, waves=policy.aggregates)
         self._round: dict[int, Push] = {}
+        # Pushes whose gradients are still arriving, by worker and slot, and which of them is being
+        # applied already.
+        self._arriving: dict[tuple[int, int], Push] = {}
+        self._early: Push | None = None
+        self._restless = policy.aggregates
+        self._log_max = 0
         self._refusals = 0
         self._ended = False
         # Staleness since the last epoch was done: sum and count.
@@ -115,32 +125,26 @@ class Leader(Server):
 
     def handle(self, event: ToServer) -> list[Output]:
         """Take one event and return what follows from it; see `Server.handle`."""
-        return self._number(super().handle(event))
+        out = super().handle(event)
+        return self._number(out) if self._followers else out
 
     def _number(self, out: list[Output]) -> list[Output]:
         """Write into each answer how many records for the followers come before it."""
-        if self._followers:
-            for event in out:
-                if isinstance(event, (Answer, Lease)):
-                    event.log = self.position
-                elif isinstance(event, Record):
-                    self.position += 1
+        for event in out:
+            if isinstance(event, (Answer, Lease)):
+                event.log = self.position
+            elif isinstance(event, Record):
+                self.position += 1
+        self._log_max = self.position
         return out
 
-    def _check(self, event: Queued, queued: int) -> None:
-        if isinstance(event, (Push, Pull)) and event.log > self.position:
-            # A follower would make it wait for what may never be.
-            raise MessageError(
-                f"worker {event.worker} has seen {event.log} records, of {self.position}"
-            )
-        super()._check(event, queued)
-
-    def _received(self, event: Queued, *, fenced: bool) -> None:
-        if isinstance(event, Push):
-            if fenced:
-                self.ledger.count_fenced()
-            else:
-                self.ledger.received += 1
+    def _received(self, push: Push, *, fenced: bool) -> None:
+        if fenced:
+            self.ledger.count_fenced()
+            return
+        self.ledger.received += 1
+        if push.arriving:
+            self._arriving[push.worker, push.slot] = push
 
     def _serve(self, event: Queued) -> bool:
         if isinstance(event, Push):
@@ -171,6 +175,8 @@ class Leader(Server):
                 self._out.append(event)
             else:
                 self._stop()
+        elif isinstance(event, Arrived):
+            self._arrive(event)
         elif isinstance(event, Lost):
             self._lose(event.worker)
         elif isinstance(event, Withheld):
@@ -200,28 +206,58 @@ class Leader(Server):
         self._stop()
         self._settle_all()
         out, self._out = self._out, []
-        return self._number(out)
+        return self._number(out) if self._followers else out
 
     # ---- pushes --------------------------------------------------------------------------
+
+    def _arrive(self, event: Arrived) -> None:
+        """Apply what is there of a gradient; with its last part the push can be served.
+
+        Nobody waits for it: what another worker's push publishes meanwhile makes the part in vain,
+        and it is done again.
+        """
+        worker = event.worker
+        push = self._arriving.get((worker, event.slot))
+        if push is None:
+            return  # the worker is gone
+        inbox = self._inbox[worker]
+        if self._early is None and self._can_begin and inbox and inbox[0] is push:
+            self.store.begin()
+            self._early = push
+        if self._early is push:
+            self.store.extend(self.memory.gradient(worker, push.slot), event.end)
+        if event.whole:
+            del self._arriving[worker, event.slot]
+            push.arriving, push.finite, push.norm = False, event.finite, event.norm
+            self._advance(worker)
+
+    @property
+    def _can_begin(self) -> bool:
+        """Whether a push can be applied in parts: alone, as it is."""
+        return not (self.policy.aggregates or self.stopped) and self._clip_norm is None
 
     def _serve_push(self, push: Push) -> bool:
         worker = push.worker
         if push.receipt is not None:
             return self._serve_wanted(push)
+        if push.arriving:
+            return False
         clock = self.policy.clocks[worker]
         if self.stopped:
             self._round.pop(worker, None)
             self._settle(push, Reason.STOPPED, clock)
             return self._serve_wanted(push)
         verdict = self.policy.offer(worker, current=push.version >= self.store.version)
-        if verdict is Verdict.WAIT:
-            return False
-        if verdict is Verdict.LATE:
+        if verdict is not _TAKE:
+            if verdict is Verdict.WAIT:
+                return False
             self.policy.join(worker)
             self._refuse(push, Reason.LATE, clock)
             return self._serve_wanted(push)
         reason = self._judge(push)
-        if reason is not Reason.NONE:
+        if reason is not _NONE:
+            if self._early is push:
+                self._forget_early()
             self._wake |= self.policy.refuse(worker)
             self._refuse(push, reason, clock)
             return self._serve_wanted(push)
@@ -236,20 +272,25 @@ class Leader(Server):
             return Reason.NON_FINITE
         if not 0 <= push.version <= self.store.version:
             return Reason.BAD_VERSION
-        return Reason.NONE
+        return _NONE
 
     def _apply(self, push: Push, clock: int) -> None:
         worker = push.worker
         staleness = self.store.version - push.version
-        grad = self.memory.gradient(worker, push.slot)
-        if not self.store.update(grad, self._scale(push)):
+        if self._early is push:
+            good = self.store.commit()
+        else:
+            grad = self.memory.gradient(worker, push.slot)
+            good = self.store.update(grad, self._scale(push))
+        self._early = None
+        if not good:
             self._wake |= self.policy.refuse(worker)
             self._refuse(push, Reason.NON_FINITE_UPDATE, clock)
             return
         if self._followers:
             self._out.append(Decision([(worker, push.seq)]))
         self._wake |= self.policy.finish(worker)
-        self._settle(push, Reason.NONE, clock, staleness)
+        self._settle(push, _NONE, clock, staleness)
 
     def _close_round(self, members: list[int]) -> None:
         pushes = [self._round.pop(worker) for worker in members]
@@ -289,7 +330,7 @@ class Leader(Server):
     def _settle(self, push: Push, reason: Reason, clock: int, staleness: int = 0) -> None:
         """Put what became of a push into the ledger and into its receipt."""
         worker = push.worker
-        applied = reason is Reason.NONE
+        applied = reason is _NONE
         version = self.store.version
         self.ledger.count(reason)
         if applied:
@@ -300,7 +341,7 @@ class Leader(Server):
         push.receipt = Answer(worker, push.seq, False, applied, reason, version, staleness)
         if self._trace and reason is not Reason.STOPPED:
             self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
-        if reason is not Reason.STOPPED:
+        if self._book.opened and reason is not Reason.STOPPED:
             self._lease_done(worker)
             if self._book.evaluating:
                 self._report(worker, {})
@@ -397,9 +438,14 @@ class Leader(Server):
         if self._ended:
             return
         self._ended = self.stopped = self._wake = True
+        self._forget_early()
         self._unpin()
         if self._followers:
             self._out.append(End())
+
+    def _forget_early(self) -> None:
+        self.store.abandon()
+        self._early = None
 
     def _depart(self, worker: int) -> None:
         if self._book.give_back(worker):
@@ -418,6 +464,10 @@ class Leader(Server):
         for event in self._inbox[worker]:
             if isinstance(event, Push) and event.receipt is None:
                 self.ledger.count(Reason.LOST)
+        if self._early is not None and self._early.worker == worker:
+            self._forget_early()
+        for key in [key for key in self._arriving if key[0] == worker]:
+            del self._arriving[key]
         self._inbox[worker].clear()
         self._blocked.discard(worker)
         if self._followers:

@@ -82,6 +82,11 @@ class LeaseBook:
         self._wanted: deque[tuple[int, int]] = deque()  # (plan, epoch) to be evaluated
 
     @property
+    def opened(self) -> bool:
+        """Whether anybody has asked for leases."""
+        return bool(self._plans)
+
+    @property
     def evaluating(self) -> bool:
         """Whether a snapshot is pinned for an evaluation."""
         return self._evaluation is not None

@@ -1,7 +1,8 @@
 """Named arrays into a worker's flat gradient slots, and out of the servers' flat snapshots.
 
-A gradient is checked, cast, copied, and judged finite in one pass. Its norm is summed over blocks
-of the whole flat vector, so that it depends on neither the servers nor on who copied it.
+A gradient is checked, cast, copied, and judged finite in one pass, a piece at a time, so that
+a server can follow. Its norm is summed over blocks of the whole flat vector, so that it depends on
+neither the servers nor on who copied it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from psframe.layout import Array, Layout, check_gradient_dtype
 
 __all__ = ["GradientSlot", "Snapshots", "check_gradients", "is_plain"]
 
-# Elements summed and copied at a time: 32 KiB of float32 stay in the first cache, and BLAS does
-# not start threads for so few (so that the sum's bits do not depend on their number).
-#
-# Squares are summed by vdot: where they overflow, dot and matmul warn, and vdot does not.
+# Elements summed at a time: 32 KiB of float32 stay in the first cache, and BLAS does not start
+# threads for so few (so that the sum's bits do not depend on their number).
 _BLOCK = 8192
+# Elements copied at a time, 256 KiB of float32: they stay in the second cache until they are
+# summed and, on the other side, applied. (Larger copies into memory that another core has just
+# read were ten times slower at times.)
+_PIECE = 8 * _BLOCK
 
 _Shape = tuple[int, ...]
+
+
+def _quietly() -> np.errstate:
+    """Squares that overflow are judged afterwards, and so is what a cast makes infinite."""
+    return np.errstate(over="ignore", under="ignore", invalid="ignore")
 
 
 def is_plain(shapes: Sequence[tuple[str, _Shape]], dtype: np.dtype[Any], grads: object) -> bool:
@@ -95,31 +103,45 @@ class GradientSlot:
         self._flat = flat
         self._places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
 
-    def pack(self, grads: Mapping[str, Any], *, plain: bool = False) -> tuple[bool, float]:
+    def pack(
+        self,
+        grads: Mapping[str, Any],
+        *,
+        plain: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> tuple[bool, float]:
         """Copy a checked gradient into the slot.
 
         Args:
             grads: names to arrays on the host; only read.
             plain: whether `is_plain` says so of it.
+            advance: called, some elements at a time, with how many are there from the start.
 
         Returns:
             As `judge`, of what the slot holds now (so after a cast).
         """
         flat = self._flat
-        if plain and flat.size <= _BLOCK:
+        if plain and flat.size <= _PIECE:
             for name, target in self.arrays.items():
                 target[...] = grads[name]
-            total = float(np.vdot(flat, flat))
-            return (True, math.sqrt(total)) if total < math.inf else self._look_again()
-        return self._pack_in_blocks(grads)
+            return self._verdict(_sum_of_blocks(flat))
+        with _quietly():
+            return self._pack_in_pieces(grads, _Sum(flat, advance))
 
-    def judge(self) -> tuple[bool, float]:
+    def judge(self, advance: Callable[[int], None] | None = None) -> tuple[bool, float]:
         """Say whether all elements in the slot are finite, and their Euclidean norm.
 
         The norm of float32 elements below 1e-19 (float64: 1e-154) is rough, their squares being
         subnormal; it is never too large.
+
+        Args:
+            advance: as for `pack`.
         """
-        return self._verdict(*self._sum(0, 0.0, self._flat.size))
+        flat = self._flat
+        if flat.size <= _PIECE:
+            return self._verdict(_sum_of_blocks(flat))
+        with _quietly():
+            return self._verdict(_Sum(flat, advance).all())
 
     def norm(self, runs: Sequence[tuple[int, int]]) -> float:
         """Compute the Euclidean norm of some runs [begin, end) of the slot, which is finite."""
@@ -127,39 +149,28 @@ class GradientSlot:
         with np.errstate(over="ignore"):
             return math.sqrt(sum(float(np.vdot(part, part)) for part in parts))
 
-    def _pack_in_blocks(self, grads: Mapping[str, Any]) -> tuple[bool, float]:
+    def _pack_in_pieces(self, grads: Mapping[str, Any], summed: _Sum) -> tuple[bool, float]:
         flat = self._flat
-        summed, total = 0, 0.0  # elements that are in `total` already: a multiple of _BLOCK
         for name, offset, size in self._places:
             source = grads[name]
-            plain = type(source) is np.ndarray and source.dtype == flat.dtype
-            if plain and size > _BLOCK and source.flags.c_contiguous:
+            if (
+                size > _PIECE
+                and type(source) is np.ndarray
+                and source.dtype == flat.dtype
+                and source.flags.c_contiguous
+            ):
                 elements = source.reshape(-1)
-                for begin in range(0, size, _BLOCK):
-                    block = elements[begin : begin + _BLOCK]
-                    end = offset + begin + block.size
-                    flat[offset + begin : end] = block
-                    summed, total = self._sum(summed, total, end)
-            elif plain:
-                self.arrays[name][...] = source
+                for begin in range(0, size, _PIECE):
+                    piece = elements[begin : begin + _PIECE]
+                    end = offset + begin + piece.size
+                    flat[end - piece.size : end] = piece
+                    summed.extend(end)
             else:
-                with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # judged below
-                    self.arrays[name][...] = source
-            summed, total = self._sum(summed, total, offset + size)
-        return self._verdict(summed, total)
+                self.arrays[name][...] = source
+                summed.extend(offset + size)
+        return self._verdict(summed.all())
 
-    def _sum(self, summed: int, total: float, end: int) -> tuple[int, float]:
-        """Add the squares of the whole blocks in [summed, end) to the total."""
-        flat = self._flat
-        while end - summed >= _BLOCK:
-            block = flat[summed : summed + _BLOCK]
-            total += float(np.vdot(block, block))
-            summed += _BLOCK
-        return summed, total
-
-    def _verdict(self, summed: int, total: float) -> tuple[bool, float]:
-        rest = self._flat[summed:]
-        total += float(np.vdot(rest, rest))
+    def _verdict(self, total: float) -> tuple[bool, float]:
         return (True, math.sqrt(total)) if total < math.inf else self._look_again()
 
     def _look_again(self) -> tuple[bool, float]:
@@ -171,6 +182,50 @@ class GradientSlot:
         with np.errstate(under="ignore"):
             parts = np.square(flat / flat.dtype.type(largest))
         return True, largest * math.sqrt(float(parts.sum()))
+
+
+def _sum_of_blocks(flat: Array) -> float:
+    """Sum the squares of few blocks; vdot does not warn where dot and matmul do."""
+    if flat.size <= _BLOCK:
+        return float(np.vdot(flat, flat))
+    total = 0.0
+    for begin in range(0, flat.size, _BLOCK):
+        block = flat[begin : begin + _BLOCK]
+        total += float(np.vdot(block, block))
+    return total
+
+
+class _Sum:
+    """The sum of the squares of a flat vector, in blocks from its start, while it is written.
+
+    Args:
+        flat: the vector.
+        advance: called with how many elements have been written and summed, some at a time.
+    """
+
+    def __init__(self, flat: Array, advance: Callable[[int], None] | None) -> None:
+        self._flat = flat
+        self._advance = advance
+        self._done, self._total = 0, 0.0  # elements in the total: a multiple of _BLOCK
+
+    def extend(self, end: int) -> None:
+        """Take what has been written up to `end`, a piece at least at a time."""
+        while end - self._done >= _PIECE:
+            self._take(self._done + _PIECE)
+
+    def all(self) -> float:
+        """Take the rest and give the sum; infinite or NaN if it is not finite."""
+        flat = self._flat
+        self.extend(flat.size)
+        return self._total + _sum_of_blocks(flat[self._done :])
+
+    def _take(self, end: int) -> None:
+        blocks = self._flat[self._done : end].reshape(-1, _BLOCK)
+        for square in np.matmul(blocks[:, None, :], blocks[:, :, None]).ravel().tolist():
+            self._total += square
+        self._done = end
+        if self._advance is not None and end < self._flat.size:
+            self._advance(end)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,25 +39,26 @@ class Params(Mapping[str, Any]):
     """The parameters of one pull: names to arrays on the worker's device, not to be written.
 
     Valid until this worker's next pull or push_pull (with `pull_async`: until its `wait`).
-
-    Attributes:
-        version: updates that server 0's shard had seen.
-        versions: the same, of every shard; each shard is one consistent version.
     """
 
-    __slots__ = ("_arrays", "_push", "versions")
+    __slots__ = ("_answers", "_arrays", "_push")
 
     def __init__(
-        self, arrays: Mapping[str, Any], versions: tuple[int, ...], push: Answer | None
+        self, arrays: Mapping[str, Any], answers: Sequence[Answer], push: Answer | None
     ) -> None:
         self._arrays = arrays  # shared with other pulls of the same buffer: never given out
+        self._answers = answers
         self._push = push
-        self.versions = versions
 
     @property
     def version(self) -> int:
-        """Server 0's version."""
-        return self.versions[0]
+        """Updates that server 0's shard had seen."""
+        return self._answers[0].version
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The same, of every shard; each shard is one consistent version."""
+        return tuple([answer.version for answer in self._answers])
 
     @property
     def receipt(self) -> Receipt | None:

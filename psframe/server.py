@@ -7,6 +7,7 @@ threads, the simulator) calls `handle` with each event and delivers what it retu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ class Server(ABC):
         self.workers = workers
         self.store = store
         self.policy = policy
+        self._may_start: Callable[[int], bool] = policy.may_start  # with the next step
         self.memory = memory
         self._clip_norm = clip_norm
         self.stopped = False
@@ -96,7 +98,8 @@ class Server(ABC):
         self._leaving = [False] * workers  # a leave has arrived, and is the last request
         self._inbox: list[deque[Queued]] = [deque() for _ in range(workers)]
         self._blocked: set[int] = set()  # workers whose first request must wait
-        self._wake = False  # whether some of them may be able to go on
+        self._wake = False  # whether some of them may be able to go on, or all have gone
+        self._restless = True  # whether any event may have such consequences
         self._last_seq = [-1] * workers
         self._hold = [NO_BUFFER] * workers
         self._landed = [False] * workers
@@ -105,6 +108,7 @@ class Server(ABC):
         self.kept: Array | None = None
         # The leader's records: how many it has made, or this follower has handled.
         self.position = 0
+        self._log_max: float = math.inf  # that a worker can have seen
         self._awaited: int | None = None  # the least position that a blocked request waits for
         self._out: list[Output] = []
 
@@ -140,7 +144,8 @@ class Server(ABC):
             self._release(event.worker, RELEASE_HOLD)
         else:
             self._other(event)
-        self._settle_all()
+        if self._wake or self._restless:
+            self._settle_all()
         out, self._out = self._out, []
         return out
 
@@ -155,24 +160,28 @@ class Server(ABC):
         """Handle an event that does not queue."""
 
     @abstractmethod
-    def _received(self, event: Queued, *, fenced: bool) -> None:
-        """Note that a request has arrived; fenced if its worker has left or is lost."""
+    def _received(self, push: Push, *, fenced: bool) -> None:
+        """Note that a push has arrived; fenced if its worker has left or is lost."""
 
     # ---- queues --------------------------------------------------------------------------
 
     def _queue(self, event: Queued) -> None:
         worker = event.worker
         if self.gone[worker]:
-            self._received(event, fenced=True)
+            if isinstance(event, Push):
+                self._received(event, fenced=True)
             self._dismiss(worker)
             return
         inbox = self._inbox[worker]
         self._check(event, len(inbox))
-        if isinstance(event, (Push, Pull)) and event.release:
-            # Released on arrival, not on handling: a waiting pull holds nothing up.
-            self._release(worker, event.release)
-        self._leaving[worker] = isinstance(event, Leave)
-        self._received(event, fenced=False)
+        if isinstance(event, (Push, Pull)):
+            if event.release:
+                # Released on arrival, not on handling: a waiting pull holds nothing up.
+                self._release(worker, event.release)
+            if isinstance(event, Push):
+                self._received(event, fenced=False)
+        else:
+            self._leaving[worker] = isinstance(event, Leave)
         if inbox:
             inbox.append(event)
         elif not self._serve(event):
@@ -188,18 +197,25 @@ class Server(ABC):
         if queued >= _QUEUE_MAX:
             raise MessageError(f"worker {worker} has more than {_QUEUE_MAX} requests under way")
         if isinstance(event, (Push, Pull)):
-            has = (self._hold[worker] != NO_BUFFER) * RELEASE_HOLD
-            has |= self._landed[worker] * RELEASE_COPY
-            if event.release & ~has:
+            if event.log > self._log_max:
+                # A follower would make it wait for what may never be.
+                raise MessageError(
+                    f"worker {worker} has seen {event.log} records, of {self._log_max}"
+                )
+            release = event.release
+            if (release & RELEASE_HOLD and self._hold[worker] == NO_BUFFER) or (
+                release & RELEASE_COPY and not self._landed[worker]
+            ):
                 raise MessageError(f"worker {worker} releases what it does not hold")
             if isinstance(event, Push) and not 0 <= event.slot < _SLOTS:
                 raise MessageError(f"push from worker {worker}: slot {event.slot} is not 0 or 1")
-        if isinstance(event, (Push, Pull, LeaseRequest)):
-            if event.seq <= self._last_seq[worker]:
-                raise MessageError(
-                    f"worker {worker} sent request {event.seq} after {self._last_seq[worker]}"
-                )
-            self._last_seq[worker] = event.seq
+        elif not isinstance(event, LeaseRequest):
+            return
+        if event.seq <= self._last_seq[worker]:
+            raise MessageError(
+                f"worker {worker} sent request {event.seq} after {self._last_seq[worker]}"
+            )
+        self._last_seq[worker] = event.seq
 
     def _settle_all(self) -> None:
         while self._wake:
@@ -253,7 +269,7 @@ class Server(ABC):
         worker = answer.worker
         if pinned and self._pinned == NO_BUFFER:
             return False
-        if not pinned and not self._may_start(worker):
+        if not (pinned or self._may_start(worker)):
             return False
         answer.version = self._pinned_version if pinned else self.store.version
         if self._hold[worker] == NO_BUFFER:
@@ -272,9 +288,6 @@ class Server(ABC):
             return False  # both are in use: it releases one first
         self._out.append(answer)
         return True
-
-    def _may_start(self, worker: int) -> bool:
-        return self.policy.may_start(worker)
 
     def _release(self, worker: int, release: int) -> None:
         if release & RELEASE_COPY:
@@ -312,7 +325,8 @@ class Server(ABC):
         self.gone[worker] = True
         self._n_gone += 1
         self._release(worker, RELEASE_HOLD | RELEASE_COPY)
-        self._wake |= self.policy.leave(worker)
+        self.policy.leave(worker)
+        self._wake = True
 
     def _dismiss(self, worker: int) -> None:
         """Tell a worker that counts as lost to end."""

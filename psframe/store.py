@@ -62,6 +62,15 @@ class UpdateRule(Protocol):
         """Write the parameters after update `step` to `out`; False, and nothing else has
         changed, if a result is not finite."""
 
+    def begin(self, step: int, params: Array, scale: float = 1.0) -> None:
+        """Begin an update that is made in parts; one that was begun before is forgotten."""
+
+    def extend(self, params: Array, grad: Array, out: Array, begin: int, end: int) -> bool:
+        """Write [begin, end) of it to `out`; False if a result is not finite."""
+
+    def finish(self) -> None:
+        """Make the parts, which cover the shard and are all finite, the rule's new state."""
+
 
 class Store:
     """The snapshots of one shard and the only way to change them.
@@ -88,6 +97,10 @@ class Store:
         self._n_held = 0  # distinct buffers that are held
         self._free = list(range(1, len(buffers)))  # a heap: neither held nor current
         self._mean: Array | None = None
+        # The target of an update that is being made in parts, how far it is, and whether all of
+        # that is finite. It is neither held nor current nor free, and never seen unless published.
+        self._early: int | None = None
+        self._done, self._finite = 0, True
         self.current = 0
         self.version = 0
         buffers[0][:] = initial
@@ -142,19 +155,60 @@ class Store:
         Returns:
             False if a result is not finite: then nothing has been published or changed.
         """
-        assert self._free, "every buffer is held: two must stay free for updates"
-        target = heapq.heappop(self._free)
-        buffers = self._buffers
-        if not self._rule.update(self.version, buffers[self.current], grad, buffers[target], scale):
-            heapq.heappush(self._free, target)
+        if self._early is not None:
+            self.abandon()
+        free, buffers, current = self._free, self._buffers, self.current
+        assert free, "every buffer is held: two must stay free for updates"
+        target = heapq.heappop(free)
+        if not self._rule.update(self.version, buffers[current], grad, buffers[target], scale):
+            heapq.heappush(free, target)
             return False
+        self._publish(target)
+        return True
+
+    def _publish(self, target: int) -> None:
         if not self._holds[self.current]:
             heapq.heappush(self._free, self.current)
-        # Reserving the target and publishing it are one transition: no hold is taken or
-        # released in between.
         self.current = target
         self.version += 1
+
+    # ---- an update whose gradient is still arriving ----------------------------------------
+
+    def begin(self) -> None:
+        """Begin the next update in parts, beside the current snapshot; one begun is abandoned."""
+        self.abandon()
+        self._rule.begin(self.version, self.params)
+        self._early = heapq.heappop(self._free)
+        self._done, self._finite = 0, True
+
+    def extend(self, grad: Array, end: int) -> None:
+        """Apply [.., end) of the gradient, from where the last part ended."""
+        assert self._early is not None, "no update has begun"
+        if self._finite and end > self._done:
+            target = self._buffers[self._early]
+            self._finite = self._rule.extend(self.params, grad, target, self._done, end)
+        self._done = end
+
+    def commit(self) -> bool:
+        """Publish the update made in parts, now whole; as `update`."""
+        target = self._early
+        assert target is not None, "no update has begun"
+        assert self._done == len(self.params), "a part is missing"
+        if not self._finite:
+            self.abandon()
+            return False
+        self._early = None
+        self._rule.finish()
+        self._publish(target)
         return True
+
+    def abandon(self) -> None:
+        """Forget the update made in parts, if there is one; nothing of it has happened."""
+        if self._early is not None:
+            heapq.heappush(self._free, self._early)
+            self._early = None
+
+    # ---- rounds ------------------------------------------------------------------------------
 
     def update_mean(self, grads: Sequence[Array], scales: Sequence[float]) -> bool:
         """Apply the mean of some gradients, summed in the order given; as `update`."""

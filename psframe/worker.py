@@ -8,13 +8,11 @@ are in `client.py` and `exchange.py`; they send what this returns and feed it wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from psframe.errors import MessageError
 from psframe.events import (
     ALL_REQUESTS,
     COPIED,
-    NO_BUFFER,
     RELEASE_COPY,
     RELEASE_HOLD,
     RELEASE_NONE,
@@ -30,28 +28,27 @@ from psframe.events import (
 __all__ = ["Request", "WorkerProtocol"]
 
 
-@dataclass(slots=True)
 class Request:
     """One request, to one server or to all, until every one of them has answered.
 
     Attributes:
         seq: its number.
         waiting: servers that have still to answer.
-        stopped: whether some server answered that the run is over.
-        receipt: server 0's answer to the push in it.
-        buffers, versions: by server, where the parameters are and which version they have.
-        lease: the block, for a lease request.
         wants_params: whether it asked for the parameters.
+        stopped: whether some server answered that the run is over.
+        answers: by server; None where it is not asked, or has not answered.
+        lease: the block, for a lease request.
     """
 
-    seq: int
-    waiting: int
-    wants_params: bool = False
-    stopped: bool = False
-    receipt: Answer | None = None
-    lease: Lease | None = None
-    buffers: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    __slots__ = ("answers", "lease", "seq", "stopped", "waiting", "wants_params")
+
+    def __init__(self, seq: int, waiting: int, wants_params: bool) -> None:
+        self.seq = seq
+        self.waiting = waiting
+        self.wants_params = wants_params
+        self.stopped = False
+        self.answers: list[Answer | None] = [None] * waiting
+        self.lease: Lease | None = None
 
     @property
     def done(self) -> bool:
@@ -59,9 +56,21 @@ class Request:
         return not self.waiting
 
     @property
+    def receipt(self) -> Answer | None:
+        """Server 0's answer to the push in it."""
+        return self.answers[0]
+
+    @property
     def has_params(self) -> bool:
         """Whether it brought the parameters."""
         return self.wants_params and not self.waiting and not self.stopped
+
+    @property
+    def params(self) -> list[Answer]:
+        """By server, the answer that says where the parameters are and which version they have."""
+        assert self.wants_params, "it asked for none"
+        assert not (self.waiting or self.stopped), "it brought none"
+        return self.answers  # type: ignore[return-value]  # each has answered
 
 
 class WorkerProtocol:
@@ -73,14 +82,12 @@ class WorkerProtocol:
         in_place: by server, whether its snapshots are read in place and so held.
 
     Attributes:
-        versions: by server, the version of the parameters that the worker has now.
         stopped: whether the run is known to be over.
     """
 
     def __init__(self, index: int, servers: int, in_place: Sequence[bool]) -> None:
         self.index = index
         self.servers = servers
-        self.versions = [0] * servers
         self.stopped = False
         self._in_place = list(in_place)
         self._ended = False  # a server has ended every request
@@ -88,11 +95,10 @@ class WorkerProtocol:
         self._seq = 0
         self._requests: dict[int, Request] = {}
         self._slots: list[Request | None] = [None, None]
-        self._next_slot = 0
-        # By server: what the worker's present parameters lie in, and what it no longer uses
-        # and has still to say so.
-        self._using = [NO_BUFFER] * servers
-        self._has_params = False
+        # The answers that brought the present or, if `_using` is false, the last parameters.
+        self._present = [Answer(index, 0) for _ in range(servers)]
+        self._using = False
+        # By server, what the worker no longer uses and has still to say so.
         self._releases = [RELEASE_NONE] * servers
 
     @property
@@ -101,49 +107,69 @@ class WorkerProtocol:
         return len(self._requests)
 
     @property
-    def slot(self) -> int:
-        """The gradient slot that the next push uses."""
-        return self._next_slot
+    def present(self) -> Sequence[Answer]:
+        """By server, the answer that brought the last parameters; of version 0 before any."""
+        return self._present
 
     @property
-    def slot_user(self) -> Request | None:
-        """The unanswered push that still uses the next push's slot; None if it is free."""
-        user = self._slots[self._next_slot]
+    def slot(self) -> int:
+        """The first gradient slot that is free or, if none is, the one that will be first.
+
+        One that takes its pushes in turn touches the memory of one slot alone.
+        """
+        first, second = self._slots
+        if first is None or not first.waiting:
+            return 0
+        if second is None or not second.waiting:
+            return 1
+        return 0 if first.seq < second.seq else 1
+
+    def slot_user(self, slot: int) -> Request | None:
+        """Give the unanswered push that still uses a slot; None if it is free."""
+        user = self._slots[slot]
         return user if user is not None and user.waiting else None
 
     def push(
         self,
-        *,
+        slot: int,
         finite: bool,
         norm: float,
         want_params: bool,
-        versions: Sequence[int] | None = None,
+        *,
+        read: Sequence[Answer] | None = None,
+        arriving: bool = False,
     ) -> tuple[Request, list[Push]]:
-        """Make a push of the gradient in `slot`; its parameters, if wanted, end the present ones.
+        """Make a push; the parameters that it brings, if wanted, end the present ones.
 
         Args:
+            slot: where the gradient is, or will be; free.
             finite: whether all of the gradient is.
             norm: its Euclidean norm.
             want_params: whether the answer is to bring the parameters.
-            versions: by server, what it was computed on; the present versions if None.
+            read: by server, what brought the parameters that the gradient was computed on; the
+                present ones if None.
+            arriving: the gradient is still to be written, and its `finite` and `norm` to be told.
 
         Returns:
             The request, and the message to each server.
         """
-        assert self.slot_user is None, "the slot is in use"
-        request = self._request(self.servers, want_params)
-        slot = self._next_slot
-        self._slots[slot] = request
-        self._next_slot = 1 - slot
-        if want_params:
+        user = self._slots[slot]
+        assert user is None or not user.waiting, "the slot is in use"
+        request = self._slots[slot] = self._request(self.servers, want_params)
+        if read is None:
+            read = self._present
+        if want_params and self._using:
             self.drop_params()
-        read = self.versions if versions is None else versions
-        releases, self._releases = self._releases, [RELEASE_NONE] * self.servers
+        releases = self._releases
         index, seq, log = self.index, request.seq, self._log
-        return request, [
-            Push(index, seq, slot, version, finite, norm, want_params, release, log)
-            for version, release in zip(read, releases, strict=True)
-        ]
+        messages = []
+        for s, release in enumerate(releases):
+            version = read[s].version
+            messages.append(
+                Push(index, seq, slot, version, finite, norm, want_params, release, log, arriving)
+            )
+            releases[s] = RELEASE_NONE
+        return request, messages
 
     def pull(self, *, pinned: bool = False) -> tuple[Request, list[Pull]]:
         """Make a pull. Call `drop_params` before if the present parameters end with it."""
@@ -163,21 +189,19 @@ class WorkerProtocol:
 
     def drop_params(self) -> None:
         """Use the present parameters no longer; the next push or pull says so to the servers."""
-        if not self._has_params:
+        if not self._using:
             return
-        self._has_params = False
-        for server, buffer in enumerate(self._using):
+        self._using = False
+        for server, answer in enumerate(self._present):
             if self._in_place[server]:
-                self._releases[server] |= RELEASE_COPY if buffer == COPIED else RELEASE_HOLD
+                self._releases[server] |= RELEASE_COPY if answer.buffer == COPIED else RELEASE_HOLD
 
     def take_params(self, request: Request) -> None:
         """Make the parameters of an answered request the present ones."""
-        assert request.has_params, "the request brought no parameters"
-        if self._has_params:
+        if self._using:
             self.drop_params()
-        self._using = request.buffers  # answered: nobody writes to it any more
-        self.versions = request.versions
-        self._has_params = True
+        self._present = request.params
+        self._using = True
 
     def receive(self, server: int, answer: Answer | Lease) -> None:
         """Take a server's answer.
@@ -197,18 +221,15 @@ class WorkerProtocol:
             if self._ended:
                 return  # another server had answered before it heard of the end
             raise MessageError(f"worker {self.index} got an answer to no request: {answer.seq}")
-        request.waiting -= 1
-        if isinstance(answer, Lease):
-            request.lease = answer
-            request.stopped |= answer.kind is LeaseKind.STOPPED
+        if isinstance(answer, Answer):
+            request.answers[server] = answer
+            stopped = answer.stopped
         else:
-            request.stopped |= answer.stopped
-            request.buffers[server] = answer.buffer
-            request.versions[server] = answer.version
-            if server == 0:
-                request.receipt = answer
-        if request.stopped:
-            self.stopped = True
+            request.lease = answer
+            stopped = answer.kind is LeaseKind.STOPPED
+        if stopped:
+            request.stopped = self.stopped = True
+        request.waiting -= 1
         if not request.waiting:
             del self._requests[request.seq]
 
@@ -220,11 +241,9 @@ class WorkerProtocol:
         self._requests.clear()
 
     def _request(self, waiting: int, wants_params: bool) -> Request:
-        seq, servers = self._seq, self.servers
+        seq = self._seq
         self._seq = seq + 1
-        request = self._requests[seq] = Request(
-            seq, waiting, wants_params, False, None, None, [NO_BUFFER] * servers, [0] * servers
-        )
+        request = self._requests[seq] = Request(seq, waiting, wants_params)
         return request
 
     def _take_release(self, server: int) -> int:

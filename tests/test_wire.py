@@ -61,7 +61,7 @@ WORKERS, SERVERS, SHARD_BYTES = 5, 3, 24
 LIMITS = {link: Limits(link, WORKERS, SERVERS, SHARD_BYTES, SHARD_BYTES) for link in Link}
 TO_LEADER, TO_WORKER = Link.WORKER_TO_LEADER, Link.SERVER_TO_WORKER
 TO_FOLLOWER, FROM_FOLLOWER = Link.LEADER_TO_FOLLOWER, Link.FOLLOWER_TO_LEADER
-IN_PLACE, INLINE, RANGE = Delivery
+IN_PLACE, INLINE, RANGE, STREAMED = Delivery
 
 
 def header(*fields) -> bytes:
@@ -340,8 +340,10 @@ def test_every_event_comes_back(link: Link, data) -> None:
     event = data.draw(EVENTS[link])
     deliveries = [IN_PLACE]
     if isinstance(event, Push) or (isinstance(event, Answer) and event.buffer >= 0):
-        deliveries = list(Delivery)
+        deliveries = [IN_PLACE, INLINE, RANGE, *[STREAMED] * isinstance(event, Push)]
     for delivery in deliveries:
+        if isinstance(event, Push):
+            event.arriving = delivery is STREAMED
         message = encoded(event, delivery, SHARD_BYTES)
         again, got, n_payload = read(message, LIMITS[link])
         assert type(again) is type(event)
@@ -463,7 +465,8 @@ STOP = [6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0, 0]
         (PUSH, {REASON: 1}, "reason"),
         (PUSH, {STALENESS: 1}, "staleness"),
         (PUSH, {FLAGS: 28}, "flags is 0x1c, expected no bits but 0xf"),
-        (PUSH, {FLAGS: 15}, r"delivery is 3, expected 0 \(IN_PLACE\) or 1"),
+        (PUSH, {FLAGS: 15}, "payload_bytes is 0, expected 24"),
+        (ANSWER, {FLAGS: 11, PAYLOAD: 24}, "delivery is 3, expected no STREAMED"),
         (PUSH, {PAYLOAD: 24}, "payload_bytes is 24, expected 0"),
         (PUSH, {FLAGS: 14, PAYLOAD: 23}, "payload_bytes is 23, expected 24"),
         (PUSH, {FLAGS: 13, PAYLOAD: 24}, r"length is 72, expected 72 \+ 24"),
@@ -604,7 +607,10 @@ def test_an_array_arrives_only_as_the_link_allows(legal: Delivery) -> None:
         )
         for delivery in Delivery:
             message = encoded(event, delivery, SHARD_BYTES)
-            if delivery is legal:
+            push.arriving = delivery is STREAMED
+            if delivery is STREAMED and event is answer:
+                refuse(message, limits, "delivery is 3, expected")
+            elif delivery is legal:
                 assert read(message, limits) == (event, legal, SHARD_BYTES if legal else 0)
             else:
                 refuse(message, limits, f"delivery is {int(delivery)}, expected {int(legal)}")

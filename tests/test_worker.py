@@ -27,7 +27,12 @@ SPEC = TaskSpec(4, 2, 1, False)
 
 
 def push(protocol: WorkerProtocol, *, want: bool = False) -> tuple[Request, list[Any]]:
-    return protocol.push(finite=True, norm=1.0, want_params=want)
+    return protocol.push(protocol.slot, True, 1.0, want)
+
+
+def user(protocol: WorkerProtocol) -> Request | None:
+    """Who uses the slot of the next push."""
+    return protocol.slot_user(protocol.slot)
 
 
 def answer(request: Request, buffer: int = NO_BUFFER, **what: Any) -> Answer:
@@ -43,7 +48,7 @@ def test_a_short_story() -> None:
     protocol.receive(0, answer(request, 3, version=7))
     assert request.has_params
     protocol.take_params(request)
-    assert protocol.versions == [7, 8]
+    assert [present.version for present in protocol.present] == [7, 8]
     request, messages = push(protocol, want=True)
     assert [m.version for m in messages] == [7, 8]
     assert [m.release for m in messages] == [RELEASE_HOLD] * 2
@@ -62,21 +67,24 @@ def test_a_short_story() -> None:
     assert protocol.outstanding == 3
 
 
-def test_two_slots_take_turns() -> None:
+def test_the_first_free_slot_is_taken_or_the_one_that_will_be() -> None:
     protocol = WorkerProtocol(0, 1, [True])
     first, messages = push(protocol)
     assert messages[0].slot == 0
-    assert protocol.slot_user is None
+    assert user(protocol) is None
     second, messages = push(protocol)
     assert messages[0].slot == 1
-    assert protocol.slot_user is first
+    assert user(protocol) is first
     with pytest.raises(AssertionError, match="in use"):
         push(protocol)
-    protocol.receive(0, answer(second))
-    assert protocol.slot_user is first
     protocol.receive(0, answer(first))
-    assert protocol.slot_user is None
-    assert push(protocol)[1][0].slot == 0
+    assert user(protocol) is None
+    third, messages = push(protocol)
+    assert messages[0].slot == 0
+    assert user(protocol) is second, "older than the third, in the other slot"
+    protocol.receive(0, answer(second))
+    protocol.receive(0, answer(third))
+    assert push(protocol)[1][0].slot == 0, "who takes turns needs one slot alone"
 
 
 def test_a_slot_is_free_when_all_servers_have_answered() -> None:
@@ -84,9 +92,9 @@ def test_a_slot_is_free_when_all_servers_have_answered() -> None:
     first, _ = push(protocol)
     push(protocol)
     protocol.receive(0, answer(first))
-    assert protocol.slot_user is first
+    assert user(protocol) is first
     protocol.receive(1, answer(first))
-    assert protocol.slot_user is None
+    assert user(protocol) is None
 
 
 def test_a_prefetch_keeps_the_present_version_until_it_is_taken() -> None:
@@ -147,7 +155,7 @@ def test_the_fenced_are_told_of_all_requests_at_once() -> None:
     # What the other server had answered before it heard of the end comes later, and again.
     protocol.receive(1, answer(requests[1], 0))
     protocol.receive(1, Answer(0, ALL_REQUESTS, stopped=True, reason=Reason.LOST))
-    assert requests[1].buffers == [NO_BUFFER] * 2
+    assert requests[1].answers == [None] * 2
 
 
 def test_requests_carry_the_largest_position_seen() -> None:

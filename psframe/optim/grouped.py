@@ -124,6 +124,7 @@ class GroupedUpdater:
     """
 
     def __init__(self, grouped: Grouped, layout: Layout, begin: int, end: int) -> None:
+        self.size = end - begin
         runs: list[tuple[Optimizer, int, int]] = []
         for name, offset, size in zip(layout.names, layout.offsets, layout.sizes, strict=True):
             b, e = max(offset, begin), min(offset + size, end)
@@ -139,19 +140,32 @@ class GroupedUpdater:
 
     def update(self, step: int, params: Any, grad: Any, out: Any, scale: float = 1.0) -> bool:
         """Write the parameters after update number `step` to `out`, or refuse; as `Updater`."""
-        done: list[Updater] = []
-        try:
-            for updater, part in self._parts:
-                if not updater.update(step, params[part], grad[part], out[part], scale):
-                    break
-                done.append(updater)
-            else:
-                done.clear()
-                return True
-        finally:  # refused, or a schedule raised: nothing of it has happened
-            for updater in done:
-                updater.undo()
-        return False
+        self.begin(step, params, scale)
+        if not self.extend(params, grad, out, 0, self.size):
+            return False
+        self.finish()
+        return True
+
+    def begin(self, step: int, params: Any, scale: float = 1.0) -> None:
+        """Begin an update that is made in parts; as `Updater`."""
+        for updater, part in self._parts:
+            updater.begin(step, params[part], scale)
+
+    def extend(self, params: Any, grad: Any, out: Any, begin: int, end: int) -> bool:
+        """Write [begin, end) of the new parameters; as `Updater`."""
+        for updater, part in self._parts:
+            first = part.start
+            b, e = max(begin, first), min(end, part.stop)
+            if b < e and not updater.extend(
+                params[part], grad[part], out[part], b - first, e - first
+            ):
+                return False
+        return True
+
+    def finish(self) -> None:
+        """Make the parts of an update its new state; as `Updater`."""
+        for updater, _ in self._parts:
+            updater.finish()
 
     def prepare(self, params: Any) -> None:
         """Compile the kernels and allocate the slots; as `Updater`."""

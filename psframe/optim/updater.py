@@ -95,6 +95,9 @@ class Updater:
         # update, [1] for the one after it.
         self._pairs: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
         self._scalars_for: tuple[int, float, float] | None = None
+        # Whether the scalars depend on the gradient's scale alone, and the one they are for.
+        self._constant = isinstance(optimizer.lr, float) and not optimizer.counts_steps
+        self._scale: float | None = None
         self._decayed: Array = np.zeros(SCALARS_MAX, self.dtype)
         self._plain = self._decayed.copy() if self._mixed else self._decayed
 
@@ -124,17 +127,47 @@ class Updater:
             TypeError, ValueError: the learning rate's schedule gave something else than a finite
                 number >= 0. The state is as before.
         """
-        assert len(params) == len(grad) == len(out) == self.size, "arrays of another shard"
-        if self._kernel is None:
-            self.prepare(params)
-        self._set_scalars(step, scale)
-        if not self._apply(params, grad, out):
+        if scale != self._scale:
+            self.begin(step, params, scale)
+        if not self.extend(params, grad, out, 0, self.size):
             return False
         self._pairs = self._pairs[::-1]
         return True
 
-    def undo(self) -> None:
-        """Take the last update back, which succeeded: the slots are again as before it."""
+    def begin(self, step: int, params: Any, scale: float = 1.0) -> None:
+        """Begin an update that is made in parts; what an earlier one has begun is forgotten.
+
+        Raises:
+            TypeError, ValueError: as `update`.
+        """
+        if self._kernel is None:
+            self.prepare(params)
+        self._set_scalars(step, scale)
+        self._scale = scale if self._constant else None
+
+    def extend(self, params: Any, grad: Any, out: Any, begin: int, end: int) -> bool:
+        """Write [begin, end) of the new parameters; False if some result is not finite.
+
+        Args:
+            params, grad, out: as for `update`.
+            begin, end: within [0, size); in any order and cut as one likes the parts of an update
+                give the same bits.
+        """
+        kernel, pair = self._kernel, self._pairs[0]
+        assert len(params) == len(grad) == len(out) == self.size, "arrays of another shard"
+        assert kernel is not None, "an update has begun"
+        if self._whole:
+            return not kernel(begin, end, params, grad, out, self._decayed, *pair)
+        bad = False
+        for first, last, decays in self._runs:
+            b, e = max(begin, first), min(end, last)
+            if b < e:
+                scalars = self._decayed if decays else self._plain
+                bad |= kernel(b, e, params, grad, out, scalars, *pair)
+        return not bad
+
+    def finish(self) -> None:
+        """Make the parts of an update, which cover the shard and are all finite, its new state."""
         self._pairs = self._pairs[::-1]
 
     def prepare(self, params: Any) -> None:
@@ -177,14 +210,3 @@ class Updater:
             if self._mixed:
                 self._plain[: len(values)] = optimizer.scalars(step, lr, scale, 0.0)
         self._scalars_for = key
-
-    def _apply(self, params: Any, grad: Any, out: Any) -> bool:
-        """Compute the parameters and the next slots; True if all are finite."""
-        assert self._kernel is not None
-        bad = False
-        if self._whole:
-            return not self._kernel(0, self.size, params, grad, out, self._decayed, *self._pairs[0])
-        for begin, end, decays in self._runs:
-            scalars = self._decayed if decays else self._plain
-            bad |= self._kernel(begin, end, params, grad, out, scalars, *self._pairs[0])
-        return not bad

@@ -13,11 +13,13 @@ from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers
 from psframe.transports.mpi_post import Post, close, copy_inline
+from psframe.transports.streams import Progress
 from psframe.wire import Delivery, Limits, Link, decode
 
 __all__ = ["MpiEndpoint"]
 
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
+_SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 
 
 class MpiEndpoint:
@@ -55,7 +57,8 @@ class MpiEndpoint:
                 inline_bytes_max=self._post.inline_bytes_max,
                 worker=self.index,
                 server=server,
-                deliveries=(_IN_PLACE if self.in_place[server] else frozenset(Delivery)),
+                # An answer without parameters is IN_PLACE on any link.
+                deliveries=_IN_PLACE if self.in_place[server] else _IN_PLACE | _SENT,
             )
             for server, (begin, end) in enumerate(self._shards)
         ]
@@ -67,11 +70,14 @@ class MpiEndpoint:
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send a message, and the gradient with it unless the server reads it in place."""
-        if not isinstance(message, Push) or self.in_place[server]:
+        if not isinstance(message, Push) or (self.in_place[server] and not message.arriving):
             self._post.send(server, message)
             return
         begin, end = self._shards[server]
         array = self._slots[message.slot][begin:end]
+        if message.arriving:
+            self._post.send(server, message, Delivery.STREAMED, array)
+            return
         if array.nbytes <= self._post.inline_bytes_max:
             self._post.send(server, message, Delivery.INLINE, array)
             return
@@ -108,6 +114,13 @@ class MpiEndpoint:
         while self._slot_sends[index]:
             self._transfers.progress()
         return self._slots[index]
+
+    def progress(self, slot: int) -> Progress | None:
+        """Where to tell the only server, on this node, how far the gradient in a slot is."""
+        own = self._neighbours.own
+        if own is None or not self.in_place[0] or self.servers > 1:
+            return None
+        return Progress(own.words(slot), self._layout.size)
 
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's snapshot, in place or where it has landed."""

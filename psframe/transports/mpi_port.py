@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from psframe.errors import MessageError
-from psframe.events import NO_BUFFER, Answer, Lease, Lost, Output, Push, Sent, ToServer
+from psframe.events import NO_BUFFER, Answer, Arrived, Lease, Lost, Output, Push, Sent, ToServer
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
 from psframe.store import Buffers, HeapBuffers, buffer_count
@@ -22,14 +23,27 @@ from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers
 from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
 from psframe.transports.shared_memory import SegmentBuffers
+from psframe.transports.streams import Progress
 from psframe.wire import HEADER_BYTES, Delivery, Limits, Link, decode, payload_limit
 
 __all__ = ["MpiServerPort"]
 
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
+_WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 
 _log = logging.getLogger("psframe")
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A gradient that is being written into shared memory, and how much of it has been seen."""
+
+    rank: int
+    worker: int
+    slot: int
+    progress: Progress
+    seen: int = 0
 
 
 class MpiServerPort:
@@ -44,6 +58,7 @@ class MpiServerPort:
         self._mesh = mesh
         self._neighbours = neighbours
         self._begin, self._end = layout.shards(neighbours.servers)[mesh.rank]
+        self._elements = self._end - self._begin
         self._dtype = layout.dtype
         self.workers = neighbours.workers
         size, count = self._end - self._begin, buffer_count(self.workers)
@@ -62,6 +77,8 @@ class MpiServerPort:
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready
         self._distrusted: set[int] = set()
+        self._streams: list[_Stream] = []
+        self._progress: dict[tuple[int, int], Progress] = {}
 
     @property
     def memory(self) -> ServerMemory:
@@ -73,7 +90,7 @@ class MpiServerPort:
         events, patience = self._events, self._patience
         deadline = 0.0
         while not events:
-            if self._take() | self._transfers.progress():
+            if self._take() | self._transfers.progress() | self._follow():
                 patience.reset()
             elif patience.wait():
                 now = time.monotonic()
@@ -129,7 +146,12 @@ class MpiServerPort:
             self._distrust(source, error)
             return True
         inbox = self._inbox
-        if isinstance(event, Push) and delivery is Delivery.RANGE:
+        if delivery is Delivery.STREAMED:
+            assert isinstance(event, Push), "nothing else is"
+            progress = self._stream_words(source, event.slot)
+            self._streams.append(_Stream(source, event.worker, event.slot, progress))
+            inbox.add(source, event)
+        elif isinstance(event, Push) and delivery is Delivery.RANGE:
             entry = inbox.hold(source, event)
             requests = self._mesh.start_receive(self._gradient(event.worker, event.slot), source)
             self._transfers.add(requests, lambda: inbox.arrived(source, entry))
@@ -140,11 +162,40 @@ class MpiServerPort:
         self._post.next()
         return True
 
+    def _follow(self) -> bool:
+        """Tell the machine what has been added to the gradients that are being written."""
+        if not self._streams:
+            return False
+        some = False
+        for stream in tuple(self._streams):
+            try:
+                end = stream.progress.read(stream.seen)
+                if end == stream.seen and stream.seen < self._elements:
+                    continue
+                whole = end == self._elements
+                finite, norm = stream.progress.verdict() if whole else (True, 0.0)
+            except MessageError as error:
+                self._distrust(stream.rank, error)
+                continue
+            stream.seen, some = end, True
+            self._events.append(Arrived(stream.worker, stream.slot, end, whole, finite, norm))
+            if whole:
+                self._streams.remove(stream)
+        return some
+
+    def _stream_words(self, rank: int, slot: int) -> Progress:
+        progress = self._progress.get((rank, slot))
+        if progress is None:
+            words = self._neighbours.segments[rank].words(slot)
+            progress = self._progress[rank, slot] = Progress(words, self._elements)
+        return progress
+
     def _distrust(self, source: int, error: MessageError) -> None:
         """Believe a worker no more that sends what is no message; a server's is fatal."""
         worker = source - self._neighbours.servers
         if worker < 0:
             raise error
+        self._streams = [stream for stream in self._streams if stream.rank != source]
         if source not in self._distrusted:
             self._distrusted.add(source)
             _log.error("worker %d (rank %d) counts as lost: %s", worker, source, error)
@@ -165,6 +216,11 @@ class MpiServerPort:
         segment = self._neighbours.segments[self._neighbours.servers + worker]
         return segment.array(LANDING)[self._begin : self._end]
 
+    def _deliveries(self, worker: int) -> frozenset[Delivery]:
+        if not self._shared[worker]:
+            return _SENT
+        return _IN_PLACE if self._neighbours.servers > 1 else _WRITTEN
+
     def _make_limits(self, rank: int, layout: Layout) -> Limits:
         servers, leads = self._neighbours.servers, self._mesh.rank == 0
         if rank < servers:
@@ -178,5 +234,5 @@ class MpiServerPort:
             shard_bytes=(self._end - self._begin) * layout.dtype.itemsize,
             inline_bytes_max=self._post.inline_bytes_max,
             worker=worker,
-            deliveries=_IN_PLACE if self._shared[worker] else _SENT,
+            deliveries=self._deliveries(worker),
         )

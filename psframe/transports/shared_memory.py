@@ -22,6 +22,7 @@ __all__ = ["Segment", "SegmentBuffers", "node_id"]
 
 NONCE_BYTES = 16
 _PAGE = 4096
+_LINE = 64
 
 
 def node_id() -> bytes:
@@ -91,6 +92,12 @@ class Segment:
         """Array `index`; the memory lives as long as some array of it does."""
         offset = _PAGE + index * _stride(self._size, self._dtype)
         return np.frombuffer(self._mapping, self._dtype, self._size, offset)
+
+    def words(self, index: int) -> memoryview:
+        """64 bytes of the first page, a cache line; `index` is 0 to 31, and they are 0 at first."""
+        begin = _LINE * (1 + index)
+        assert begin + _LINE <= _PAGE, "beyond the first page"
+        return memoryview(self._mapping)[begin : begin + _LINE]
 
     def close_file(self) -> None:
         """Close the maker's file once everyone has opened it; the mapping stays."""

@@ -313,6 +313,9 @@ class SimulatedEndpoint:
             slot = self._slots[index] = self._virtual.memory.slot(self.index, index)
         return slot
 
+    def progress(self, slot: int) -> None:
+        """Give nothing: gradients are whole when they are announced."""
+
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's snapshot buffer, or its part of the landing area."""
         if buffer < 0:

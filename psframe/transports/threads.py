@@ -172,6 +172,9 @@ class ThreadEndpoint:
         """The worker's gradient slot."""
         return self._hub.memory.slot(self.index, index)
 
+    def progress(self, slot: int) -> None:
+        """Give nothing: gradients are whole when they are announced."""
+
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's snapshot buffer, or its part of the landing area."""
         if buffer < 0:

@@ -20,6 +20,8 @@ from psframe.wire.header import (
     DELIVERY_BITS,
     HEADER,
     HEADER_BYTES,
+    LEAD_ANSWER,
+    LEAD_PUSH,
     MAGIC,
     RELEASE_BITS,
     Delivery,
@@ -33,6 +35,7 @@ from psframe.wire.header import (
     bad_flags,
     bad_length,
     bad_worker,
+    lead_of,
 )
 from psframe.wire.others import OTHER_KINDS, read_other
 
@@ -42,9 +45,13 @@ __all__ = ["Message", "decode"]
 Message = tuple[Event, Delivery, int]
 
 _unpack_from = HEADER.unpack_from
+_unpack_push, _unpack_answer = LEAD_PUSH.unpack_from, LEAD_ANSWER.unpack_from
 # Not looked up in the enums for every message: that costs as much as unpacking a header.
 _IN_PLACE = Delivery.IN_PLACE
 _REASONS = tuple(Reason)
+_NONE, _PUSH = Reason.NONE, int(Kind.PUSH)
+_APPLIED = lead_of(Kind.ANSWER, 8)
+_PUSHES = {lead_of(Kind.PUSH, 4 * f | 8 * w): (f, w) for f in (False, True) for w in (False, True)}
 
 
 def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
@@ -61,6 +68,15 @@ def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
     Raises:
         MessageError: it is not one whole legal message.
     """
+    if n_bytes == HEADER_BYTES <= len(buffer):
+        hot = limits.hot
+        event = (
+            _hot_push(buffer, limits)
+            if hot == _PUSH
+            else (_hot_answer(buffer, limits) if hot else None)
+        )
+        if event is not None:
+            return event, _IN_PLACE, 0
     if not HEADER_BYTES <= n_bytes <= len(buffer):
         most = len(buffer)
         raise MessageError(f"message has {n_bytes} bytes, expected {HEADER_BYTES} to {most}")
@@ -75,6 +91,35 @@ def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
 
 
 # ---- the hot ones ------------------------------------------------------------------------
+
+
+def _hot_push(buffer: ReadBuffer, limits: Limits) -> Push | None:
+    """Read a push whose gradient is in place; None of anything else, and of whatever is wrong."""
+    lead, worker, slot, seq, version, staleness, norm, n_payload, release, log = _unpack_push(
+        buffer
+    )
+    flags = _PUSHES.get(lead)
+    # A count is too large, or negative, if any bit from the 62nd on is set.
+    if flags is None or slot >> 1 or (seq | version | log) >> 62 or staleness or n_payload:
+        return None
+    if not (limits.worker_min <= worker <= limits.worker_max and norm >= 0.0):
+        return None
+    if release >> 2:
+        return None
+    finite, want_params = flags
+    return Push(worker, seq, slot, version, finite, norm, want_params, release, log)
+
+
+def _hot_answer(buffer: ReadBuffer, limits: Limits) -> Answer | None:
+    """Read an answer to an applied push with parameters in place; None as `_hot_push`."""
+    lead, worker, index, seq, version, staleness, norm, n_payload, pushed, log = _unpack_answer(
+        buffer
+    )
+    if lead != _APPLIED or (seq | version | staleness | pushed | log) >> 62 or n_payload or norm:
+        return None
+    if not (limits.worker_min <= worker <= limits.worker_max and 0 <= index < limits.buffers):
+        return None
+    return Answer(worker, seq, False, True, _NONE, pushed, staleness, index, version, log)
 
 
 def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
@@ -104,7 +149,8 @@ def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limit
     else:
         delivery = _IN_PLACE
     finite, want_params = flags & 4 != 0, flags & 8 != 0
-    push = Push(worker, seq, slot, version, finite, norm, want_params, release, log)
+    arriving = delivery is Delivery.STREAMED
+    push = Push(worker, seq, slot, version, finite, norm, want_params, release, log, arriving)
     return push, delivery, n_payload
 
 
@@ -186,6 +232,8 @@ def _check_array(fields: Fields, n_bytes: int, limits: Limits) -> Delivery:
         legal = " or ".join(f"{way} ({way.name})" for way in sorted(limits.deliveries))
         raise bad(fields, "delivery", bits, legal)
     delivery = Delivery(bits)
+    if delivery is Delivery.STREAMED and fields[1] != Kind.PUSH:
+        raise bad(fields, "delivery", bits, "no STREAMED: only gradients are")
     if delivery and fields[1] == Kind.ANSWER and fields[5] == COPIED:
         raise bad(fields, "delivery", bits, f"0: the array has been copied (buffer {COPIED})")
     expected = limits.shard_bytes if delivery else 0

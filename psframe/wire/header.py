@@ -34,6 +34,8 @@ __all__ = [
     "HEADER",
     "HEADER_BYTES",
     "Kind",
+    "LEAD_ANSWER",
+    "LEAD_PUSH",
     "Limits",
     "Link",
     "MAGIC",
@@ -46,6 +48,7 @@ __all__ = [
     "bad_flags",
     "bad_length",
     "bad_worker",
+    "lead_of",
     "payload_limit",
 ]
 
@@ -56,6 +59,17 @@ assert HEADER_BYTES == 72
 FIELDS = (
     "magic kind flags reason worker slot seq version staleness norm payload_bytes aux log"
 ).split()
+
+# The same bytes with the first four fields as one number, so that they are judged at once; an
+# answer has no norm, and its bits must all be 0.
+LEAD_PUSH, LEAD_ANSWER = struct.Struct("<Qiiqqqdqqq"), struct.Struct("<Qiiqqqqqqq")
+
+
+def lead_of(kind: int, flags: int) -> int:
+    """Give that number for a message without a reason."""
+    number: int = LEAD_PUSH.unpack(HEADER.pack(MAGIC, kind, flags, *(0,) * 10))[0]
+    return number
+
 
 DELIVERY_BITS = 3  # of flags
 BIT2, BIT3 = 4, 8  # the flags of a kind's own
@@ -102,6 +116,7 @@ class Delivery(enum.IntEnum):
     IN_PLACE = 0  # it does not: it lies in memory that both sides share
     INLINE = 1  # `payload_bytes` bytes after the header, in the same message
     RANGE = 2  # `payload_bytes` bytes in transfers of their own
+    STREAMED = 3  # it is being written to shared memory, and a word there says how far
 
 
 class Link(enum.Enum):
@@ -120,6 +135,13 @@ _LEGAL: Mapping[Link, str] = {
     Link.SERVER_TO_WORKER: "ANSWER LEASE",
     Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN END",
     Link.FOLLOWER_TO_LEADER: "WITHHELD LOST FINISHED SPANS",
+}
+
+
+_HOT = {
+    Link.WORKER_TO_LEADER: Kind.PUSH,
+    Link.WORKER_TO_FOLLOWER: Kind.PUSH,
+    Link.SERVER_TO_WORKER: Kind.ANSWER,
 }
 
 
@@ -155,6 +177,7 @@ class Limits:
     worker_min: int = field(init=False, repr=False, compare=False)
     worker_max: int = field(init=False, repr=False, compare=False)
     in_place: bool = field(init=False, repr=False, compare=False)
+    hot: int = field(init=False, repr=False, compare=False)  # the kind that is read first, or 0
     buffers: int = field(init=False, repr=False, compare=False)
     payload_bytes_max: int = field(init=False, repr=False, compare=False)
 
@@ -164,6 +187,7 @@ class Limits:
         put(self, "worker_min", 0 if self.worker is None else self.worker)
         put(self, "worker_max", self.workers - 1 if self.worker is None else self.worker)
         put(self, "in_place", Delivery.IN_PLACE in self.deliveries)
+        put(self, "hot", int(_HOT.get(self.link, 0)) if self.in_place else 0)
         put(self, "buffers", buffer_count(self.workers))
         put(self, "payload_bytes_max", payload_limit(self.workers))
 

@@ -1,0 +1,74 @@
+"""How far a gradient has been written into its slot, in memory that worker and server share.
+
+The words of a slot lie in a cache line of their own. The worker clears them before it announces
+the push, stores how far it is after each piece, and the verdict before the last store. Plain
+stores of aligned words in this order are seen in this order on x86 (Intel SDM vol. 3, 9.2); the
+interpreter's work between them leaves a weaker memory model little room, but no fence is issued.
+"""
+
+from __future__ import annotations
+
+from psframe.errors import MessageError
+
+__all__ = ["STREAM_BYTES", "Progress"]
+
+STREAM_BYTES = 64
+
+
+class Progress:
+    """The words of one slot.
+
+    Args:
+        memory: STREAM_BYTES of shared memory, 8-byte aligned.
+        size: elements of the slot.
+    """
+
+    def __init__(self, memory: memoryview, size: int) -> None:
+        self._counts = memory.cast("q")
+        self._norm = memory[16:24].cast("d")
+        self._size = size
+
+    # ---- the worker ----------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Say that nothing of the next gradient is there; before its push is announced."""
+        self._counts[0] = 0
+
+    def advance(self, end: int) -> None:
+        """Say that the elements [0, end) are there, not yet all."""
+        self._counts[0] = end
+
+    def close(self, finite: bool, norm: float) -> None:
+        """Say that all is there, and what it is: as in `Push`."""
+        self._counts[1] = finite
+        self._norm[0] = norm
+        self._counts[0] = self._size
+
+    # ---- the server ----------------------------------------------------------------------
+
+    def read(self, seen: int) -> int:
+        """Give how many elements are there.
+
+        Args:
+            seen: how many there were before.
+
+        Raises:
+            MessageError: fewer than before, or more than there can be.
+        """
+        end: int = self._counts[0]
+        if not seen <= end <= self._size:
+            raise MessageError(
+                f"a gradient in shared memory has {end} elements, expected {seen} to {self._size}"
+            )
+        return end
+
+    def verdict(self) -> tuple[bool, float]:
+        """Give (finite, norm) of a gradient that is all there.
+
+        Raises:
+            MessageError: they are none.
+        """
+        finite, norm = self._counts[1], self._norm[0]
+        if finite not in (0, 1) or (finite and not norm >= 0.0):
+            raise MessageError(f"a gradient in shared memory is said to be {finite, norm}")
+        return finite == 1, norm
