@@ -378,9 +378,8 @@ class Worker:
         """Make the answer's parameters the present ones; `push` is the answer to a push."""
         if request.stopped:
             raise Stopped("the run is over")
-        self._protocol.take_params(request)
-        answers = request.params
-        arrays = self._snapshots.arrays([answer.buffer for answer in answers])
+        answers = self._protocol.take_params(request)
+        arrays = self._snapshots.arrays(answers)
         if not self._on_host:
             arrays, copied = self._device.params(arrays)
             if copied:

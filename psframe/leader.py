@@ -92,7 +92,7 @@ class Leader(Server):
         self.staleness: dict[int, int] = {}
         self.diverged = False
         self.failure: tuple[int, Failure] | None = None
-        self._followers = servers > 1
+        self._followers = self._numbers = servers > 1
         self._unfinished = set(range(1, servers))
         self._max_updates = max_updates
         self._trace = trace
@@ -123,13 +123,7 @@ class Leader(Server):
 
     # ---- events --------------------------------------------------------------------------
 
-    def handle(self, event: ToServer) -> list[Output]:
-        """Take one event and return what follows from it; see `Server.handle`."""
-        out = super().handle(event)
-        return self._number(out) if self._followers else out
-
     def _number(self, out: list[Output]) -> list[Output]:
-        """Write into each answer how many records for the followers come before it."""
         for event in out:
             if isinstance(event, (Answer, Lease)):
                 event.log = self.position
@@ -336,12 +330,13 @@ class Leader(Server):
         if applied:
             self._refusals = 0
             self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
-            self._epoch_staleness[0] += staleness
-            self._epoch_staleness[1] += 1
         push.receipt = Answer(worker, push.seq, False, applied, reason, version, staleness)
         if self._trace and reason is not Reason.STOPPED:
             self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
         if self._book.opened and reason is not Reason.STOPPED:
+            if applied:
+                self._epoch_staleness[0] += staleness
+                self._epoch_staleness[1] += 1
             self._lease_done(worker)
             if self._book.evaluating:
                 self._report(worker, {})

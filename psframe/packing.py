@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from psframe.events import Answer
 from psframe.layout import Array, Layout, check_gradient_dtype
 
 __all__ = ["GradientSlot", "Snapshots", "check_gradients", "is_plain"]
@@ -269,19 +270,21 @@ class Snapshots:
         self._views: dict[tuple[int, int], dict[str, Array]] = {}
         self._turn = 0
 
-    def arrays(self, buffers: Sequence[int]) -> dict[str, Array]:
+    def arrays(self, answers: Sequence[Answer]) -> dict[str, Array]:
         """Name the parameters.
 
         Args:
-            buffers: by server, where its snapshot is.
+            answers: by server, the answer that says in which buffer its snapshot is.
 
         Returns:
             Names to read-only views, in the parameters' order. The dict is kept: it is not to
             be changed. What was copied is overwritten by the call after the next.
         """
         if self._servers == 1:
-            views = self._views.get((0, buffers[0]))
-            return self._name_all(buffers[0]) if views is None else views
+            buffer = answers[0].buffer
+            views = self._views.get((0, buffer))
+            return self._name_all(buffer) if views is None else views
+        buffers = [answer.buffer for answer in answers]
         if self._parts is None:
             self._parts = _parts(self._layout, self._layout.shards(self._servers))
         self._turn = 1 - self._turn  # the other copies may still be computed on

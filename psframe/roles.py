@@ -57,11 +57,14 @@ _POLL_S = 0.5
 # compute.
 _GRACE_S = 2.0
 
+# Between two ticks at least: it costs as much as a tenth of a small push.
+_TICK_S = 5e-3
 # A server's spans in one message.
 _SPANS_EVERY = 64
 # Of an exception's message; some print whole arrays.
 _MESSAGE_CHARS_MAX = 1000
 
+_ANSWERS = (Answer, Lease)
 _HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled, Spans)
 
 
@@ -87,7 +90,7 @@ class ServerPort(Outgoing, Protocol):
 
 def route(out: Output, port: Outgoing, observe: Observer) -> None:
     """Deliver one output of a server's machine."""
-    if isinstance(out, (Answer, Lease)):
+    if isinstance(out, _ANSWERS):
         port.to_worker(out)
     elif isinstance(out, _HOST_EVENTS):
         observe(out)
@@ -111,7 +114,8 @@ def serve(
         machine: the leader or a follower.
         port: its end of the transport.
         observe: takes the leader's host events.
-        tick: called between events, at least every half second; may raise to end the loop.
+        tick: called between events, some hundred times a second while there are any and at least
+            every half second; may raise to end the loop.
         spans: takes this server's spans, each of one update, some at a time; None for none.
 
     Raises:
@@ -119,15 +123,20 @@ def serve(
             worker count as lost).
     """
     noted: list[tuple[int, float, float]] = []
+    due = 0.0
     while not machine.finished:
-        if tick is not None:
+        if tick is not None and time.monotonic() >= due:
             tick()
+            due = time.monotonic() + _TICK_S
         event = port.receive(_POLL_S)
         if event is None:
             continue
         outs = handle(machine, event) if spans is None else _measured(machine, event, noted, spans)
         for out in outs:
-            route(out, port, observe)
+            if isinstance(out, _ANSWERS):
+                port.to_worker(out)
+            else:
+                route(out, port, observe)
 
 
 def _measured(

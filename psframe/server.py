@@ -43,6 +43,9 @@ _QUEUE_MAX = 8
 _SLOTS = 2
 
 Queued = Push | Pull | LeaseRequest | GiveBack | Report | Leave
+# Tuples made once, for `isinstance`.
+_QUEUED = (Push, Pull, LeaseRequest, GiveBack, Report, Leave)
+_NUMBERED, _RELEASING = (Push, Pull, LeaseRequest), (Push, Pull)
 
 
 class ServerMemory:
@@ -99,6 +102,7 @@ class Server(ABC):
         self._inbox: list[deque[Queued]] = [deque() for _ in range(workers)]
         self._blocked: set[int] = set()  # workers whose first request must wait
         self._wake = False  # whether some of them may be able to go on, or all have gone
+        self._numbers = False  # whether there are followers, whose records are numbered
         self._restless = True  # whether any event may have such consequences
         self._last_seq = [-1] * workers
         self._hold = [NO_BUFFER] * workers
@@ -138,7 +142,7 @@ class Server(ABC):
         Raises:
             MessageError: the event is not legal now; nothing has been changed by it.
         """
-        if isinstance(event, (Push, Pull, LeaseRequest, GiveBack, Report, Leave)):
+        if isinstance(event, _QUEUED):
             self._queue(event)
         elif isinstance(event, Sent):
             self._release(event.worker, RELEASE_HOLD)
@@ -147,13 +151,17 @@ class Server(ABC):
         if self._wake or self._restless:
             self._settle_all()
         out, self._out = self._out, []
-        return out
+        return self._number(out) if self._numbers else out
 
     # ---- for leader and follower to fill in ----------------------------------------------
 
     @abstractmethod
     def _serve(self, event: Queued) -> bool:
         """Handle the first request of its worker; False if it must wait."""
+
+    def _number(self, out: list[Output]) -> list[Output]:
+        """Write into each answer how many records for the followers come before it."""
+        raise NotImplementedError("only a leader of several servers numbers")
 
     @abstractmethod
     def _other(self, event: ToServer) -> None:
@@ -173,49 +181,47 @@ class Server(ABC):
             self._dismiss(worker)
             return
         inbox = self._inbox[worker]
-        self._check(event, len(inbox))
-        if isinstance(event, (Push, Pull)):
-            if event.release:
-                # Released on arrival, not on handling: a waiting pull holds nothing up.
-                self._release(worker, event.release)
-            if isinstance(event, Push):
-                self._received(event, fenced=False)
-        else:
-            self._leaving[worker] = isinstance(event, Leave)
+        if self._leaving[worker] or len(inbox) >= _QUEUE_MAX or not isinstance(event, self._kinds):
+            raise self._misplaced(event)
+        if isinstance(event, _NUMBERED):
+            if event.seq <= self._last_seq[worker]:
+                seq = self._last_seq[worker]
+                raise MessageError(f"worker {worker} sent request {event.seq} after {seq}")
+            if isinstance(event, _RELEASING):
+                self._check(event)
+                if event.release:
+                    # Released on arrival, not on handling: a waiting pull holds nothing up.
+                    self._release(worker, event.release)
+                if isinstance(event, Push):
+                    self._received(event, fenced=False)
+            self._last_seq[worker] = event.seq
+        elif isinstance(event, Leave):
+            self._leaving[worker] = True
         if inbox:
             inbox.append(event)
         elif not self._serve(event):
             inbox.append(event)
             self._blocked.add(worker)
 
-    def _check(self, event: Queued, queued: int) -> None:
-        worker = event.worker
+    def _misplaced(self, event: Queued) -> MessageError:
+        worker, kind = event.worker, type(event).__name__
         if not isinstance(event, self._kinds):
-            raise MessageError(f"worker {worker} sent {type(event).__name__} to the wrong server")
+            return MessageError(f"worker {worker} sent {kind} to the wrong server")
         if self._leaving[worker]:
-            raise MessageError(f"worker {worker} sent {type(event).__name__} after its leave")
-        if queued >= _QUEUE_MAX:
-            raise MessageError(f"worker {worker} has more than {_QUEUE_MAX} requests under way")
-        if isinstance(event, (Push, Pull)):
-            if event.log > self._log_max:
-                # A follower would make it wait for what may never be.
-                raise MessageError(
-                    f"worker {worker} has seen {event.log} records, of {self._log_max}"
-                )
-            release = event.release
-            if (release & RELEASE_HOLD and self._hold[worker] == NO_BUFFER) or (
-                release & RELEASE_COPY and not self._landed[worker]
-            ):
-                raise MessageError(f"worker {worker} releases what it does not hold")
-            if isinstance(event, Push) and not 0 <= event.slot < _SLOTS:
-                raise MessageError(f"push from worker {worker}: slot {event.slot} is not 0 or 1")
-        elif not isinstance(event, LeaseRequest):
-            return
-        if event.seq <= self._last_seq[worker]:
-            raise MessageError(
-                f"worker {worker} sent request {event.seq} after {self._last_seq[worker]}"
-            )
-        self._last_seq[worker] = event.seq
+            return MessageError(f"worker {worker} sent {kind} after its leave")
+        return MessageError(f"worker {worker} has more than {_QUEUE_MAX} requests under way")
+
+    def _check(self, event: Push | Pull) -> None:
+        worker, release = event.worker, event.release
+        if event.log > self._log_max:
+            # A follower would make it wait for what may never be.
+            raise MessageError(f"worker {worker} has seen {event.log} records, of {self._log_max}")
+        if (release & RELEASE_HOLD and self._hold[worker] == NO_BUFFER) or (
+            release & RELEASE_COPY and not self._landed[worker]
+        ):
+            raise MessageError(f"worker {worker} releases what it does not hold")
+        if isinstance(event, Push) and not 0 <= event.slot < _SLOTS:
+            raise MessageError(f"push from worker {worker}: slot {event.slot} is not 0 or 1")
 
     def _settle_all(self) -> None:
         while self._wake:

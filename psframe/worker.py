@@ -68,8 +68,7 @@ class Request:
     @property
     def params(self) -> list[Answer]:
         """By server, the answer that says where the parameters are and which version they have."""
-        assert self.wants_params, "it asked for none"
-        assert not (self.waiting or self.stopped), "it brought none"
+        assert self.has_params, "it brought none"
         return self.answers  # type: ignore[return-value]  # each has answered
 
 
@@ -196,12 +195,13 @@ class WorkerProtocol:
             if self._in_place[server]:
                 self._releases[server] |= RELEASE_COPY if answer.buffer == COPIED else RELEASE_HOLD
 
-    def take_params(self, request: Request) -> None:
-        """Make the parameters of an answered request the present ones."""
+    def take_params(self, request: Request) -> Sequence[Answer]:
+        """Make the parameters of an answered request the present ones, and return them."""
         if self._using:
             self.drop_params()
-        self._present = request.params
+        present = self._present = request.params
         self._using = True
+        return present
 
     def receive(self, server: int, answer: Answer | Lease) -> None:
         """Take a server's answer.

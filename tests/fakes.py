@@ -53,6 +53,27 @@ class ExactRule:
         self.history.append(out.tobytes())
         return True
 
+    def begin(self, step: int, params: Array, scale: float = 1.0) -> None:
+        assert step == len(self.history), "an update numbered like another one"
+        assert scale == 1.0
+        self.written: Array | None = None
+        self.at = 0
+
+    def extend(self, params: Array, grad: Array, out: Array, begin: int, end: int) -> bool:
+        if begin == 0:
+            self.guard(out)
+        assert begin == self.at, "the parts follow one another"
+        assert begin == 0 or out is self.written
+        self.written, self.at = out, end
+        part = grad[begin:end]
+        out[begin:end] = np.where(part == POISON, np.nan, params[begin:end] - self.lr * part)
+        return bool(np.isfinite(out[begin:end]).all())
+
+    def finish(self) -> None:
+        assert self.written is not None
+        assert self.at == len(self.written), "a part is missing"
+        self.history.append(self.written.tobytes())
+
 
 class Desk:
     """One server with two parameters, all of whose events are written by hand.

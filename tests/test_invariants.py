@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import POISON, ExactSGD
-from watching import Watcher, slow_down
+from watching import Watcher, slow_down, write_slowly
 
 from psframe import BSP, SSP, Async, Diverged, Network, Pending, Stopped, Worker
 from psframe.events import Lost
@@ -195,7 +195,7 @@ class Scenario:
         rng = random.Random(seed)
         self.workers = rng.choice([1, 2, 2, 3, 3, 4, 5, 7, 9])
         self.mode = rng.choice([Async(), *(SSP(s) for s in range(4)), BSP(), BSP(), BSP(1), BSP(2)])
-        self.servers = rng.choice([1, 2, 2, 3, 3])
+        self.servers = rng.choice([1, 1, 2, 2, 3, 3])
         self.network = Network(
             rng.choice([0.0, 0.25, 1.0, rng.random()]),
             rng.choice([float("inf"), float("inf"), 200.0, 3000.0]),
@@ -227,6 +227,7 @@ class Scenario:
             self.suspects = {rng.randrange(self.workers): (rng.uniform(0, 20), rng.random())}
         # Seconds that a message between servers may take more than a worker's.
         self.lag_s = rng.choice([0.0, 0.0, 1.0, 10.0])
+        self.streams = self.servers == 1 and rng.random() < 0.7
         self.optimizer = ExactSGD()
         self.plan = Plan.check(
             self.work,
@@ -261,6 +262,8 @@ class Scenario:
         )
         self.watch.attach(simulation)
         virtual = simulation._virtual
+        if self.streams:
+            write_slowly(virtual, random.Random(f"{self.seed} streams"))
         if self.lag_s:
             slow_down(virtual, self.lag_s, random.Random(f"{self.seed} lag"))
         for worker, (time_s, which) in self.suspects.items():

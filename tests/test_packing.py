@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psframe.events import Answer
 from psframe.layout import Layout
 from psframe.packing import GradientSlot, Snapshots, check_gradients, is_plain
 
@@ -253,6 +254,10 @@ def test_plain_is_only_what_needs_no_second_look():
 # ---- snapshots -----------------------------------------------------------------------------------
 
 
+def answers(buffers: list[int]) -> list[Answer]:
+    return [Answer(0, 0, buffer=buffer) for buffer in buffers]
+
+
 class Shards:
     """Snapshot buffers of some servers, each filled with numbers that name its place."""
 
@@ -283,7 +288,7 @@ def test_snapshots_name_every_tensor_whatever_the_servers(shapes, servers):
     before = None
     for _ in range(6):
         buffers = rng.integers(0, 3, servers).tolist()
-        arrays = snapshots.arrays(buffers)
+        arrays = snapshots.arrays(answers(buffers))
         assert tuple(arrays) == layout.names
         expected = np.concatenate([shards(s, b) for s, b in enumerate(buffers)])
         for name, view in layout.views(expected).items():
@@ -300,6 +305,6 @@ def test_snapshots_copy_only_what_lies_in_several_shards():
     layout = layout_of((16,), (20,), (12,))  # shards [0, 16), [16, 48) or thirds of 16
     for servers, copied in ((1, []), (2, []), (3, ["t1"])):
         shards = Shards(layout, servers)
-        arrays = Snapshots(layout, servers, shards).arrays([0] * servers)
+        arrays = Snapshots(layout, servers, shards).arrays(answers([0] * servers))
         apart = [n for n, a in arrays.items() if not np.shares_memory(a, shards.flats[0])]
         assert apart == copied, servers

@@ -73,7 +73,7 @@ def test_serve_ends_when_everyone_has_left() -> None:
 def test_a_tick_that_raises_loses_no_event() -> None:
     """The event that comes next is still there for whoever serves on."""
     port = Port(Leave(0), Leave(1), Finished(1))
-    ticks = iter([None, KeyboardInterrupt()])
+    ticks = iter([KeyboardInterrupt()])
 
     def tick() -> None:
         error = next(ticks, None)

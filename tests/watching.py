@@ -8,20 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from fakes import ExactSGD
+from fakes import POISON, ExactSGD
 
 from psframe import BSP, SSP, Params, Receipt
-from psframe.events import EpochDone, Evaluated, Leave, PushHandled, Withheld
+from psframe.events import Arrived, EpochDone, Evaluated, Leave, PushHandled, Withheld
 from psframe.events import Push as PushEvent
 from psframe.layout import Array
 from psframe.leader import Leader
 from psframe.plan import Plan
 from psframe.server import Server
 from psframe.simulation import Simulation
-from psframe.store import Store
+from psframe.store import Store, buffer_count
 from psframe.transports.simulated import VirtualTime
 
-__all__ = ["Watcher", "slow_down"]
+__all__ = ["Watcher", "slow_down", "write_slowly"]
 
 
 def slow_down(virtual: VirtualTime, lag_s: float, rng: random.Random) -> None:
@@ -42,6 +42,37 @@ def slow_down(virtual: VirtualTime, lag_s: float, rng: random.Random) -> None:
         virtual.at(late, -1, virtual.deliver[server], event)
 
     virtual.to_server = slow  # type: ignore[method-assign]
+
+
+def write_slowly(virtual: VirtualTime, rng: random.Random) -> None:
+    """Let some gradients arrive at the only server after their messages, in parts.
+
+    What is not there yet is NaN, so that who reads it too early is found out.
+    """
+    deliver = virtual.deliver[0]
+
+    def announce(event: Any) -> None:
+        if not isinstance(event, PushEvent) or rng.random() < 0.4:
+            deliver(event)
+            return
+        slot = virtual.memory.slot(event.worker, event.slot)
+        whole, finite, norm = slot.copy(), event.finite, event.norm
+        slot[:] = np.nan
+        event.arriving, event.finite, event.norm = True, True, 0.0
+
+        def arrive(end: int) -> None:
+            last = end == len(whole)
+            slot[:end] = whole[:end]
+            verdict = (finite, norm) if last else (True, 0.0)
+            deliver(Arrived(event.worker, event.slot, end, last, *verdict))
+
+        time = virtual.now
+        deliver(event)
+        for end in (*sorted(rng.sample(range(len(whole)), rng.randrange(4))), len(whole)):
+            time += rng.choice([0.0, 0.5, rng.expovariate(1.0)])
+            virtual.at(time, event.worker, arrive, end)
+
+    virtual.deliver[0] = announce
 
 
 class Watcher:
@@ -271,7 +302,11 @@ class Watcher:
         """Nothing is left behind, and what was done is what the trace says was done."""
         for server, machine in enumerate(self.machines):
             assert machine.finished
-            assert machine.store.held == 0
+            store = machine.store
+            assert store.held == 0
+            assert sorted([*store._free, store.current]) == list(
+                range(buffer_count(machine.workers))
+            )
             assert not self._held[server]
             assert not any(machine._inbox)
             assert not machine._blocked
@@ -300,6 +335,11 @@ class Watcher:
         for row in self.rows:
             rows[row.worker, kth[row.worker]] = row
             kth[row.worker] += 1
+        if not isinstance(self.plan.mode, BSP):  # there a round is refused for one of them
+            for (worker, k), row in rows.items():
+                grad = self.grads[worker][k]
+                bad = not np.isfinite(grad).all() or bool((grad == POISON).any())
+                assert row.applied or bad, "a good gradient was refused"
         for push, receipt in self.receipts.items():
             handled = rows.get(push)
             if handled is None:

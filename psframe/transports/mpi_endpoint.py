@@ -160,7 +160,6 @@ class MpiEndpoint:
             if isinstance(answer, Answer) and delivery is Delivery.INLINE:
                 copy_inline(self._land(source, answer), buffer, payload_bytes)
             inbox.add(source, (source, answer))
-        self._post.next()
         return True
 
     def _land(self, server: int, answer: Answer) -> Array:

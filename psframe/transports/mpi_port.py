@@ -142,7 +142,6 @@ class MpiServerPort:
         try:
             event, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         except MessageError as error:
-            self._post.next()
             self._distrust(source, error)
             return True
         inbox = self._inbox
@@ -159,7 +158,6 @@ class MpiServerPort:
             if isinstance(event, Push) and delivery is Delivery.INLINE:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
             inbox.add(source, event)  # type: ignore[arg-type]
-        self._post.next()
         return True
 
     def _follow(self) -> bool:

@@ -39,11 +39,13 @@ from psframe.wire import HEADER_BYTES, Delivery, Event, encode, encode_into
 __all__ = ["Post", "TooLong", "close", "copy_inline"]
 
 _RECEIVES = 4  # persistent receives posted at once
-_SENDS = 2  # persistent sends under way to one peer
+_SENDS = 2  # persistent sends under way to one peer, in turn
 # An array that fits into this together with the header travels inside the message.
 _MESSAGE_BYTES = 4096
 _INLINE_BYTES_MAX = _MESSAGE_BYTES - HEADER_BYTES
 _CLOSE_BOUND_S = 30.0
+_TRIES = range(16)
+_BYTE = MPI.BYTE
 
 _HEADER_ONLY = frozenset((Answer, End, Gone, Lease, Lost, Pin, Pull, Push, Stop, Withheld))
 
@@ -68,33 +70,43 @@ class Post:
         self._receives = [
             comm.Recv_init([b, MPI.BYTE], MPI.ANY_SOURCE, TAG_POST) for b in self._inboxes
         ]
+        self._tests = [request.Test for request in self._receives]
         self._head = 0
+        self._taken = False  # whether the buffer at the head is somebody's
         self._peers: dict[int, _Peer] = {}
         self._late: set[int] = set()  # peers with messages that wait for a send buffer
         MPI.Prequest.Startall(self._receives)
 
     def take(self) -> tuple[int, int, bytearray] | None:
-        """Give (source, bytes, buffer) of the next message; `next` must follow before more.
+        """Give (source, bytes, buffer) of the next message, good until the next call.
+
+        None if there has been no message for as long as a few tests take.
 
         Raises:
-            MessageError: a message was longer than any can be; it is gone, the next can be taken.
+            TooLong: a message was longer than any can be; it is gone, the next can be taken.
         """
         if self._late:
             self._send_late()
-        status = self._status
+        if self._taken:
+            self._restart()
+        head, status = self._head, self._status
+        test = self._tests[head]
         try:
-            if not self._receives[self._head].Test(status):
-                return None
+            # Any Python beside the test makes the answer to a message come later.
+            for _ in _TRIES:
+                if test(status):
+                    self._taken = True
+                    return status.source, status.Get_count(_BYTE), self._inboxes[head]
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
-            source = status.source
-            self.next()
-            raise TooLong(source) from error
-        return status.source, status.Get_count(MPI.BYTE), self._inboxes[self._head]
+            self._taken = True
+            raise TooLong(status.source) from error
+        return None
 
-    def next(self) -> None:
-        """Give the buffer of the message just taken back."""
+    def _restart(self) -> None:
+        """Receive again into the buffer of the message just taken."""
+        self._taken = False
         self._receives[self._head].Start()
         self._head = (self._head + 1) % _RECEIVES
 
@@ -109,12 +121,14 @@ class Post:
         peer = self._peers.get(target)
         if peer is None:
             peer = self._peers[target] = _Peer(self._comm, target)
+        if array is None and peer.send_header(event):
+            return
         if array is not None:
             message = encode(event, delivery, array.nbytes)
             if delivery is Delivery.INLINE:
                 message += array.tobytes()
             peer.send(message)
-        elif not peer.send_header(event):
+        else:
             peer.send(encode(event))
         if peer.late:
             self._late.add(target)
@@ -130,6 +144,8 @@ class Post:
 
     def close(self) -> None:
         """Take the receives back; nothing more is expected."""
+        if self._taken:
+            self._restart()
         for request in self._receives:
             request.Cancel()
         while not MPI.Request.Testall(self._receives):
@@ -176,12 +192,13 @@ class _Peer:
         """Send an event that is a header alone; False if it is more, or must wait its turn."""
         if self.late or type(event) not in _HEADER_ONLY:
             return False
-        request = self._sends[self._next]
+        which = self._next
+        request = self._sends[which]
         if not request.Test():  # true of a request that is not started
             return False
-        encode_into(event, self._buffers[self._next])
+        encode_into(event, self._buffers[which])
         request.Start()
-        self._next = (self._next + 1) % _SENDS
+        self._next = 1 - which
         return True
 
     def send(self, message: bytes) -> None:
@@ -203,7 +220,7 @@ class _Peer:
                     return False
                 self._buffers[self._next][:] = message
                 request.Start()
-                self._next = (self._next + 1) % _SENDS
+                self._next = 1 - self._next
             self.late.popleft()
         return True
 
