@@ -16,7 +16,7 @@ from psframe.exchange import Endpoint, Exchange, Progress
 from psframe.layout import Layout
 from psframe.leasing import Leasing
 from psframe.notes import Notes
-from psframe.packing import GradientSlot, Snapshots, check_gradients, is_plain
+from psframe.packing import GradientSlot, Snapshots, check_gradients
 from psframe.params import Params
 from psframe.pending import Pending, PendingPull
 from psframe.tasks import Task, task_spec
@@ -53,14 +53,15 @@ class Worker:
         self._seed = seed
         self._exchange = Exchange(endpoint)
         self._protocol = self._exchange.protocol
-        self._shapes = list(zip(layout.names, layout.shapes, strict=True))
         self._snapshots = Snapshots(layout, endpoint.servers, endpoint.snapshot)
         self._slots: list[GradientSlot | None] = [None, None]
-        self._staging: list[Mapping[str, Any] | None] = [None, None]
         streams = layout.size * layout.dtype.itemsize > _STREAM_BYTES
+        self._staging: list[Mapping[str, Any] | None] = [None, None]
         self._progress = [endpoint.progress(k) if streams else None for k in (0, 1)]
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"
+        # Whether pushes are copied at once, whole, in host memory that stays the slot's.
+        self._plain = self._on_host and measured is None and not streams and all(endpoint.in_place)
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
         self._notes = Notes(self._exchange)
@@ -285,18 +286,36 @@ class Worker:
             self._prefetch.wait()
 
     def _push(self, grads: Mapping[str, Any] | None, *, want_params: bool) -> Request:
-        plain = is_plain(self._shapes, self._layout.dtype, grads)
-        if not plain:
-            self._check_gradients(grads)
+        exchange, protocol = self._exchange, self._protocol
+        index = protocol.slot
+        slot = self._slots[index]
+        if (
+            slot is None
+            or self._filling is not None
+            or not self._plain
+            or protocol.stopped
+            or (want_params and self._prefetch is not None)
+            or self._leasing.abandoned is not None
+            or protocol.slot_user(index) is not None
+        ):
+            return self._push_any(grads, want_params)
+        verdict = slot.pack_plain(grads)
+        if verdict is None:
+            return self._push_any(grads, want_params)
+        request, messages = protocol.push(index, *verdict, want_params)
+        exchange.send_each(messages)
+        return request
+
+    def _push_any(self, grads: Mapping[str, Any] | None, want_params: bool) -> Request:
+        """Push whatever is one, with whatever has to be done before."""
+        self._check_gradients(grads)
         exchange, protocol = self._exchange, self._protocol
         exchange.check_running()
         read = protocol.present  # a prefetch that ends now is no reason to tell others
         if want_params and self._prefetch is not None:
             self._prefetch.wait()
             exchange.check_running()
-        index = self._filling
-        if index is None:
-            index = self._free_slot()
+        index = self._free_slot() if self._filling is None else self._filling
         if self._leasing.abandoned is not None:
             self._leasing.give_back()
         slot = self._slot(index)
@@ -304,7 +323,7 @@ class Worker:
         self._filling = None
         if progress is not None:
             return self._stream(index, slot, progress, grads, want_params, read)
-        finite, norm = self._fill(index, slot, grads, plain)
+        finite, norm = self._fill(index, slot, grads)
         request, messages = protocol.push(index, finite, norm, want_params, read=read)
         exchange.send_each(messages)
         return request
@@ -326,7 +345,7 @@ class Worker:
         self._exchange.send_each(messages)
         finite, norm = False, 0.0
         try:
-            finite, norm = self._fill(index, slot, grads, False, progress.advance)
+            finite, norm = self._fill(index, slot, grads, progress.advance)
         finally:  # if it could not be written: it is refused, and nobody waits for it
             progress.close(finite, norm)
         return request
@@ -343,7 +362,6 @@ class Worker:
         index: int,
         slot: GradientSlot,
         grads: Mapping[str, Any] | None,
-        plain: bool,
         advance: Callable[[int], None] | None = None,
     ) -> tuple[bool, float]:
         """Put the gradient into a slot; whether it is finite, and its norm."""
@@ -354,7 +372,7 @@ class Worker:
             assert grads is not None, "gradients() made it"
         if not self._on_host:
             grads = self._device.gradients(grads)
-        return self._measure(slot, *slot.pack(grads, plain=plain, advance=advance))
+        return self._measure(slot, *slot.pack(grads, advance))
 
     def _measure(self, slot: GradientSlot, finite: bool, norm: float) -> tuple[bool, float]:
         if self._measured is None or not finite:

@@ -17,7 +17,7 @@ import numpy as np
 from psframe.events import Answer
 from psframe.layout import Array, Layout, check_gradient_dtype
 
-__all__ = ["GradientSlot", "Snapshots", "check_gradients", "is_plain"]
+__all__ = ["GradientSlot", "Snapshots", "check_gradients"]
 
 # Elements summed at a time: 32 KiB of float32 stay in the first cache, and BLAS does not start
 # threads for so few (so that the sum's bits do not depend on their number).
@@ -33,25 +33,6 @@ _Shape = tuple[int, ...]
 def _quietly() -> np.errstate:
     """Squares that overflow are judged afterwards, and so is what a cast makes infinite."""
     return np.errstate(over="ignore", under="ignore", invalid="ignore")
-
-
-def is_plain(shapes: Sequence[tuple[str, _Shape]], dtype: np.dtype[Any], grads: object) -> bool:
-    """Say whether a gradient is a dict of NumPy arrays that needs no cast and no second look.
-
-    This is the hot path's check; `check_gradients` says of all others what is wrong, if anything.
-
-    Args:
-        shapes: name and shape of each parameter.
-        dtype: of the parameters.
-        grads: the gradient.
-    """
-    if type(grads) is not dict or len(grads) != len(shapes):
-        return False
-    for name, shape in shapes:
-        grad = grads.get(name)
-        if type(grad) is not np.ndarray or grad.dtype is not dtype or grad.shape != shape:
-            return False
-    return True
 
 
 def check_gradients(layout: Layout, grads: Mapping[str, Any], where: str) -> None:
@@ -103,31 +84,44 @@ class GradientSlot:
         self.arrays: dict[str, Array] = layout.views(flat)
         self._flat = flat
         self._places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
+        targets = self.arrays.values()
+        self._targets = list(zip(layout.names, layout.shapes, targets, strict=True))
+        self._dtype = layout.dtype
+        self._few = flat.size <= _BLOCK
+
+    def pack_plain(self, grads: object) -> tuple[bool, float] | None:
+        """Copy a gradient, not large, that is a dict of arrays which need no cast or second look.
+
+        Returns:
+            As `judge`; None of any other gradient, which `check_gradients` is then to judge. The
+            slot holds nothing of use then.
+        """
+        targets, dtype = self._targets, self._dtype
+        if type(grads) is not dict or len(grads) != len(targets):
+            return None
+        for name, shape, target in targets:
+            grad = grads.get(name)
+            if type(grad) is not np.ndarray or grad.dtype is not dtype or grad.shape != shape:
+                return None
+            target[...] = grad
+        flat = self._flat
+        total = float(np.vdot(flat, flat)) if self._few else _sum_of_blocks(flat)
+        return (True, math.sqrt(total)) if total < math.inf else self._look_again()
 
     def pack(
-        self,
-        grads: Mapping[str, Any],
-        *,
-        plain: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, grads: Mapping[str, Any], advance: Callable[[int], None] | None = None
     ) -> tuple[bool, float]:
         """Copy a checked gradient into the slot.
 
         Args:
             grads: names to arrays on the host; only read.
-            plain: whether `is_plain` says so of it.
             advance: called, some elements at a time, with how many are there from the start.
 
         Returns:
             As `judge`, of what the slot holds now (so after a cast).
         """
-        flat = self._flat
-        if plain and flat.size <= _PIECE:
-            for name, target in self.arrays.items():
-                target[...] = grads[name]
-            return self._verdict(_sum_of_blocks(flat))
         with _quietly():
-            return self._pack_in_pieces(grads, _Sum(flat, advance))
+            return self._pack_in_pieces(grads, _Sum(self._flat, advance))
 
     def judge(self, advance: Callable[[int], None] | None = None) -> tuple[bool, float]:
         """Say whether all elements in the slot are finite, and their Euclidean norm.

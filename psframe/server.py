@@ -35,12 +35,12 @@ from psframe.events import (
 from psframe.layout import Array
 from psframe.store import Store
 
-__all__ = ["Queued", "Server", "ServerMemory"]
+__all__ = ["SLOTS", "Queued", "Server", "ServerMemory"]
 
 # A worker has at most two pushes, two pulls and a lease request under way; a report, a block that
 # it gives back, and its leave behind them; more is no worker of ours.
 _QUEUE_MAX = 8
-_SLOTS = 2
+SLOTS = 2
 
 Queued = Push | Pull | LeaseRequest | GiveBack | Report | Leave
 # Tuples made once, for `isinstance`.
@@ -148,6 +148,10 @@ class Server(ABC):
             self._release(event.worker, RELEASE_HOLD)
         else:
             self._other(event)
+        return self._finish()
+
+    def _finish(self) -> list[Output]:
+        """Let those go on who can, and give what has come of the event."""
         if self._wake or self._restless:
             self._settle_all()
         out, self._out = self._out, []
@@ -220,7 +224,7 @@ class Server(ABC):
             release & RELEASE_COPY and not self._landed[worker]
         ):
             raise MessageError(f"worker {worker} releases what it does not hold")
-        if isinstance(event, Push) and not 0 <= event.slot < _SLOTS:
+        if isinstance(event, Push) and not 0 <= event.slot < SLOTS:
             raise MessageError(f"push from worker {worker}: slot {event.slot} is not 0 or 1")
 
     def _settle_all(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from psframe.events import (
     Logged,
     Lost,
     Pin,
+    Push,
     PushHandled,
     Reason,
     Report,
@@ -441,3 +443,74 @@ def test_bsp_waves_over_a_loss() -> None:
     assert desk.store.version == 1, "the round has closed without it"
     assert lease(ask(desk, 2, spec)).begin == 3, "the second of the free blocks 1, 3, 4, 5"
     assert lease(ask(desk, 0, spec)).begin == 1
+
+
+# ---- one way and the other -------------------------------------------------------------------
+
+
+def state(desk: Desk) -> dict[str, Any]:
+    """All that a later event may depend on."""
+    leader, store = desk.leader, desk.store
+    own = ("gone", "lost", "staleness", "diverged", "_hold", "_landed", "_last_seq", "_refusals")
+    return {
+        **{name: getattr(leader, name) for name in own},
+        "ledger": leader.ledger.ledger(),
+        "clocks": desk.policy.clocks,
+        "queues": [list(inbox) for inbox in leader._inbox],
+        "store": (store.version, store.current, store.held, sorted(store._free), store._holds),
+        "params": store.params.tolist(),
+    }
+
+
+def act(desk: Desk, rng: random.Random) -> list[Any]:
+    """Something that a worker does, mostly what it should."""
+    worker = rng.randrange(desk.machine.workers)
+    if rng.random() < 0.1:
+        return desk.pull(worker, keep=rng.random() < 0.5)
+    if rng.random() < 0.005:
+        return desk.hears(Leave(worker))
+    push = Push(
+        worker,
+        desk.seq(worker) if rng.random() < 0.97 else 0,
+        rng.randrange(2) if rng.random() < 0.98 else 2,
+        max(-1, desk.store.version - rng.choice([0, 0, 1, 3, -1])),
+        rng.random() < 0.95,
+        1.0,
+        rng.random() < 0.8,
+        desk._release[worker] if rng.random() < 0.97 else rng.randrange(4),
+        rng.choice([0] * 20 + [1]),
+    )
+    desk.slots[worker] = rng.choice([1.0, 2.0, -1.0, POISON if rng.random() < 0.2 else 4.0])
+    owed = desk._take(worker)
+    try:
+        return desk.hears(push)
+    except MessageError:
+        desk._release[worker] = owed
+        raise
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_handled_at_once_comes_to_the_same(seed: int) -> None:
+    """Two leaders hear the same, one of them without its short cut."""
+    workers, at_once = 1 + seed % 3, 0
+    desks = [Desk(workers, trace=seed % 2 == 0, max_updates=60) for _ in range(2)]
+    desks[1].leader._plain = False
+    quick = desks[0].leader._handle_at_once
+
+    def counted(push: Push) -> list[Any] | None:
+        nonlocal at_once
+        out = quick(push)
+        at_once += out is not None
+        return out
+
+    desks[0].leader._handle_at_once = counted  # type: ignore[method-assign]
+    for step in range(150):
+        outcomes = []
+        for desk in desks:
+            try:
+                outcomes.append(act(desk, random.Random(f"{seed} {step}")))
+            except MessageError as error:
+                outcomes.append([str(error)])
+        assert outcomes[0] == outcomes[1], step
+        assert state(desks[0]) == state(desks[1]), step
+    assert at_once >= 3 or desks[0].leader.stopped

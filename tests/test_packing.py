@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from psframe.events import Answer
 from psframe.layout import Layout
-from psframe.packing import GradientSlot, Snapshots, check_gradients, is_plain
+from psframe.packing import GradientSlot, Snapshots, check_gradients
 
 BLOCK = 8192  # what is summed at a time; sizes around it matter
 FLOATS = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -28,9 +28,10 @@ def pack(layout, grads):
     """What `pack` says, and the slot afterwards; with both of its ways if both can be taken."""
     slot = np.full(layout.size, np.nan, layout.dtype)
     said = GradientSlot(layout, slot).pack(grads)
-    if is_plain(list(zip(layout.names, layout.shapes, strict=True)), layout.dtype, grads):
-        again = np.full(layout.size, np.nan, layout.dtype)
-        np.testing.assert_equal(GradientSlot(layout, again).pack(grads, plain=True), said)
+    again = np.full(layout.size, np.nan, layout.dtype)
+    plainly = GradientSlot(layout, again).pack_plain(grads)
+    if plainly is not None:
+        np.testing.assert_equal(plainly, said)
         np.testing.assert_array_equal(again, slot)
     return *said, slot
 
@@ -235,20 +236,22 @@ def test_strides_and_byte_orders():
 )
 def test_bad_gradients(grads, error, says):
     layout = Layout.of({"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)})
-    assert not is_plain([("a", (2,)), ("b", (3,))], layout.dtype, grads)
+    assert GradientSlot(layout, np.zeros(5, np.float32)).pack_plain(grads) is None
     with pytest.raises(error, match=f"^push from worker 3: .*{says}"):
         check_gradients(layout, grads, "push from worker 3")
 
 
 def test_plain_is_only_what_needs_no_second_look():
-    shapes, dtype = [("a", (2,)), ("b", (3,))], np.dtype(np.float32)
     a, b = np.zeros(2, np.float32), np.zeros(3, np.float32)
-    assert is_plain(shapes, dtype, {"a": a, "b": b})
-    assert is_plain(shapes, dtype, {"b": b, "a": a})
-    assert not is_plain(shapes, dtype, {"a": a, "b": b.astype(np.float64)})
-    assert not is_plain(shapes, dtype, {"a": a, "b": b.astype(">f4")})
-    assert not is_plain(shapes, dtype, {"a": a, "b": b.view(np.ma.MaskedArray)})
-    assert not is_plain(shapes, dtype, None)
+    slot = GradientSlot(Layout.of({"a": a, "b": b}), np.ones(5, np.float32))
+    assert slot.pack_plain({"a": a, "b": b}) == (True, 0.0)
+    assert slot.pack_plain({"b": b, "a": a}) == (True, 0.0)
+    assert slot.pack_plain({"a": a, "b": b.astype(np.float64)}) is None
+    assert slot.pack_plain({"a": a, "b": b.astype(">f4")}) is None
+    assert slot.pack_plain({"a": a, "b": b.view(np.ma.MaskedArray)}) is None
+    assert slot.pack_plain({"a": a, "b": b, "c": b}) is None
+    assert slot.pack_plain({"a": a}) is None
+    assert slot.pack_plain(None) is None
 
 
 # ---- snapshots -----------------------------------------------------------------------------------
