@@ -286,7 +286,7 @@ class Worker:
             self._prefetch.wait()
 
     def _push(self, grads: Mapping[str, Any] | None, *, want_params: bool) -> Request:
-        exchange, protocol = self._exchange, self._protocol
+        protocol = self._protocol
         index = protocol.slot
         slot = self._slots[index]
         if (
@@ -296,14 +296,17 @@ class Worker:
             or protocol.stopped
             or (want_params and self._prefetch is not None)
             or self._leasing.abandoned is not None
-            or protocol.slot_user(index) is not None
+            or ((user := protocol.users[index]) is not None and user.waiting)
         ):
             return self._push_any(grads, want_params)
         verdict = slot.pack_plain(grads)
         if verdict is None:
             return self._push_any(grads, want_params)
-        request, messages = protocol.push(index, *verdict, want_params)
-        exchange.send_each(messages)
+        request, messages = protocol.push(index, verdict[0], verdict[1], want_params)
+        if len(messages) == 1:
+            self._endpoint.send(0, messages[0])
+        else:
+            self._exchange.send_each(messages)
         return request
 
     def _push_any(self, grads: Mapping[str, Any] | None, want_params: bool) -> Request:

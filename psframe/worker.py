@@ -81,6 +81,7 @@ class WorkerProtocol:
         in_place: by server, whether its snapshots are read in place and so held.
 
     Attributes:
+        users: by gradient slot, the last push that used it.
         stopped: whether the run is known to be over.
     """
 
@@ -93,7 +94,7 @@ class WorkerProtocol:
         self._log = 0  # the leader's records before what it has answered
         self._seq = 0
         self._requests: dict[int, Request] = {}
-        self._slots: list[Request | None] = [None, None]
+        self.users: list[Request | None] = [None, None]
         # The answers that brought the present or, if `_using` is false, the last parameters.
         self._present = [Answer(index, 0) for _ in range(servers)]
         self._using = False
@@ -116,7 +117,7 @@ class WorkerProtocol:
 
         One that takes its pushes in turn touches the memory of one slot alone.
         """
-        first, second = self._slots
+        first, second = self.users
         if first is None or not first.waiting:
             return 0
         if second is None or not second.waiting:
@@ -125,7 +126,7 @@ class WorkerProtocol:
 
     def slot_user(self, slot: int) -> Request | None:
         """Give the unanswered push that still uses a slot; None if it is free."""
-        user = self._slots[slot]
+        user = self.users[slot]
         return user if user is not None and user.waiting else None
 
     def push(
@@ -152,16 +153,16 @@ class WorkerProtocol:
         Returns:
             The request, and the message to each server.
         """
-        user = self._slots[slot]
+        user = self.users[slot]
         assert user is None or not user.waiting, "the slot is in use"
-        request = self._slots[slot] = self._request(self.servers, want_params)
+        request = self.users[slot] = self._request(self.servers, want_params)
         if read is None:
             read = self._present
         if want_params and self._using:
             self.drop_params()
         releases = self._releases
         index, seq, log = self.index, request.seq, self._log
-        messages = []
+        messages: list[Push] = []
         for s, release in enumerate(releases):
             version = read[s].version
             messages.append(

@@ -131,7 +131,8 @@ class Updater:
             self.begin(step, params, scale)
         if not self.extend(params, grad, out, 0, self.size):
             return False
-        self._pairs = self._pairs[::-1]
+        if self._names:
+            self._pairs = self._pairs[::-1]
         return True
 
     def begin(self, step: int, params: Any, scale: float = 1.0) -> None:
@@ -153,8 +154,8 @@ class Updater:
             begin, end: within [0, size); in any order and cut as one likes the parts of an update
                 give the same bits.
         """
-        kernel, pair = self._kernel, self._pairs[0]
-        assert len(params) == len(grad) == len(out) == self.size, "arrays of another shard"
+        kernel, pair, size = self._kernel, self._pairs[0], self.size
+        assert len(params) == len(grad) == len(out) == size, "arrays of another shard"
         assert kernel is not None, "an update has begun"
         if self._whole:
             return not kernel(begin, end, params, grad, out, self._decayed, *pair)

@@ -22,15 +22,16 @@ class InOrder(Generic[_Item]):
 
     Attributes:
         ready: messages that are whole, to be taken from the left.
+        held: those held back, by sender; while there are none, a whole one need not come here.
     """
 
     def __init__(self) -> None:
         self.ready: deque[_Item] = deque()
-        self._held: dict[int, deque[_Held[_Item]]] = {}  # by sender; never an empty one
+        self.held: dict[int, deque[_Held[_Item]]] = {}  # by sender; never an empty one
 
     def add(self, source: int, item: _Item) -> None:
         """Take a message that is whole."""
-        held = self._held.get(source)
+        held = self.held.get(source)
         if held is None:
             self.ready.append(item)
         else:
@@ -39,7 +40,7 @@ class InOrder(Generic[_Item]):
     def hold(self, source: int, item: _Item) -> _Held[_Item]:
         """Take a message whose array is on its way; give what `arrived` is to be told."""
         entry = _Held(item, waits=True)
-        self._held.setdefault(source, deque()).append(entry)
+        self.held.setdefault(source, deque()).append(entry)
         return entry
 
     def arrived(self, source: int, entry: _Held[_Item]) -> None:
@@ -49,8 +50,8 @@ class InOrder(Generic[_Item]):
         complete in order.
         """
         entry.waits = False
-        held = self._held[source]
+        held = self.held[source]
         while held and not held[0].waits:
             self.ready.append(held.popleft().item)
         if not held:
-            del self._held[source]
+            del self.held[source]

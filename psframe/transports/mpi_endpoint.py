@@ -18,6 +18,7 @@ from psframe.wire import Delivery, Limits, Link, decode
 
 __all__ = ["MpiEndpoint"]
 
+_INLINE, _RANGE, _ANSWERS = Delivery.INLINE, Delivery.RANGE, (Answer, Lease)
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 
@@ -92,7 +93,10 @@ class MpiEndpoint:
         patience.reset()
         deadline = 0.0
         while not answers:
-            if self._take() | self._transfers.progress():
+            item = self._take()
+            if item is not None:
+                return item
+            if self._transfers.progress():
                 patience.reset()
             elif timeout_s == 0:
                 return None
@@ -144,23 +148,26 @@ class MpiEndpoint:
     def _left(self, slot: int) -> None:
         self._slot_sends[slot] -= 1
 
-    def _take(self) -> bool:
+    def _take(self) -> tuple[int, Answer | Lease] | None:
+        """Take a message; give it if it is whole and the next in order."""
         taken = self._post.take()
         if taken is None:
-            return False
+            return None
         source, n_bytes, buffer = taken
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
-        assert isinstance(answer, (Answer, Lease)), "the limits of the link allow no other"
+        assert isinstance(answer, _ANSWERS), "the limits of the link allow no other"
         inbox = self._inbox
-        if isinstance(answer, Answer) and delivery is Delivery.RANGE:
+        if delivery is _RANGE and isinstance(answer, Answer):
             entry = inbox.hold(source, (source, answer))
             requests = self._mesh.start_receive(self._land(source, answer), source)
             self._transfers.add(requests, lambda: inbox.arrived(source, entry))
-        else:
-            if isinstance(answer, Answer) and delivery is Delivery.INLINE:
-                copy_inline(self._land(source, answer), buffer, payload_bytes)
-            inbox.add(source, (source, answer))
-        return True
+            return None
+        if delivery is _INLINE and isinstance(answer, Answer):
+            copy_inline(self._land(source, answer), buffer, payload_bytes)
+        if not inbox.held:
+            return source, answer
+        inbox.add(source, (source, answer))
+        return None
 
     def _land(self, server: int, answer: Answer) -> Array:
         """Choose where the parameters land: not where the present ones may lie."""

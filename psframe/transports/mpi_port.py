@@ -28,7 +28,8 @@ from psframe.wire import HEADER_BYTES, Delivery, Limits, Link, decode, payload_l
 
 __all__ = ["MpiServerPort"]
 
-_IN_PLACE = frozenset({Delivery.IN_PLACE})
+_IN_PLACE = Delivery.IN_PLACE
+_SHARED = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 
@@ -90,7 +91,11 @@ class MpiServerPort:
         events, patience = self._events, self._patience
         deadline = 0.0
         while not events:
-            if self._take() | self._transfers.progress() | self._follow():
+            event = self._take()
+            if event is not None:
+                patience.reset()
+                return event
+            if self._transfers.progress() | self._follow():
                 patience.reset()
             elif patience.wait():
                 now = time.monotonic()
@@ -129,36 +134,37 @@ class MpiServerPort:
         """Wait until everything has left, and take the receives back."""
         close(self._post, self._transfers, self._patience)
 
-    def _take(self) -> bool:
-        """Take one message; True if there was one."""
+    def _take(self) -> ToServer | None:
+        """Take a message; give it if it is whole and the next in order."""
+        source = 0
         try:
             taken = self._post.take()
-        except TooLong as error:
-            self._distrust(error.source, error)
-            return True
-        if taken is None:
-            return False
-        source, n_bytes, buffer = taken
-        try:
+            if taken is None:
+                return None
+            source, n_bytes, buffer = taken
             event, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         except MessageError as error:
-            self._distrust(source, error)
-            return True
-        inbox = self._inbox
-        if delivery is Delivery.STREAMED:
-            assert isinstance(event, Push), "nothing else is"
-            progress = self._stream_words(source, event.slot)
-            self._streams.append(_Stream(source, event.worker, event.slot, progress))
-            inbox.add(source, event)
-        elif isinstance(event, Push) and delivery is Delivery.RANGE:
-            entry = inbox.hold(source, event)
-            requests = self._mesh.start_receive(self._gradient(event.worker, event.slot), source)
-            self._transfers.add(requests, lambda: inbox.arrived(source, entry))
-        else:
-            if isinstance(event, Push) and delivery is Delivery.INLINE:
+            self._distrust(error.source if isinstance(error, TooLong) else source, error)
+            return None
+        if delivery is not _IN_PLACE and isinstance(event, Push):
+            if delivery is Delivery.RANGE:
+                self._receive_range(source, event)
+                return None
+            if delivery is Delivery.INLINE:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
-            inbox.add(source, event)  # type: ignore[arg-type]
-        return True
+            else:
+                progress = self._stream_words(source, event.slot)
+                self._streams.append(_Stream(source, event.worker, event.slot, progress))
+        if not self._inbox.held:
+            return event  # type: ignore[return-value]  # the limits of the link allow no other
+        self._inbox.add(source, event)  # type: ignore[arg-type]
+        return None
+
+    def _receive_range(self, source: int, push: Push) -> None:
+        inbox = self._inbox
+        entry = inbox.hold(source, push)
+        requests = self._mesh.start_receive(self._gradient(push.worker, push.slot), source)
+        self._transfers.add(requests, lambda: inbox.arrived(source, entry))
 
     def _follow(self) -> bool:
         """Tell the machine what has been added to the gradients that are being written."""
@@ -217,7 +223,7 @@ class MpiServerPort:
     def _deliveries(self, worker: int) -> frozenset[Delivery]:
         if not self._shared[worker]:
             return _SENT
-        return _IN_PLACE if self._neighbours.servers > 1 else _WRITTEN
+        return _SHARED if self._neighbours.servers > 1 else _WRITTEN
 
     def _make_limits(self, rank: int, layout: Layout) -> Limits:
         servers, leads = self._neighbours.servers, self._mesh.rank == 0

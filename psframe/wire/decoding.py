@@ -68,13 +68,9 @@ def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
     Raises:
         MessageError: it is not one whole legal message.
     """
-    if n_bytes == HEADER_BYTES <= len(buffer):
-        hot = limits.hot
-        event = (
-            _hot_push(buffer, limits)
-            if hot == _PUSH
-            else (_hot_answer(buffer, limits) if hot else None)
-        )
+    hot = limits.hot
+    if hot and n_bytes == HEADER_BYTES <= len(buffer):
+        event = _hot_push(buffer, limits) if hot == _PUSH else _hot_answer(buffer, limits)
         if event is not None:
             return event, _IN_PLACE, 0
     if not HEADER_BYTES <= n_bytes <= len(buffer):
