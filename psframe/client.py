@@ -24,8 +24,9 @@ from psframe.worker import Request
 
 __all__ = ["Worker"]
 
-# A gradient of more is announced before it is written, and applied in pieces behind the worker.
-_STREAM_BYTES = 512 << 10
+# A gradient of more is announced before it is written, and applied behind the worker; of less, the
+# copying takes no longer than what it takes to follow it.
+_STREAM_BYTES = 256 << 10
 
 
 class Worker:

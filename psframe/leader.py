@@ -108,6 +108,7 @@ class Leader(Server):
         self._arriving: dict[tuple[int, int], Push] = {}
         self._early: Push | None = None
         self._restless = policy.aggregates
+        self._in_parts = not policy.aggregates and clip_norm is None
         self._plain = type(policy) is Policy and servers == 1 and clip_norm is None
         self._log_max = 0
         self._refusals = 0
@@ -275,26 +276,43 @@ class Leader(Server):
         if push is None:
             return  # the worker is gone
         inbox = self._inbox[worker]
-        if self._early is None and self._can_begin and inbox and inbox[0] is push:
-            self.store.begin()
-            self._early = push
-        if self._early is push:
+        if inbox and inbox[0] is push and self._begin(push):
             self.store.extend(self.memory.gradient(worker, push.slot), event.end)
         if event.whole:
-            del self._arriving[worker, event.slot]
-            push.arriving, push.finite, push.norm = False, event.finite, event.norm
+            self._complete(push, event.finite, event.norm)
             self._advance(worker)
 
-    @property
-    def _can_begin(self) -> bool:
-        """Whether a push can be applied in parts: alone, as it is."""
-        return not (self.policy.aggregates or self.stopped) and self._clip_norm is None
+    def _begin(self, push: Push) -> bool:
+        """Begin to apply a push that is arriving, if it can be: alone, and as it is."""
+        if self._early is None and self._in_parts and not self.stopped:
+            self.store.begin()
+            self._early = push
+        return self._early is push
+
+    def _complete(self, push: Push, finite: bool, norm: float) -> None:
+        del self._arriving[push.worker, push.slot]
+        push.arriving, push.finite, push.norm = False, finite, norm
+
+    def _follow(self, push: Push) -> bool:
+        """Apply what is there of a push that is arriving, where that can be seen; True if all is.
+
+        As if `Arrived` had come with it. If the other side pauses, it is left to later ones.
+        """
+        progress = self.memory.progress
+        if progress is None or not self._begin(push):
+            return False
+        there = progress(push.worker, push.slot)
+        grad = self.memory.gradient(push.worker, push.slot)
+        if self.store.follow(grad, there.words) < len(grad):
+            return False
+        self._complete(push, *there.verdict())
+        return True
 
     def _serve_push(self, push: Push) -> bool:
         worker = push.worker
         if push.receipt is not None:
             return self._serve_wanted(push)
-        if push.arriving:
+        if push.arriving and not self._follow(push):
             return False
         clock = self.policy.clocks[worker]
         if self.stopped:

@@ -19,13 +19,16 @@ from psframe.layout import Array, Layout, check_gradient_dtype
 
 __all__ = ["GradientSlot", "Snapshots", "check_gradients"]
 
-# Elements summed at a time: 32 KiB of float32 stay in the first cache, and BLAS does not start
+# Elements summed at a time: 16 KiB of float32 stay in the first cache, and BLAS does not start
 # threads for so few (so that the sum's bits do not depend on their number).
-_BLOCK = 8192
-# Elements copied at a time, 256 KiB of float32: they stay in the second cache until they are
-# summed and, on the other side, applied. (Larger copies into memory that another core has just
+_BLOCK = 4096
+# Elements copied at most at a time, 256 KiB of float32: they stay in the second cache until they
+# are summed and, on the other side, applied. (Larger copies into memory that another core has just
 # read were ten times slower at times.)
-_PIECE = 8 * _BLOCK
+_PIECE = 16 * _BLOCK
+# Of a short gradient pieces are shorter, so that who follows is not far behind at the end.
+_PIECES = 8
+
 
 _Shape = tuple[int, ...]
 
@@ -88,6 +91,8 @@ class GradientSlot:
         self._targets = list(zip(layout.names, layout.shapes, targets, strict=True))
         self._dtype = layout.dtype
         self._few = flat.size <= _BLOCK
+        blocks = -(-flat.size // (_BLOCK * _PIECES))
+        self._piece = min(max(1, blocks) * _BLOCK, _PIECE)
 
     def pack_plain(self, grads: object) -> tuple[bool, float] | None:
         """Copy a gradient, not large, that is a dict of arrays which need no cast or second look.
@@ -121,7 +126,7 @@ class GradientSlot:
             As `judge`, of what the slot holds now (so after a cast).
         """
         with _quietly():
-            return self._pack_in_pieces(grads, _Sum(self._flat, advance))
+            return self._pack_in_pieces(grads, _Sum(self._flat, advance, self._piece))
 
     def judge(self, advance: Callable[[int], None] | None = None) -> tuple[bool, float]:
         """Say whether all elements in the slot are finite, and their Euclidean norm.
@@ -133,10 +138,10 @@ class GradientSlot:
             advance: as for `pack`.
         """
         flat = self._flat
-        if flat.size <= _PIECE:
+        if advance is None and flat.size <= _PIECE:
             return self._verdict(_sum_of_blocks(flat))
         with _quietly():
-            return self._verdict(_Sum(flat, advance).all())
+            return self._verdict(_Sum(flat, advance, self._piece).all())
 
     def norm(self, runs: Sequence[tuple[int, int]]) -> float:
         """Compute the Euclidean norm of some runs [begin, end) of the slot, which is finite."""
@@ -145,18 +150,18 @@ class GradientSlot:
             return math.sqrt(sum(float(np.vdot(part, part)) for part in parts))
 
     def _pack_in_pieces(self, grads: Mapping[str, Any], summed: _Sum) -> tuple[bool, float]:
-        flat = self._flat
+        flat, length = self._flat, self._piece
         for name, offset, size in self._places:
             source = grads[name]
             if (
-                size > _PIECE
+                size > length
                 and type(source) is np.ndarray
                 and source.dtype == flat.dtype
                 and source.flags.c_contiguous
             ):
                 elements = source.reshape(-1)
-                for begin in range(0, size, _PIECE):
-                    piece = elements[begin : begin + _PIECE]
+                for begin in range(0, size, length):
+                    piece = elements[begin : begin + length]
                     end = offset + begin + piece.size
                     flat[end - piece.size : end] = piece
                     summed.extend(end)
@@ -196,17 +201,19 @@ class _Sum:
     Args:
         flat: the vector.
         advance: called with how many elements have been written and summed, some at a time.
+        piece: how many at a time, a multiple of the block.
     """
 
-    def __init__(self, flat: Array, advance: Callable[[int], None] | None) -> None:
+    def __init__(self, flat: Array, advance: Callable[[int], None] | None, piece: int) -> None:
         self._flat = flat
         self._advance = advance
+        self._piece = piece
         self._done, self._total = 0, 0.0  # elements in the total: a multiple of _BLOCK
 
     def extend(self, end: int) -> None:
         """Take what has been written up to `end`, a piece at least at a time."""
-        while end - self._done >= _PIECE:
-            self._take(self._done + _PIECE)
+        while end - self._done >= self._piece:
+            self._take(self._done + self._piece)
 
     def all(self) -> float:
         """Take the rest and give the sum; infinite or NaN if it is not finite."""
@@ -215,9 +222,13 @@ class _Sum:
         return self._total + _sum_of_blocks(flat[self._done :])
 
     def _take(self, end: int) -> None:
-        blocks = self._flat[self._done : end].reshape(-1, _BLOCK)
-        for square in np.matmul(blocks[:, None, :], blocks[:, :, None]).ravel().tolist():
-            self._total += square
+        if end - self._done == _BLOCK:
+            block = self._flat[self._done : end]
+            self._total += float(np.vdot(block, block))
+        else:
+            blocks = self._flat[self._done : end].reshape(-1, _BLOCK)
+            for square in np.matmul(blocks[:, None, :], blocks[:, :, None]).ravel().tolist():
+                self._total += square
         self._done = end
         if self._advance is not None and end < self._flat.size:
             self._advance(end)

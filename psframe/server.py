@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from psframe.consistency import Policy
 from psframe.errors import MessageError
@@ -48,6 +49,23 @@ _QUEUED = (Push, Pull, LeaseRequest, GiveBack, Report, Leave)
 _NUMBERED, _RELEASING = (Push, Pull, LeaseRequest), (Push, Pull)
 
 
+class Progress(Protocol):
+    """How far a gradient is that is still being written into its slot.
+
+    Attributes:
+        words: int64; the first is the number of elements that are there.
+    """
+
+    words: Array
+
+    def verdict(self) -> tuple[bool, float]:
+        """Take (finite, norm) of a gradient that is all there; it is followed no longer.
+
+        Raises:
+            MessageError: they are none.
+        """
+
+
 class ServerMemory:
     """Where the machine finds the bytes that events speak of.
 
@@ -56,6 +74,8 @@ class ServerMemory:
         landing: worker -> this shard's part of the worker's landing area, for copied pulls.
         in_place: by worker, whether it computes on snapshots in place (else its answers are
             sent, and a `Sent` gives the hold back).
+        progress: (worker, slot) -> how far an arriving gradient is in that slot, if that can be
+            seen there; None where `Arrived` alone tells.
     """
 
     def __init__(
@@ -63,7 +83,9 @@ class ServerMemory:
         gradient: Callable[[int, int], Array],
         landing: Callable[[int], Array],
         in_place: Sequence[bool],
+        progress: Callable[[int, int], Progress] | None = None,
     ) -> None:
+        self.progress = progress
         self.gradient = gradient
         self.landing = landing
         self.in_place = in_place

@@ -68,6 +68,12 @@ class UpdateRule(Protocol):
     def extend(self, params: Array, grad: Array, out: Array, begin: int, end: int) -> bool:
         """Write [begin, end) of it to `out`; False if a result is not finite."""
 
+    def follow(
+        self, params: Array, grad: Array, out: Array, begin: int, words: Array
+    ) -> tuple[int, bool]:
+        """As `extend`, from `begin` to where words[0] says that the gradient is, perhaps waiting
+        a little for more: gives the end, and False if a result is not finite."""
+
     def finish(self) -> None:
         """Make the parts, which cover the shard and are all finite, the rule's new state."""
 
@@ -188,6 +194,14 @@ class Store:
             target = self._buffers[self._early]
             self._finite = self._rule.extend(self.params, grad, target, self._done, end)
         self._done = end
+
+    def follow(self, grad: Array, words: Array) -> int:
+        """Apply as much of the gradient as words[0] says is there; gives how much that is."""
+        assert self._early is not None, "no update has begun"
+        target = self._buffers[self._early]
+        self._done, good = self._rule.follow(self.params, grad, target, self._done, words)
+        self._finite = self._finite and good
+        return self._done
 
     def commit(self) -> bool:
         """Publish the update made in parts, now whole; as `update`."""

@@ -95,6 +95,36 @@ def _loop2(
 _LOOPS = (_loop0, _loop1, _loop2)
 
 
+def loop(begin: int, end: int, *arrays: Any) -> bool:
+    """Stand for a compiled loop in `_follow`; `compile_follow` puts it in."""
+    raise AssertionError("it runs only with a loop put in")
+
+
+def load_acquire(words: Array) -> int:
+    """Stand for the atomic load of words[0] in `_follow`; `compile_follow` puts it in."""
+    raise AssertionError("it runs only compiled")
+
+
+def _follow(words: Array, begin: int, size: int, arrays: Any) -> tuple[int, bool]:
+    """Apply a rule from `begin` on, as far as words[0] says that the gradient is there.
+
+    Waits a little, some ten microseconds, for more of it, but never longer.
+    """
+    bad = False
+    tries = 0
+    while begin < size and tries < PATIENCE:
+        end = load_acquire(words)
+        tries += 1
+        if begin < end <= size:
+            bad = bad | loop(begin, end, *arrays)
+            begin = end
+            tries = 0
+    return begin, bad
+
+
+PATIENCE = 20_000  # loads without progress, each of half a nanosecond or more
+
+
 def _with_formula(
     loop: Callable[..., bool], compiled: Any, rule: Callable[..., Any], scalars: int
 ) -> Any:
@@ -114,6 +144,68 @@ def _with_formula(
     bound.__qualname__ = f"{rule.__name__}_loop_{zlib.crc32(text.encode()):08x}"
     bound.__module__ = __name__
     return bound
+
+
+def _compile_load() -> Any:
+    """Make the atomic load: a plain one may be moved out of the loop that waits for a change."""
+    from numba import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def load_acquire(typing_context: Any, words: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            return builder.load_atomic(array.data, "acquire", 8)
+
+        return types.int64(words), generate
+
+    return load_acquire
+
+
+@functools.cache
+def compile_follow(
+    rule: Callable[..., Any], slots: int, scalars: int, dtype: np.dtype[Any]
+) -> Callable[..., tuple[int, bool]]:
+    """Compile a loop as `compile_loop` that keeps behind a gradient which is still being written.
+
+    Returns:
+        follow(words, begin, size, (params, grad, out, scalars, old, new, ...)) -> how far it came,
+        and whether something that it wrote is not finite. words[0], an int64 in memory shared with
+        who writes, is the number of elements that are there; it is read atomically, and nothing
+        that lies beyond it is.
+    """
+    import numba
+
+    number = numba.from_dtype(dtype)
+    read = numba.types.Array(number, 1, "C", readonly=True)
+    write = numba.types.Array(number, 1, "C")
+    index = numba.types.intp
+    pack: Any = numba.types.Tuple
+    arrays = pack((read, read, write, read, *(read, write) * slots))
+    words = numba.types.Array(numba.types.int64, 1, "C")
+    result = pack((index, numba.types.boolean))
+    signature = result(words, index, index, arrays)
+    code, compiled = _follow.__code__, compile_loop(rule, slots, scalars, dtype)
+    bound = types.FunctionType(
+        code,
+        {**globals(), "loop": compiled, "load_acquire": _compile_load()},
+        f"{rule.__name__}_follow",
+    )
+    bound.__qualname__ = f"follow_{compiled.__qualname__}"
+    bound.__module__ = __name__
+    follow: Callable[..., tuple[int, bool]] = _compile(bound, signature)
+    return follow
+
+
+def _compile(function: Callable[..., Any], signature: Any) -> Any:
+    import numba
+
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    try:
+        return numba.njit(signature, cache=True, **options)(function)
+    except (RuntimeError, OSError) as error:  # no folder to write to, or no room in it
+        _log.info("update kernels are compiled anew in every process: %s", error)
+        return numba.njit(signature, **options)(function)
 
 
 @functools.cache
@@ -142,12 +234,6 @@ def compile_loop(
     write = numba.types.Array(number, 1, "C")
     index = numba.types.intp
     signature = numba.types.boolean(index, index, read, read, write, read, *(read, write) * slots)
-    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": False}
-    loop = _with_formula(_LOOPS[slots], numba.njit(**options)(rule), rule, scalars)
-    compiled: Callable[..., bool]
-    try:
-        compiled = numba.njit(signature, cache=True, **options)(loop)
-    except (RuntimeError, OSError) as error:  # no folder to write to, or no room in it
-        _log.info("update kernels are compiled anew in every process: %s", error)
-        compiled = numba.njit(signature, **options)(loop)
-    return compiled
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=False)(rule)
+    bound = _with_formula(_LOOPS[slots], compiled, rule, scalars)
+    return _compile(bound, signature)  # type: ignore[no-any-return]

@@ -162,6 +162,13 @@ class GroupedUpdater:
                 return False
         return True
 
+    def follow(self, params: Any, grad: Any, out: Any, begin: int, words: Any) -> tuple[int, bool]:
+        """Write what of the gradient is there; as `Updater`, but without waiting for more."""
+        end = int(words[0])
+        if not begin < end <= self.size:
+            return begin, True
+        return end, self.extend(params, grad, out, begin, end)
+
     def finish(self) -> None:
         """Make the parts of an update its new state; as `Updater`."""
         for updater, _ in self._parts:

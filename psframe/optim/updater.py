@@ -7,6 +7,7 @@ update whose every result is finite makes them change places. A refused one leav
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -91,6 +92,7 @@ class Updater:
         self._names = optimizer.slots
         self._whole = len(self._runs) == 1 and not self._mixed
         self._kernel: _Kernel | None = None
+        self._follow: Callable[..., tuple[int, bool]] | None = None
         # The arrays (old, new) of each slot in turn, as the kernel takes them; [0] for the next
         # update, [1] for the one after it.
         self._pairs: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
@@ -166,6 +168,36 @@ class Updater:
                 scalars = self._decayed if decays else self._plain
                 bad |= kernel(b, e, params, grad, out, scalars, *pair)
         return not bad
+
+    def follow(
+        self, params: Any, grad: Any, out: Any, begin: int, words: Array
+    ) -> tuple[int, bool]:
+        """Write the new parameters from `begin` on, behind who is still writing the gradient.
+
+        Waits a little for more of it, but never long.
+
+        Args:
+            params, grad, out: as for `update`, on the host.
+            begin: how many are written.
+            words: int64; the first says how many elements of the gradient are there.
+
+        Returns:
+            How many are written now, and whether all that were added are finite.
+        """
+        if not self._whole:
+            end = int(words[0])
+            if not begin < end <= self.size:
+                return begin, True
+            return end, self.extend(params, grad, out, begin, end)
+        assert len(params) == len(grad) == len(out) == self.size, "arrays of another shard"
+        if self._follow is None:
+            from psframe.optim.cpu import compile_follow
+
+            rule, scalars = self.optimizer.formula, self.optimizer.scalar_count
+            self._follow = compile_follow(rule, len(self._names), scalars, self.dtype)
+        arrays = (params, grad, out, self._decayed, *self._pairs[0])
+        end, bad = self._follow(words, begin, self.size, arrays)
+        return end, not bad
 
     def finish(self) -> None:
         """Make the parts of an update, which cover the shard and are all finite, its new state."""

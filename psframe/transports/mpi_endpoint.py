@@ -13,7 +13,7 @@ from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers
 from psframe.transports.mpi_post import Post, close, copy_inline
-from psframe.transports.streams import Progress
+from psframe.transports.streams import STORES_IN_ORDER, Progress
 from psframe.wire import Delivery, Limits, Link, decode
 
 __all__ = ["MpiEndpoint"]
@@ -122,7 +122,7 @@ class MpiEndpoint:
     def progress(self, slot: int) -> Progress | None:
         """Where to tell the only server, on this node, how far the gradient in a slot is."""
         own = self._neighbours.own
-        if own is None or not self.in_place[0] or self.servers > 1:
+        if own is None or not self.in_place[0] or self.servers > 1 or not STORES_IN_ORDER:
             return None
         return Progress(own.words(slot), self._layout.size)
 

@@ -78,13 +78,13 @@ class MpiServerPort:
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready
         self._distrusted: set[int] = set()
-        self._streams: list[_Stream] = []
+        self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot
         self._progress: dict[tuple[int, int], Progress] = {}
 
     @property
     def memory(self) -> ServerMemory:
         """Where the machine finds gradients and landing areas."""
-        return ServerMemory(self._gradient, self._landing, self._shared)
+        return ServerMemory(self._gradient, self._landing, self._shared, self._progress_of)
 
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one."""
@@ -153,8 +153,10 @@ class MpiServerPort:
             if delivery is Delivery.INLINE:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
             else:
-                progress = self._stream_words(source, event.slot)
-                self._streams.append(_Stream(source, event.worker, event.slot, progress))
+                progress = self._progress_of(event.worker, event.slot)
+                progress.open_here = True
+                where = event.worker, event.slot
+                self._streams[where] = _Stream(source, *where, progress)
         if not self._inbox.held:
             return event  # type: ignore[return-value]  # the limits of the link allow no other
         self._inbox.add(source, event)  # type: ignore[arg-type]
@@ -171,7 +173,10 @@ class MpiServerPort:
         if not self._streams:
             return False
         some = False
-        for stream in tuple(self._streams):
+        for where, stream in tuple(self._streams.items()):
+            if not stream.progress.open_here:  # the machine has followed it to its end
+                del self._streams[where]
+                continue
             try:
                 end = stream.progress.read(stream.seen)
                 if end == stream.seen and stream.seen < self._elements:
@@ -184,14 +189,14 @@ class MpiServerPort:
             stream.seen, some = end, True
             self._events.append(Arrived(stream.worker, stream.slot, end, whole, finite, norm))
             if whole:
-                self._streams.remove(stream)
+                del self._streams[where]
         return some
 
-    def _stream_words(self, rank: int, slot: int) -> Progress:
-        progress = self._progress.get((rank, slot))
+    def _progress_of(self, worker: int, slot: int) -> Progress:
+        progress = self._progress.get((worker, slot))
         if progress is None:
-            words = self._neighbours.segments[rank].words(slot)
-            progress = self._progress[rank, slot] = Progress(words, self._elements)
+            words = self._neighbours.segments[self._neighbours.servers + worker].words(slot)
+            progress = self._progress[worker, slot] = Progress(words, self._elements)
         return progress
 
     def _distrust(self, source: int, error: MessageError) -> None:
@@ -199,7 +204,8 @@ class MpiServerPort:
         worker = source - self._neighbours.servers
         if worker < 0:
             raise error
-        self._streams = [stream for stream in self._streams if stream.rank != source]
+        for where in [w for w, stream in self._streams.items() if stream.rank == source]:
+            del self._streams[where]
         if source not in self._distrusted:
             self._distrusted.add(source)
             _log.error("worker %d (rank %d) counts as lost: %s", worker, source, error)

@@ -24,7 +24,8 @@ from psframe.wire import HEADER_BYTES
 
 __all__ = ["ComputeTime", "Network", "SimulatedEndpoint", "SimulatedPort", "VirtualTime"]
 
-ComputeTime = Callable[[np.random.Generator, int, int], float]
+# A name of NumPy's would import all of its random module with psframe.
+ComputeTime = Callable[["np.random.Generator", int, int], float]
 
 # Looks at an empty inbox after which a worker lets the next thing happen: a loop that polls
 # `done` would otherwise stop the time that it waits for.

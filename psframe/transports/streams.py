@@ -1,18 +1,24 @@
 """How far a gradient has been written into its slot, in memory that worker and server share.
 
 The words of a slot lie in a cache line of their own. The worker clears them before it announces
-the push, stores how far it is after each piece, and the verdict before the last store. Plain
-stores of aligned words in this order are seen in this order on x86 (Intel SDM vol. 3, 9.2); the
-interpreter's work between them leaves a weaker memory model little room, but no fence is issued.
+the push, stores how far it is after each piece, and the verdict before the last store. On x86
+plain stores of aligned words are seen in their order (Intel SDM vol. 3, 9.2), and the kernel that
+follows loads them atomically; on a machine with a weaker order gradients are not streamed.
 """
 
 from __future__ import annotations
 
-from psframe.errors import MessageError
+import platform
 
-__all__ = ["STREAM_BYTES", "Progress"]
+import numpy as np
+
+from psframe.errors import MessageError
+from psframe.layout import Array
+
+__all__ = ["STORES_IN_ORDER", "STREAM_BYTES", "Progress"]
 
 STREAM_BYTES = 64
+STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64", "i686")
 
 
 class Progress:
@@ -21,12 +27,18 @@ class Progress:
     Args:
         memory: STREAM_BYTES of shared memory, 8-byte aligned.
         size: elements of the slot.
+
+    Attributes:
+        words: the same memory; the first int64 is the number of elements that are there.
+        open_here: on the server, whether it follows a gradient in this slot.
     """
 
     def __init__(self, memory: memoryview, size: int) -> None:
+        self.words: Array = np.frombuffer(memory, np.int64)
         self._counts = memory.cast("q")
         self._norm = memory[16:24].cast("d")
         self._size = size
+        self.open_here = False
 
     # ---- the worker ----------------------------------------------------------------------
 
@@ -63,7 +75,7 @@ class Progress:
         return end
 
     def verdict(self) -> tuple[bool, float]:
-        """Give (finite, norm) of a gradient that is all there.
+        """Take (finite, norm) of a gradient that is all there; it is followed no longer.
 
         Raises:
             MessageError: they are none.
@@ -71,4 +83,5 @@ class Progress:
         finite, norm = self._counts[1], self._norm[0]
         if finite not in (0, 1) or (finite and not norm >= 0.0):
             raise MessageError(f"a gradient in shared memory is said to be {finite, norm}")
+        self.open_here = False
         return finite == 1, norm
