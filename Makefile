@@ -35,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-slurm laws check docs bench clean
+.PHONY: help train test test-slurm test-cluster laws check docs bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -57,6 +57,9 @@ laws: .venv/.installed-dev ## Run the slow tests: the laws of asynchronous train
 
 test-slurm: .venv/.installed .venv-mpich/.installed ## Run the Slurm examples on a Slurm of one node (root; Debian's slurm-wlm and munge).
 	timeout --kill-after=30 $(TEST_LIMIT_S) tests/slurm/run.sh </dev/null
+
+test-cluster: .venv/.installed ## Train and measure on hosts made of network namespaces, 1 Gbit/s links (root; ip, tc).
+	timeout --kill-after=30 $(TEST_LIMIT_S) .venv/bin/python tests/cluster/run.py .venv </dev/null
 
 check: .venv/.installed-dev ## Check format, lint and types, and run the docstrings' examples.
 	.venv/bin/ruff format --check .

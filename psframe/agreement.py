@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from psframe.devices import choose_device
 from psframe.errors import ArgumentError
+from psframe.placement import no_room, serving_ranks
 from psframe.plan import Plan
 from psframe.roles import describe
 from psframe.transports.mpi import Mesh
@@ -35,7 +36,8 @@ def agree(
         same: further arguments that must be equal on every rank.
 
     Returns:
-        The plan, and the error that this rank must raise. If it is not None, every rank has one.
+        The plan, which knows its servers, and the error that this rank must raise. If that is not
+        None, every rank has one.
 
     Raises:
         RankLost: some rank did not take part.
@@ -44,16 +46,18 @@ def agree(
     error: Exception | None = None
     try:
         plan = make_plan()
+        plan = plan.placed(serving_ranks(plan.placement, mesh.nodes))
         if mesh.rank == 0:
             open_host(plan)
-        elif mesh.rank >= plan.servers:
+        elif mesh.rank not in plan.serving:
             choose_device(plan.device, worker=0)
     except Exception as raised:  # every other rank has to hear of it, whatever it is
         error = raised
     error = tell(mesh, error)
     if error is None:
         assert plan is not None
-        error = _compare(mesh, plan.digests(**same)) or _count_ranks(mesh, plan)
+        error = _compare(mesh, plan.digests(**same))
+        error = error or no_room(plan.placement, plan.serving, mesh.size)
     return plan, error
 
 
@@ -93,13 +97,3 @@ def _compare(mesh: Mesh, digests: Mapping[str, bytes]) -> ArgumentError | None:
                 " equal arguments"
             )
     return None
-
-
-def _count_ranks(mesh: Mesh, plan: Plan) -> ArgumentError | None:
-    size, servers = mesh.size, plan.servers
-    if size > servers:
-        return None
-    return ArgumentError(
-        f"servers: {servers} of {size} ranks serve, which leaves no worker; start at least"
-        f" {servers + 1} ranks (mpirun -n {servers + 1} ...) or take fewer servers"
-    )

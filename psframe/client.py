@@ -46,6 +46,7 @@ class Worker:
         device: Device,
         seed: int,
         *,
+        judges: bool = True,
         measured: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self._endpoint = endpoint
@@ -59,10 +60,11 @@ class Worker:
         streams = layout.size * layout.dtype.itemsize > _STREAM_BYTES
         self._staging: list[Mapping[str, Any] | None] = [None, None]
         self._progress = [endpoint.progress(k) if streams else None for k in (0, 1)]
+        self._judges = judges  # whether it says if gradients are finite, and their norms
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"
         # Whether pushes are copied at once, whole, in host memory that stays the slot's.
-        self._plain = self._on_host and measured is None and not streams and all(endpoint.in_place)
+        self._plain = self._on_host and measured is None and all(endpoint.in_place)
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
         self._notes = Notes(self._exchange)
@@ -300,7 +302,12 @@ class Worker:
             or ((user := protocol.users[index]) is not None and user.waiting)
         ):
             return self._push_any(grads, want_params)
-        verdict = slot.pack_plain(grads)
+        progress = self._progress[index]
+        if progress is not None:
+            if not slot.fits(grads):
+                return self._push_any(grads, want_params)
+            return self._stream(index, slot, progress, grads, want_params, protocol.present)
+        verdict = slot.pack_fitting(grads, self._judges)
         if verdict is None:
             return self._push_any(grads, want_params)
         request, messages = protocol.push(index, verdict[0], verdict[1], want_params)
@@ -371,15 +378,15 @@ class Worker:
         """Put the gradient into a slot; whether it is finite, and its norm."""
         if grads is None:
             if self._on_host:  # the arrays given out are the slot
-                return self._measure(slot, *slot.judge(advance))
+                return self._measure(slot, *slot.judge(advance)) if self._judges else (True, 0.0)
             grads = self._staging[index]
             assert grads is not None, "gradients() made it"
         if not self._on_host:
             grads = self._device.gradients(grads)
-        return self._measure(slot, *slot.pack(grads, advance))
+        return self._measure(slot, *slot.pack(grads, self._judges, advance))
 
     def _measure(self, slot: GradientSlot, finite: bool, norm: float) -> tuple[bool, float]:
-        if self._measured is None or not finite:
+        if self._measured is None or not (finite and self._judges):
             return finite, norm
         return True, slot.norm(self._measured)
 

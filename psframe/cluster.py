@@ -28,6 +28,7 @@ from psframe.interrupts import Interrupts
 from psframe.launcher import Launcher
 from psframe.layout import Array
 from psframe.leader import Leader
+from psframe.placement import line_of
 from psframe.plan import Plan, Result
 from psframe.results import diverged, make_result, summarise
 from psframe.roles import (
@@ -146,6 +147,7 @@ class _ClusterRun:
             This rank's result, and what it has to raise in place of returning it.
         """
         mesh = self.mesh
+        mesh.arrange(line_of(plan.serving, mesh.size))
         self._share_initial(plan)
         neighbours = meet(mesh, plan.layout, plan.servers, self._shared_memory)
         if mesh.rank == 0:
@@ -209,7 +211,7 @@ class _ClusterRun:
             _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
         try:
             opened = make_device(device, plan.layout)
-            worker = Worker(endpoint, plan.layout, opened, plan.seed, measured=plan.measured)
+            worker = plan.build_worker(endpoint, opened)
         except Exception as error:  # CuPy's are many
             self._error = error
             decline(endpoint, error)
@@ -251,10 +253,11 @@ class _ClusterRun:
             return KeyboardInterrupt("the run was interrupted")
         if summary["failure"] is not None:
             worker, *what = summary["failure"]
-            rank = plan.servers + worker
-            if self._error is not None and rank == self.mesh.rank:
+            place = plan.servers + worker
+            if self._error is not None and place == self.mesh.rank:
                 return self._error
             failure = Failure(*what)
+            rank = self.mesh.names[place]
             return WorkerFailed(worker, rank, failure.type, failure.message, failure.traceback)
         return Diverged(summary["diverged"]) if summary["diverged"] else None
 
@@ -270,7 +273,7 @@ class _ClusterRun:
         self.verdict_of(error)
         what = "".join(traceback.format_exception(error))
         sys.stdout.flush()
-        print(f"psframe: rank {self.mesh.rank} ends the job:\n{what}", file=sys.stderr, flush=True)
+        print(f"psframe: rank {self.mesh.name} ends the job:\n{what}", file=sys.stderr, flush=True)
         self.mesh.abort(_EXIT_INTERRUPTED if _was_interrupted(error) else 1)
 
 

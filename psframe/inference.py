@@ -20,6 +20,7 @@ from psframe.data import Dataset
 from psframe.errors import RankLost
 from psframe.models.base import Model
 from psframe.optim import SGD
+from psframe.placement import Servers
 from psframe.runtime import run
 
 __all__ = ["Predictions", "confusion_matrix", "mean_loss", "predict"]
@@ -51,7 +52,7 @@ def predict(
     params: Mapping[str, Any],
     data: Dataset,
     *,
-    servers: int = 1,
+    servers: Servers = 1,
     workers: int | None = None,
     device: str = "auto",
     comm: Any = None,

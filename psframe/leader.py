@@ -43,7 +43,7 @@ from psframe.events import (
 from psframe.leases import LeaseBook
 from psframe.ledger import LedgerBook
 from psframe.server import SLOTS, Queued, Server, ServerMemory
-from psframe.store import Store
+from psframe.store import Store, is_finite
 
 __all__ = ["Leader", "Score"]
 
@@ -168,7 +168,7 @@ class Leader(Server):
         clock = clocks[worker]
         clocks[worker] = clock + 1
         if not store.update(self.memory.gradient(worker, push.slot)):
-            self._refuse(push, Reason.NON_FINITE_UPDATE, clock)
+            self._refuse(push, self._blame(push), clock)
             self._serve_wanted(push)
             return self._finish()
         staleness = version - push.version
@@ -357,12 +357,17 @@ class Leader(Server):
         self._early = None
         if not good:
             self._wake |= self.policy.refuse(worker)
-            self._refuse(push, Reason.NON_FINITE_UPDATE, clock)
+            self._refuse(push, self._blame(push), clock)
             return
         if self._followers:
             self._out.append(Decision([(worker, push.seq)]))
         self._wake |= self.policy.finish(worker)
         self._settle(push, _NONE, clock, staleness)
+
+    def _blame(self, push: Push) -> Reason:
+        """Say why an update is not finite: where workers do not judge, for its gradient perhaps."""
+        grad = self.memory.gradient(push.worker, push.slot)
+        return Reason.NON_FINITE_UPDATE if is_finite(grad) else Reason.NON_FINITE
 
     def _close_round(self, members: list[int]) -> None:
         pushes = [self._round.pop(worker) for worker in members]

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from psframe.events import Answer
 from psframe.layout import Array, Layout, check_gradient_dtype
 
 __all__ = ["GradientSlot", "Snapshots", "check_gradients"]
@@ -28,6 +27,7 @@ _BLOCK = 4096
 _PIECE = 16 * _BLOCK
 # Of a short gradient pieces are shorter, so that who follows is not far behind at the end.
 _PIECES = 8
+_NOT_JUDGED = (True, 0.0)
 
 
 _Shape = tuple[int, ...]
@@ -94,12 +94,26 @@ class GradientSlot:
         blocks = -(-flat.size // (_BLOCK * _PIECES))
         self._piece = min(max(1, blocks) * _BLOCK, _PIECE)
 
-    def pack_plain(self, grads: object) -> tuple[bool, float] | None:
-        """Copy a gradient, not large, that is a dict of arrays which need no cast or second look.
+    def fits(self, grads: object) -> bool:
+        """Say whether a gradient is a dict of NumPy arrays that needs no cast and no second look.
+
+        This is the hot path's check; `check_gradients` says of all others what is wrong, if
+        anything.
+        """
+        targets, dtype = self._targets, self._dtype
+        if type(grads) is not dict or len(grads) != len(targets):
+            return False
+        for name, shape, _ in targets:
+            grad = grads.get(name)
+            if type(grad) is not np.ndarray or grad.dtype is not dtype or grad.shape != shape:
+                return False
+        return True
+
+    def pack_fitting(self, grads: object, judge: bool) -> tuple[bool, float] | None:
+        """Copy a gradient that `fits`, in one go.
 
         Returns:
-            As `judge`; None of any other gradient, which `check_gradients` is then to judge. The
-            slot holds nothing of use then.
+            As `pack`; None of any other gradient. The slot holds nothing of use then.
         """
         targets, dtype = self._targets, self._dtype
         if type(grads) is not dict or len(grads) != len(targets):
@@ -109,24 +123,31 @@ class GradientSlot:
             if type(grad) is not np.ndarray or grad.dtype is not dtype or grad.shape != shape:
                 return None
             target[...] = grad
+        if not judge:
+            return _NOT_JUDGED
         flat = self._flat
-        total = float(np.vdot(flat, flat)) if self._few else _sum_of_blocks(flat)
-        return (True, math.sqrt(total)) if total < math.inf else self._look_again()
+        return self._verdict(float(np.vdot(flat, flat)) if self._few else _sum_of_blocks(flat))
 
     def pack(
-        self, grads: Mapping[str, Any], advance: Callable[[int], None] | None = None
+        self,
+        grads: Mapping[str, Any],
+        judge: bool = True,
+        advance: Callable[[int], None] | None = None,
     ) -> tuple[bool, float]:
         """Copy a checked gradient into the slot.
 
         Args:
             grads: names to arrays on the host; only read.
+            judge: whether to look at what is copied.
             advance: called, some elements at a time, with how many are there from the start.
 
         Returns:
-            As `judge`, of what the slot holds now (so after a cast).
+            As `judge`, of what the slot holds now (so after a cast); (True, 0.0) unlooked at.
         """
         with _quietly():
-            return self._pack_in_pieces(grads, _Sum(self._flat, advance, self._piece))
+            summed = _Sum(self._flat, advance, self._piece, judge)
+            self._pack_in_pieces(grads, summed)
+            return self._verdict(summed.all()) if judge else _NOT_JUDGED
 
     def judge(self, advance: Callable[[int], None] | None = None) -> tuple[bool, float]:
         """Say whether all elements in the slot are finite, and their Euclidean norm.
@@ -141,7 +162,7 @@ class GradientSlot:
         if advance is None and flat.size <= _PIECE:
             return self._verdict(_sum_of_blocks(flat))
         with _quietly():
-            return self._verdict(_Sum(flat, advance, self._piece).all())
+            return self._verdict(_Sum(flat, advance, self._piece, True).all())
 
     def norm(self, runs: Sequence[tuple[int, int]]) -> float:
         """Compute the Euclidean norm of some runs [begin, end) of the slot, which is finite."""
@@ -149,7 +170,7 @@ class GradientSlot:
         with np.errstate(over="ignore"):
             return math.sqrt(sum(float(np.vdot(part, part)) for part in parts))
 
-    def _pack_in_pieces(self, grads: Mapping[str, Any], summed: _Sum) -> tuple[bool, float]:
+    def _pack_in_pieces(self, grads: Mapping[str, Any], summed: _Sum) -> None:
         flat, length = self._flat, self._piece
         for name, offset, size in self._places:
             source = grads[name]
@@ -168,7 +189,6 @@ class GradientSlot:
             else:
                 self.arrays[name][...] = source
                 summed.extend(offset + size)
-        return self._verdict(summed.all())
 
     def _verdict(self, total: float) -> tuple[bool, float]:
         return (True, math.sqrt(total)) if total < math.inf else self._look_again()
@@ -202,12 +222,16 @@ class _Sum:
         flat: the vector.
         advance: called with how many elements have been written and summed, some at a time.
         piece: how many at a time, a multiple of the block.
+        judge: whether to sum at all.
     """
 
-    def __init__(self, flat: Array, advance: Callable[[int], None] | None, piece: int) -> None:
+    def __init__(
+        self, flat: Array, advance: Callable[[int], None] | None, piece: int, judge: bool
+    ) -> None:
         self._flat = flat
         self._advance = advance
         self._piece = piece
+        self._judge = judge
         self._done, self._total = 0, 0.0  # elements in the total: a multiple of _BLOCK
 
     def extend(self, end: int) -> None:
@@ -222,7 +246,9 @@ class _Sum:
         return self._total + _sum_of_blocks(flat[self._done :])
 
     def _take(self, end: int) -> None:
-        if end - self._done == _BLOCK:
+        if not self._judge:
+            pass
+        elif end - self._done == _BLOCK:
             block = self._flat[self._done : end]
             self._total += float(np.vdot(block, block))
         else:
@@ -256,6 +282,14 @@ class _Spanning:
     copies: tuple[Array, Array]
 
 
+class Place(Protocol):
+    """What says in which buffer a snapshot is, such as a server's answer."""
+
+    @property
+    def buffer(self) -> int:
+        """The buffer's index."""
+
+
 class Snapshots:
     """Names the parameters in the snapshots that a worker's pulls bring, one a server.
 
@@ -275,7 +309,7 @@ class Snapshots:
         self._views: dict[tuple[int, int], dict[str, Array]] = {}
         self._turn = 0
 
-    def arrays(self, answers: Sequence[Answer]) -> dict[str, Array]:
+    def arrays(self, answers: Sequence[Place]) -> dict[str, Array]:
         """Name the parameters.
 
         Args:

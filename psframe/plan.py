@@ -5,6 +5,7 @@ All three drivers (MPI, threads, the simulator) build their servers here.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -14,12 +15,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from psframe.client import Worker
 from psframe.consistency import Async, Mode
+from psframe.devices import Device
 from psframe.events import HostEvent
+from psframe.exchange import Endpoint
 from psframe.follower import Follower
 from psframe.layout import Array, Layout
 from psframe.leader import Leader, Score
 from psframe.ledger import Ledger
+from psframe.placement import Checked
 from psframe.server import Server, ServerMemory
 from psframe.store import Buffers, Store, UpdateRule
 
@@ -78,6 +83,8 @@ class Plan:
     score: Score | None = None
     trace: bool = False
     spans: bool = False
+    placement: Checked = 1  # what the user said of servers
+    serving: tuple[int, ...] = ()  # which ranks serve, server 0 first; over MPI only
 
     @classmethod
     def check(
@@ -95,8 +102,11 @@ class Plan:
         score: Score | None = None,
         trace: bool = False,
         spans: bool = False,
+        placement: Checked | None = None,
     ) -> Plan:
         """Check the arguments.
+
+        `placement` is what `check_servers` has returned; `servers` if it is None.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
@@ -139,7 +149,12 @@ class Plan:
             score,
             bool(trace),
             bool(spans),
+            int(servers) if placement is None else placement,
         )
+
+    def placed(self, serving: tuple[int, ...]) -> Plan:
+        """Give the plan in which these ranks serve."""
+        return dataclasses.replace(self, servers=len(serving), serving=serving)
 
     @property
     def averaged(self) -> tuple[tuple[int, int], ...]:
@@ -159,13 +174,29 @@ class Plan:
         begins = [*(begin for begin, _ in averaged), self.layout.size]
         return tuple((b, e) for b, e in zip(ends, begins, strict=True) if b < e)
 
+    @property
+    def judges(self) -> bool:
+        """Whether workers say if a gradient is finite, and its norm, before it is applied.
+
+        They must where a decision hangs on it that is made without the whole gradient. Where one
+        server applies pushes one by one, its kernel finds what is not finite.
+        """
+        aggregates = self.mode.policy(1).aggregates
+        return self.servers > 1 or aggregates or self.clip_norm is not None
+
+    def build_worker(self, endpoint: Endpoint, device: Device) -> Worker:
+        """Make a worker of this run."""
+        return Worker(
+            endpoint, self.layout, device, self.seed, judges=self.judges, measured=self.measured
+        )
+
     def digests(self, **more: object) -> dict[str, bytes]:
         """Give a 16-byte digest of each argument that must be equal on every rank."""
         arguments: dict[str, object] = {
             "params": self.layout.describe(),
             "optimizer": self.optimizer,
             "mode": self.mode,
-            "servers": self.servers,
+            "servers": self.placement,
             "device": self.device,
             "seed": self.seed,
             "max_updates": self.max_updates,

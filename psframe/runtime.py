@@ -12,6 +12,7 @@ from psframe.consistency import Async, Mode
 from psframe.host import Host
 from psframe.launcher import find_launcher, starting_mpi
 from psframe.leader import Score
+from psframe.placement import Servers, check_servers, one_process
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
 from psframe.threaded import run_threads
 
@@ -26,7 +27,7 @@ def run(
     *,
     optimizer: OptimizerLike,
     mode: Mode = Async(),  # noqa: B008 - frozen, and part of the signature users read
-    servers: int = 1,
+    servers: Servers = 1,
     workers: int | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -44,17 +45,19 @@ def run(
 ) -> Result:
     """Train `params` with a parameter server; every rank calls it with equal arguments.
 
-    Ranks [0, servers) serve; each other rank calls `work(worker)` once. Without an MPI launcher
-    everything runs in this process, in threads, and MPI is not imported. The run is over when
-    every `work` has returned, when `max_updates` updates have been applied, or when someone has
-    called `worker.stop()`; pushes made before a `work` returns are drained.
+    Ranks [0, servers) serve, or those that `servers` names; each other rank calls `work(worker)`
+    once. Without an MPI launcher everything runs in this process, in threads, and MPI is not
+    imported. The run is over when every `work` has returned, when `max_updates` updates have been
+    applied, or when someone has called `worker.stop()`; pushes made before a `work` returns are
+    drained.
 
     Args:
         work: function of one `psframe.Worker`.
         params: names to float32 or float64 arrays, all of one dtype; rank 0's values count.
         optimizer: one of `psframe.optim`.
         mode: `psframe.Async()`, `psframe.SSP(staleness=s)` or `psframe.BSP(backup=b)`.
-        servers: S >= 1.
+        servers: S >= 1, for the first S ranks; "per-node", for the first rank of each node (one
+            server without a launcher); or a list of ranks, with 0, which is server 0, in front.
         workers: worker threads without a launcher (default 1); ignored under one.
         device: "auto" (a GPU if CuPy can use one), "cpu", "cuda" or "cuda:k".
         seed: decides `worker.rng` and the order of leased samples.
@@ -88,13 +91,18 @@ def run(
         KeyboardInterrupt: the run was interrupted, here or on another rank.
     """
 
+    launcher = find_launcher()
+    alone = comm is None and launcher is None
+
     def plan() -> Plan:
+        placement = check_servers(servers)
         return Plan.check(
             work,
             params,
             optimizer=optimizer,
             mode=mode,
-            servers=servers,
+            servers=one_process(placement) if alone else 1,
+            placement=placement,
             device=device,
             seed=seed,
             max_updates=max_updates,
@@ -108,7 +116,7 @@ def run(
         described = {
             "optimizer": repr(checked.optimizer),
             "mode": repr(checked.mode),
-            "servers": checked.servers,
+            "servers": checked.placement,
             "device": checked.device,
             "seed": checked.seed,
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
@@ -121,8 +129,7 @@ def run(
             observer=observer,
         )
 
-    launcher = find_launcher()
-    if comm is None and launcher is None:
+    if alone:
         checked = plan()
         count = 1 if workers is None else workers
         check_count("workers", count, 1)

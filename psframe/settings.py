@@ -15,6 +15,7 @@ from psframe import optim, toml
 from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
+from psframe.placement import Checked, parse_servers
 
 __all__ = ["Settings", "check_choice", "from_file"]
 
@@ -118,8 +119,8 @@ class Settings:
     no_prefetch: bool = False
     """load a batch only when it is its turn, not while the one before is computed"""
 
-    servers: int = 1
-    """ranks that hold the parameters; the others work"""
+    servers: int | str = 1
+    """ranks that hold the parameters: how many, the first; per-node; or which, such as 0,4,8"""
 
     workers: int | None = None
     """worker threads without mpirun; else 3; under mpirun the ranks decide"""
@@ -172,6 +173,14 @@ class Settings:
             self, lr=lr, weight_decay=decay, staleness=staleness, backup=backup
         )
 
+    def placement(self) -> Checked:
+        """Say what `psframe.run` is told of servers.
+
+        Raises:
+            ArgumentError: it makes no sense.
+        """
+        return parse_servers(self.servers) if isinstance(self.servers, str) else self.servers
+
     def consistency(self) -> Mode:
         """Make the mode."""
         if self.mode == "ssp":
@@ -223,8 +232,9 @@ class Settings:
     def _check_ranges(self) -> None:
         for name, least in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise ArgumentError(f"{_flag(name)}: expected {least} or more, got {value}")
+        self.placement()
         if not 0.0 < self.test_fraction < 1.0:
             raise ArgumentError(
                 f"--test-fraction: expected a number between 0 and 1, got {self.test_fraction}"
@@ -280,6 +290,8 @@ def from_file(path: str | Path) -> Settings:
             near = difflib.get_close_matches(name, set(hints) - set(_NOT_STORED), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(f"--config: {path}: unknown key {key!r}{hint}")
+        if name == "servers" and isinstance(value, list):
+            value = ",".join(map(str, value))  # as its flag has it
         values[name] = _typed(hints[name], value, f"--config: {path}: {key}")
     return Settings(**values)
 

@@ -186,12 +186,9 @@ class Simulation:
 
     def _start(self, index: int) -> None:
         endpoint = self._virtual.endpoints[index]
-        layout, seed = self._plan.layout, self._plan.seed
-        measured = self._plan.measured
 
         def body() -> None:
-            worker = Worker(endpoint, layout, HostDevice(), seed, measured=measured)
-            take_part(self._work, worker)
+            take_part(self._work, self._plan.build_worker(endpoint, HostDevice()))
 
         endpoint.start(body)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["Buffers", "HeapBuffers", "Store", "UpdateRule", "buffer_count"]
+__all__ = ["Buffers", "HeapBuffers", "Store", "UpdateRule", "buffer_count", "is_finite"]
 
 _PINS = 1
 
@@ -26,6 +26,11 @@ _PINS = 1
 def buffer_count(workers: int) -> int:
     """Count the buffers that a store needs: one a worker, two for updates, one for a pin."""
     return workers + 2 + _PINS
+
+
+def is_finite(grad: Array) -> bool:
+    """Say whether all of a gradient is finite."""
+    return bool(np.isfinite(grad).all())
 
 
 class Buffers(Protocol):

@@ -135,7 +135,7 @@ class _ThreadRun:
         try:
             opened = make_device(device, self._plan.layout)
             plan = self._plan
-            worker = Worker(endpoint, plan.layout, opened, plan.seed, measured=plan.measured)
+            worker = plan.build_worker(endpoint, opened)
         except Exception as error:  # CuPy's are many
             self._errors[index] = error
             decline(endpoint, error)

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psframe.events import NOBODY, HostEvent, SpanKind, Spans
@@ -61,17 +61,23 @@ class TimeTrace:
             self._begin.append(begin)
             self._end.append(end)
 
-    def write(self, folder: Path, servers: int) -> Path | None:
-        """Write trace.json by rename; a disk that refuses it is warned of, and None returned."""
+    def write(self, folder: Path, servers: int, line: Sequence[int] = ()) -> Path | None:
+        """Write trace.json by rename; a disk that refuses it is warned of, and None returned.
+
+        Args:
+            folder: the run directory.
+            servers: S.
+            line: the ranks in the order servers, workers; as they are numbered if empty.
+        """
         file = folder / TRACE
         temporary = file.with_name(f".{TRACE}.tmp")
         try:
             try:
                 with temporary.open("w", encoding="utf-8") as stream:
                     stream.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-                    stream.write(",\n".join(self._tracks(servers)))
-                    for line in self._lines(servers):
-                        stream.write(",\n" + line)
+                    stream.write(",\n".join(self._tracks(servers, line)))
+                    for span in self._lines(servers, line):
+                        stream.write(",\n" + span)
                     stream.write(f'\n], "otherData": {{"spans_dropped": {self.dropped}}}}}\n')
                 temporary.replace(file)
             except BaseException:
@@ -82,8 +88,8 @@ class TimeTrace:
             return None
         return file
 
-    def _tracks(self, servers: int) -> list[str]:
-        names = {_rank(who, servers): who for who in self._offset}
+    def _tracks(self, servers: int, line: Sequence[int]) -> list[str]:
+        names = {_rank(who, servers, line): who for who in self._offset}
         lines = ['{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "psframe"}}']
         for rank, who in sorted(names.items()):
             role = f"server {-1 - who}" if who < 0 else f"worker {who}"
@@ -93,7 +99,7 @@ class TimeTrace:
             )
         return lines
 
-    def _lines(self, servers: int):  # type: ignore[no-untyped-def]
+    def _lines(self, servers: int, line: Sequence[int]):  # type: ignore[no-untyped-def]
         """Give one line a span; times in microseconds from the first one on."""
         names = [kind.name.lower() for kind in SpanKind]
         offset = {w: 0.0 if 0 <= o < _SAME_CLOCK_S else o for w, o in self._offset.items()}
@@ -102,10 +108,12 @@ class TimeTrace:
         for who, kind, begin, end in columns:
             ts = (begin + offset[who] - start) * 1e6
             yield (
-                f'{{"name": "{names[kind]}", "ph": "X", "pid": 0, "tid": {_rank(who, servers)},'
-                f' "ts": {ts:.3f}, "dur": {(end - begin) * 1e6:.3f}}}'
+                f'{{"name": "{names[kind]}", "ph": "X", "pid": 0,'
+                f' "tid": {_rank(who, servers, line)}, "ts": {ts:.3f},'
+                f' "dur": {(end - begin) * 1e6:.3f}}}'
             )
 
 
-def _rank(who: int, servers: int) -> int:
-    return -1 - who if who < 0 else servers + who
+def _rank(who: int, servers: int, line: Sequence[int]) -> int:
+    place = -1 - who if who < 0 else servers + who
+    return line[place] if line else place

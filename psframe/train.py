@@ -19,6 +19,7 @@ from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.monitor import Monitor
 from psframe.output import give_up_printing
+from psframe.placement import find_serving, line_of, one_process
 from psframe.rundir import RunDir
 from psframe.settings import Settings, check_choice, from_file
 from psframe.summary import summarise, write_summary
@@ -121,8 +122,9 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
     start = time.monotonic()
     if settings.resume and _is_completed(settings, launched):
         return 0
+    serving = find_serving(settings.placement(), launched)  # all ranks together, if at all
     try:
-        trainer, parts, watching = _prepare(settings, launched)
+        trainer, parts, watching = _prepare(settings, launched, serving)
     except Exception as error:
         if launched is None:
             raise
@@ -132,17 +134,19 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
     with watching:
         trained = trainer.fit(parts)
     if trained.result.is_root:
-        _leave(settings, parts, watching, trained, time.monotonic() - start, launched)
+        _leave(settings, parts, watching, trained, time.monotonic() - start, serving)
     return 0
 
 
-def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Parts, Watching]:
+def _prepare(
+    settings: Settings, launched: Launcher | None, serving: tuple[int, ...]
+) -> tuple[Trainer, Parts, Watching]:
     """Load the data and make the model, its trainer, and what looks on."""
     parts = load_parts(settings)
     model = create(settings.model, parts.train.input_shape, parts.train.n_classes)
     workers = working = settings.workers
     if launched is not None:
-        working = None if launched.size is None else launched.size - settings.servers
+        working = None if launched.size is None else launched.size - len(serving)
     elif workers is None:
         workers = working = _THREADS
     if working is not None and settings.backup and settings.backup >= working:
@@ -152,7 +156,8 @@ def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Pa
     root = launched is None or launched.rank == 0
     watching = Watching(
         Monitor(max(working or 0, 0), settings.epochs, len(parts.train)),
-        servers=settings.servers,
+        servers=len(serving) or one_process(settings.placement()),
+        line=line_of(serving, len(serving) + _WORKERS_MAX) if serving else (),
         show=settings.show if root else "none",
         title=_title(settings),
         evaluation="test",
@@ -169,7 +174,7 @@ def _prepare(settings: Settings, launched: Launcher | None) -> tuple[Trainer, Pa
         seed=settings.seed,
         patience=settings.patience,
         device=settings.device,
-        servers=settings.servers,
+        servers=settings.placement(),
         workers=workers,
         run_dir=settings.run_dir,
         overwrite=settings.overwrite,
@@ -216,7 +221,7 @@ def _leave(
     watching: Watching,
     trained: TrainResult,
     seconds: float,
-    launched: Launcher | None,
+    serving: tuple[int, ...],
 ) -> None:
     """Write weights and summary, and say how it went.
 
@@ -236,7 +241,7 @@ def _leave(
         optimizer=settings.optimizer,
         model=settings.model,
         data=settings.data,
-        ranks=[None if launched is None else settings.servers + w for w in range(_WORKERS_MAX)],
+        ranks=watching.line[len(serving) :],
         best_epoch=trained.best_epoch,
         stopped_early=trained.stopped_early,
     )
@@ -263,7 +268,7 @@ def _leave(
             sys.stdout,
             run_dir=folder,
             reasons=result.ledger.reasons,
-            launched=launched is not None,
+            launched=bool(serving),
         )
     except OSError as error:  # whoever was to read it has gone; the run is completed all the same
         _log.warning("the summary could not be printed: %s", error.strerror or error)

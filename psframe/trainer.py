@@ -26,6 +26,7 @@ from psframe.inference import Predictions, confusion_matrix, mean_loss, predict
 from psframe.layout import Layout
 from psframe.models.base import Model, check_model, takes
 from psframe.optim import Average, Grouped
+from psframe.placement import Servers
 from psframe.runtime import Result, run
 from psframe.stepping import Stepper
 
@@ -109,7 +110,7 @@ class Trainer:
         seed: int = 0,
         patience: int | None = None,
         device: str = "auto",
-        servers: int = 1,
+        servers: Servers = 1,
         workers: int | None = None,
         run_dir: str | Path | None = None,
         overwrite: bool = False,

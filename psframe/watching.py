@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +28,15 @@ class Watching:
     Args:
         monitor: what the others look at.
         servers: S.
+        line: the ranks in the order servers, workers; as they are numbered if empty.
         show: what is displayed; see `display_for`. "none" on ranks that are not the root.
         title: the live display's first line.
         evaluation: what its accuracy is of.
         launched: whether an MPI launcher stands between this process and the terminal.
         tensorboard, trace: whether to write event files, and a trace.
+
+    Attributes:
+        monitor, line: as given.
 
     Raises:
         ArgumentError: `tensorboard` is not installed.
@@ -42,6 +47,7 @@ class Watching:
         monitor: Monitor,
         *,
         servers: int,
+        line: Sequence[int] = (),
         show: Any = "auto",
         title: str = "",
         evaluation: str = "test",
@@ -51,6 +57,7 @@ class Watching:
     ) -> None:
         self.monitor = monitor
         self._servers = servers
+        self.line = line
         self._display: Display = display_for(
             sys.stdout, monitor, show=show, title=title, evaluation=evaluation, launched=launched
         )
@@ -80,7 +87,7 @@ class Watching:
         if self._events is not None:
             self._events.close()
         if self._trace is not None and self._folder is not None:
-            self._trace.write(self._folder, self._servers)
+            self._trace.write(self._folder, self._servers, self.line)
 
     def opened(self, folder: Path) -> None:
         """Learn where the run's files go."""

@@ -29,7 +29,7 @@ def pack(layout, grads):
     slot = np.full(layout.size, np.nan, layout.dtype)
     said = GradientSlot(layout, slot).pack(grads)
     again = np.full(layout.size, np.nan, layout.dtype)
-    plainly = GradientSlot(layout, again).pack_plain(grads)
+    plainly = GradientSlot(layout, again).pack_fitting(grads, judge=True)
     if plainly is not None:
         np.testing.assert_equal(plainly, said)
         np.testing.assert_array_equal(again, slot)
@@ -236,7 +236,7 @@ def test_strides_and_byte_orders():
 )
 def test_bad_gradients(grads, error, says):
     layout = Layout.of({"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)})
-    assert GradientSlot(layout, np.zeros(5, np.float32)).pack_plain(grads) is None
+    assert GradientSlot(layout, np.zeros(5, np.float32)).pack_fitting(grads, judge=True) is None
     with pytest.raises(error, match=f"^push from worker 3: .*{says}"):
         check_gradients(layout, grads, "push from worker 3")
 
@@ -244,14 +244,14 @@ def test_bad_gradients(grads, error, says):
 def test_plain_is_only_what_needs_no_second_look():
     a, b = np.zeros(2, np.float32), np.zeros(3, np.float32)
     slot = GradientSlot(Layout.of({"a": a, "b": b}), np.ones(5, np.float32))
-    assert slot.pack_plain({"a": a, "b": b}) == (True, 0.0)
-    assert slot.pack_plain({"b": b, "a": a}) == (True, 0.0)
-    assert slot.pack_plain({"a": a, "b": b.astype(np.float64)}) is None
-    assert slot.pack_plain({"a": a, "b": b.astype(">f4")}) is None
-    assert slot.pack_plain({"a": a, "b": b.view(np.ma.MaskedArray)}) is None
-    assert slot.pack_plain({"a": a, "b": b, "c": b}) is None
-    assert slot.pack_plain({"a": a}) is None
-    assert slot.pack_plain(None) is None
+    assert slot.pack_fitting({"a": a, "b": b}, judge=True) == (True, 0.0)
+    assert slot.pack_fitting({"b": b, "a": a}, judge=True) == (True, 0.0)
+    assert slot.pack_fitting({"a": a, "b": b.astype(np.float64)}, judge=True) is None
+    assert slot.pack_fitting({"a": a, "b": b.astype(">f4")}, judge=True) is None
+    assert slot.pack_fitting({"a": a, "b": b.view(np.ma.MaskedArray)}, judge=True) is None
+    assert slot.pack_fitting({"a": a, "b": b, "c": b}, judge=True) is None
+    assert slot.pack_fitting({"a": a}, judge=True) is None
+    assert slot.pack_fitting(None, judge=True) is None
 
 
 # ---- snapshots -----------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ PARAMS = {"w1": np.zeros((2, 3), np.float32), "b[1]": np.zeros(3, np.float32)}
         ({"epochs": 0}, "--epochs: expected 1 or more, got 0"),
         ({"batch_size": 0}, "--batch-size: expected 1 or more"),
         ({"servers": 0}, "--servers: expected 1 or more"),
+        ({"servers": "per-rack"}, "--servers: expected a number of servers, per-node, or ranks"),
+        ({"servers": "1,2"}, r"--servers: .* got \[1, 2\]; rank 0 is server 0"),
         ({"workers": 0}, "--workers: expected 1 or more"),
         ({"seed": -1}, "--seed: expected 0 or more"),
         ({"warmup": -1}, "--warmup: expected 0 or more"),
@@ -140,6 +142,24 @@ def test_a_file_may_write_keys_as_flags_and_floats_as_integers(tmp_path: Path) -
     settings = from_file(path)
     assert (settings.batch_size, settings.lr, settings.clip_norm) == (8, 1.0, 2.5)
     assert isinstance(settings.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "placement"),
+    [
+        ("servers = 2", 2),
+        ('servers = "per-node"', "per-node"),
+        ("servers = [0, 4, 8]", (0, 4, 8)),
+        ('servers = "0,4"', (0, 4)),
+    ],
+)
+def test_servers_may_be_a_number_a_word_or_ranks(tmp_path: Path, text: str, placement: Any) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    settings = from_file(path).resolved()
+    assert settings.placement() == placement
+    path.write_text(toml.dumps(settings.as_config()))
+    assert from_file(path).resolved().placement() == placement
 
 
 def test_a_missing_file_is_named() -> None:

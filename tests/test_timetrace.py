@@ -23,8 +23,10 @@ class Clock:
         return self.now
 
 
-def written(trace: TimeTrace, folder: Path, servers: int = 1) -> tuple[list[Any], list[Any], Any]:
-    file = trace.write(folder, servers)
+def written(
+    trace: TimeTrace, folder: Path, servers: int = 1, line: tuple[int, ...] = ()
+) -> tuple[list[Any], list[Any], Any]:
+    file = trace.write(folder, servers, line)
     assert file == folder / "trace.json"
     content = json.loads(file.read_text())
     names = [e for e in content["traceEvents"] if e["ph"] == "M"]
@@ -49,6 +51,19 @@ def test_a_track_for_each_rank(tmp_path: Path) -> None:
         {"name": "compute", "ph": "X", "pid": 0, "tid": 3, "ts": 0.0, "dur": 2.5e5},
     ]
     assert other == {"spans_dropped": 0}
+
+
+def test_tracks_bear_the_ranks_of_servers_that_were_placed(tmp_path: Path) -> None:
+    trace = TimeTrace(Clock())
+    for who in (-1, -2, 0, 1):
+        trace(Spans(who, 100.0, [(APPLY, 99.0, 99.5)]))
+    names, _, _ = written(trace, tmp_path, servers=2, line=(0, 2, 1, 3))
+    assert [(e["tid"], e["args"]["name"]) for e in names[1:]] == [
+        (0, "rank 0 (server 0)"),
+        (1, "rank 1 (worker 0)"),
+        (2, "rank 2 (server 1)"),
+        (3, "rank 3 (worker 1)"),
+    ]
 
 
 def test_another_nodes_clock_is_aligned_by_the_quickest_message(tmp_path: Path) -> None:

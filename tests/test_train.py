@@ -108,12 +108,27 @@ def test_the_digits_reach_the_promised_accuracy(capsys: pytest.CaptureFixture[st
         ["--optimizer", "sgd", "--momentum", "0.5", "--nesterov", "--weight-decay", "0.01"],
         ["--optimizer", "adamw", "--schedule", "cosine", "--warmup", "2"],
         ["--servers", "2", "--workers", "2", "--device", "cpu"],
+        ["--servers", "per-node", "--trace"],
         ["--batch-size", "1000"],
     ],
     ids=lambda flags: flags[0] + flags[1],
 )
 def test_flags_reach_the_run(tmp_path: Path, flags: list[str]) -> None:
     assert main([*small(tmp_path), "--run-dir", "r", *flags]) == 0
+
+
+@pytest.mark.parametrize(
+    ("servers", "words", "status"),
+    [
+        ("0,2", r"servers: \[0, 2\] are ranks of an MPI job, and this is one process", 1),
+        ("2,0", "--servers: .* rank 0 is server 0", 2),
+        ("two", "--servers: expected a number of servers, per-node, or ranks such as 0,4,8", 2),
+    ],
+)
+def test_servers_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], servers: str, words: str, status: int
+) -> None:
+    assert re.search(words, fails([*small(tmp_path), "--servers", servers], capsys, status))
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from psframe.layout import Layout
 from psframe.store import buffer_count
 from psframe.transports.mpi import Mesh
-from psframe.transports.shared_memory import Segment, node_id
+from psframe.transports.shared_memory import Segment
 
 __all__ = ["LANDING", "SLOTS", "Neighbours", "meet"]
 
 # A worker's segment: two gradient slots and the landing area, each of P elements.
 SLOTS, LANDING, _WORKER_ARRAYS = 2, 2, 3
-_HELLO = struct.Struct("<16sqi16s")
+_HELLO = struct.Struct("<qi16s")
 
 _log = logging.getLogger("psframe")
 
@@ -26,7 +26,7 @@ class Neighbours:
     """What a rank knows of the others after they have met.
 
     Attributes:
-        servers, workers: S and W; ranks [0, S) serve.
+        servers, workers: S and W; ranks [0, S) of the line serve.
         own: this rank's segment, None if it could not be made or is not wanted.
         segments: rank -> segment, of those that share memory with this rank.
         local_worker: how many workers of this rank's node come before it.
@@ -52,19 +52,18 @@ def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neigh
     A pair shares memory only if both have opened all that they should on their node.
     """
     own = _make_segment(mesh, layout, servers) if shared_memory else None
-    node = node_id()
     nonce, fd = (bytes(16), -1) if own is None else (own.nonce, own.fd)
     hellos = [
         _HELLO.unpack(record)
-        for record in mesh.all_gather(_HELLO.pack(node, os.getpid(), fd, nonce), "the hello")
+        for record in mesh.all_gather(_HELLO.pack(os.getpid(), fd, nonce), "the hello")
     ]
-    here = [rank for rank, hello in enumerate(hellos) if hello[0] == node]
+    here = [rank for rank, node in enumerate(mesh.nodes) if node == mesh.nodes[mesh.rank]]
     segments: dict[int, Segment] = {}
     good = own is not None
     for rank in here if own is not None else []:
         if (rank < servers) == (mesh.rank < servers):
             continue  # servers share nothing with servers, nor workers with workers
-        _, pid, its_fd, its_nonce = hellos[rank]
+        pid, its_fd, its_nonce = hellos[rank]
         segment = _open_segment(rank, pid, its_fd, its_nonce, mesh, layout, servers)
         if segment is None:
             good = False
@@ -74,7 +73,7 @@ def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neigh
     if own is not None:
         own.close_file()  # everyone has opened it
     if shared_memory and not good:
-        _log.warning("rank %d cannot share memory on its node; all goes through MPI", mesh.rank)
+        _log.warning("rank %d cannot share memory on its node; all goes through MPI", mesh.name)
     workers_before = [rank for rank in here if servers <= rank < mesh.rank]
     return Neighbours(
         servers,
@@ -99,7 +98,7 @@ def _make_segment(mesh: Mesh, layout: Layout, servers: int) -> Segment | None:
     try:
         return Segment.create(count, size, layout.dtype)
     except OSError as error:
-        _log.warning("rank %d: no shared memory: %s", mesh.rank, error)
+        _log.warning("rank %d: no shared memory: %s", mesh.name, error)
         return None
 
 

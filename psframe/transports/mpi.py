@@ -18,6 +18,7 @@ import numpy as np
 from psframe.errors import LaunchError, RankLost
 from psframe.launcher import Launcher, find_launcher, lone_process_message
 from psframe.layout import Array
+from psframe.transports.shared_memory import node_id
 
 # What the import would do by itself is done below, once the library has said what it is: MPICH's
 # would end this process with a message of its own under another MPI's launcher.
@@ -34,7 +35,7 @@ TAG_POST, _TAG_ARRAY = 1, 2
 _PIECE_BYTES = 64 << 20
 # Ranks fewer than the cores: Tests, then yields, then sleeps; more: yield at once, for a
 # spinning rank takes its core from the one that it waits for.
-_SPINS, _YIELDS, _YIELDS_CROWDED = 2000, 20000, 200
+_SPINS, _YIELDS, _YIELDS_CROWDED = 500, 5000, 100
 _SLEEP_S = 100e-6
 # Who has slept so often (about half a second) is waiting for something slow, and sleeps longer: a
 # message is then late by a hundredth of what it took, and the core is left to others.
@@ -93,10 +94,12 @@ class Patience:
 
 
 class Mesh:
-    """The ranks of one run.
+    """The ranks of one run, in a line that `arrange` may change.
 
     Attributes:
-        rank, size: of this process and of the run.
+        rank, size: this process's place in the line, and the line's length.
+        names: of each place the rank in the communicator that was given, for messages.
+        nodes: of each place 16 bytes, equal on one node.
         library: the MPI library's name and version.
     """
 
@@ -108,6 +111,31 @@ class Mesh:
         self._comm, request = comm.Idup()
         self._complete([request], SETUP_BOUND_S, "the duplicated communicator")
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.names: tuple[int, ...] = tuple(range(self.size))
+        self.nodes: tuple[bytes, ...] = tuple(self.all_gather(node_id(), "the nodes"))
+
+    @property
+    def name(self) -> int:
+        """This process's rank in the communicator that was given."""
+        return self.names[self.rank]
+
+    def arrange(self, line: Sequence[int]) -> None:
+        """Let the ranks stand in another line; every rank calls it, and nothing is under way.
+
+        MPI has no nonblocking way to do so. Call it where all ranks have just been heard of.
+
+        Args:
+            line: the places in their new order.
+        """
+        if tuple(line) == tuple(range(self.size)):
+            return
+        before = self._comm
+        self._comm = before.Split(0, line.index(self.rank))
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        before.Free()
+        self.rank = self._comm.rank
+        self.names = tuple(self.names[place] for place in line)
+        self.nodes = tuple(self.nodes[place] for place in line)
 
     def all_gather(self, data: bytes, what: str, bound_s: float = SETUP_BOUND_S) -> list[bytes]:
         """Gather equally many bytes of every rank, in rank order.
@@ -173,7 +201,7 @@ class Mesh:
         while not MPI.Request.Testall(requests):
             if patience.wait() and deadline is not None and time.monotonic() > deadline:
                 raise RankLost(
-                    f"rank {self.rank}: {what} did not come within {bound_s:g} s: some rank has"
+                    f"rank {self.name}: {what} did not come within {bound_s:g} s: some rank has"
                     " died, or has not called psframe.run (a script that imports mpi4py itself is"
                     " best started with python -m mpi4py, which ends the job when a rank raises)"
                 )

@@ -208,7 +208,8 @@ class MpiServerPort:
             del self._streams[where]
         if source not in self._distrusted:
             self._distrusted.add(source)
-            _log.error("worker %d (rank %d) counts as lost: %s", worker, source, error)
+            name = self._mesh.names[source]
+            _log.error("worker %d (rank %s) counts as lost: %s", worker, name, error)
             self._events.append(Lost(worker))
 
     def _gradient(self, worker: int, slot: int) -> Array:

@@ -46,6 +46,7 @@ _INLINE_BYTES_MAX = _MESSAGE_BYTES - HEADER_BYTES
 _CLOSE_BOUND_S = 30.0
 _TRIES = range(16)
 _BYTE = MPI.BYTE
+_STREAMED = Delivery.STREAMED
 
 _HEADER_ONLY = frozenset((Answer, End, Gone, Lease, Lost, Pin, Pull, Push, Stop, Withheld))
 
@@ -121,7 +122,10 @@ class Post:
         peer = self._peers.get(target)
         if peer is None:
             peer = self._peers[target] = _Peer(self._comm, target)
-        if array is None and peer.send_header(event):
+        if array is None:
+            if peer.send_header(event):
+                return
+        elif delivery is _STREAMED and peer.send_header(event, delivery, array.nbytes):
             return
         if array is not None:
             message = encode(event, delivery, array.nbytes)
@@ -169,7 +173,7 @@ class TooLong(MessageError):
     """
 
     def __init__(self, source: int) -> None:
-        super().__init__(f"rank {source} sent a message longer than any of ours")
+        super().__init__("a message was longer than any of ours")
         self.source = source
 
 
@@ -188,7 +192,9 @@ class _Peer:
         self._long: list[tuple[Any, bytes]] = []
         self.late: deque[bytes] = deque()
 
-    def send_header(self, event: Event) -> bool:
+    def send_header(
+        self, event: Event, delivery: Delivery = Delivery.IN_PLACE, payload_bytes: int = 0
+    ) -> bool:
         """Send an event that is a header alone; False if it is more, or must wait its turn."""
         if self.late or type(event) not in _HEADER_ONLY:
             return False
@@ -196,7 +202,7 @@ class _Peer:
         request = self._sends[which]
         if not request.Test():  # true of a request that is not started
             return False
-        encode_into(event, self._buffers[which])
+        encode_into(event, self._buffers[which], delivery, payload_bytes)
         request.Start()
         self._next = 1 - which
         return True

@@ -47,11 +47,10 @@ Message = tuple[Event, Delivery, int]
 _unpack_from = HEADER.unpack_from
 _unpack_push, _unpack_answer = LEAD_PUSH.unpack_from, LEAD_ANSWER.unpack_from
 # Not looked up in the enums for every message: that costs as much as unpacking a header.
-_IN_PLACE = Delivery.IN_PLACE
+_IN_PLACE, _STREAMED = Delivery.IN_PLACE, Delivery.STREAMED
 _REASONS = tuple(Reason)
 _NONE, _PUSH = Reason.NONE, int(Kind.PUSH)
 _APPLIED = lead_of(Kind.ANSWER, 8)
-_PUSHES = {lead_of(Kind.PUSH, 4 * f | 8 * w): (f, w) for f in (False, True) for w in (False, True)}
 
 
 def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
@@ -70,9 +69,9 @@ def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
     """
     hot = limits.hot
     if hot and n_bytes == HEADER_BYTES <= len(buffer):
-        event = _hot_push(buffer, limits) if hot == _PUSH else _hot_answer(buffer, limits)
-        if event is not None:
-            return event, _IN_PLACE, 0
+        message = _hot_push(buffer, limits) if hot == _PUSH else _hot_answer(buffer, limits)
+        if message is not None:
+            return message
     if not HEADER_BYTES <= n_bytes <= len(buffer):
         most = len(buffer)
         raise MessageError(f"message has {n_bytes} bytes, expected {HEADER_BYTES} to {most}")
@@ -89,24 +88,25 @@ def decode(buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:
 # ---- the hot ones ------------------------------------------------------------------------
 
 
-def _hot_push(buffer: ReadBuffer, limits: Limits) -> Push | None:
-    """Read a push whose gradient is in place; None of anything else, and of whatever is wrong."""
+def _hot_push(buffer: ReadBuffer, limits: Limits) -> Message | None:
+    """Read a push whose gradient stays here; None of anything else, and of whatever is wrong."""
     lead, worker, slot, seq, version, staleness, norm, n_payload, release, log = _unpack_push(
         buffer
     )
-    flags = _PUSHES.get(lead)
+    known = limits.pushes.get(lead)
     # A count is too large, or negative, if any bit from the 62nd on is set.
-    if flags is None or slot >> 1 or (seq | version | log) >> 62 or staleness or n_payload:
+    if known is None or slot >> 1 or (seq | version | log) >> 62 or staleness or release >> 2:
         return None
+    finite, want_params, arriving, n_bytes = known
     if not (limits.worker_min <= worker <= limits.worker_max and norm >= 0.0):
         return None
-    if release >> 2:
+    if n_payload != n_bytes:
         return None
-    finite, want_params = flags
-    return Push(worker, seq, slot, version, finite, norm, want_params, release, log)
+    push = Push(worker, seq, slot, version, finite, norm, want_params, release, log, arriving)
+    return push, _STREAMED if arriving else _IN_PLACE, n_payload
 
 
-def _hot_answer(buffer: ReadBuffer, limits: Limits) -> Answer | None:
+def _hot_answer(buffer: ReadBuffer, limits: Limits) -> Message | None:
     """Read an answer to an applied push with parameters in place; None as `_hot_push`."""
     lead, worker, index, seq, version, staleness, norm, n_payload, pushed, log = _unpack_answer(
         buffer
@@ -115,7 +115,8 @@ def _hot_answer(buffer: ReadBuffer, limits: Limits) -> Answer | None:
         return None
     if not (limits.worker_min <= worker <= limits.worker_max and 0 <= index < limits.buffers):
         return None
-    return Answer(worker, seq, False, True, _NONE, pushed, staleness, index, version, log)
+    answer = Answer(worker, seq, False, True, _NONE, pushed, staleness, index, version, log)
+    return answer, _IN_PLACE, 0
 
 
 def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limits) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +150,16 @@ def payload_limit(workers: int) -> int:
     return max(_PAYLOAD_BYTES_MIN, MEMBER.size * workers)
 
 
+def _hot_pushes(
+    deliveries: frozenset[Delivery], shard_bytes: int
+) -> Iterator[tuple[int, tuple[bool, bool, bool, int]]]:
+    for delivery, n_bytes in ((Delivery.IN_PLACE, 0), (Delivery.STREAMED, shard_bytes)):
+        for finite, want in ((f, w) for f in (False, True) for w in (False, True)):
+            if delivery in deliveries:
+                flags = delivery | BIT2 * finite | BIT3 * want
+                yield lead_of(Kind.PUSH, flags), (finite, want, delivery != 0, n_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a receiver accepts on one link.
@@ -178,6 +188,10 @@ class Limits:
     worker_max: int = field(init=False, repr=False, compare=False)
     in_place: bool = field(init=False, repr=False, compare=False)
     hot: int = field(init=False, repr=False, compare=False)  # the kind that is read first, or 0
+    # By the first bytes of a push that stays here: finite, want_params, arriving, payload_bytes.
+    pushes: Mapping[int, tuple[bool, bool, bool, int]] = field(
+        init=False, repr=False, compare=False
+    )
     buffers: int = field(init=False, repr=False, compare=False)
     payload_bytes_max: int = field(init=False, repr=False, compare=False)
 
@@ -187,6 +201,7 @@ class Limits:
         put(self, "worker_min", 0 if self.worker is None else self.worker)
         put(self, "worker_max", self.workers - 1 if self.worker is None else self.worker)
         put(self, "in_place", Delivery.IN_PLACE in self.deliveries)
+        put(self, "pushes", dict(_hot_pushes(self.deliveries, self.shard_bytes)))
         put(self, "hot", int(_HOT.get(self.link, 0)) if self.in_place else 0)
         put(self, "buffers", buffer_count(self.workers))
         put(self, "payload_bytes_max", payload_limit(self.workers))

@@ -35,7 +35,10 @@ def pieces(monkeypatch: pytest.MonkeyPatch, after: Callable[[int], None]) -> Non
     pack = GradientSlot.pack
 
     def watched(
-        slot: GradientSlot, grads: Any, advance: Callable[[int], None] | None = None
+        slot: GradientSlot,
+        grads: Any,
+        judge: bool = True,
+        advance: Callable[[int], None] | None = None,
     ) -> tuple[bool, float]:
         assert advance is not None, "it is not streamed"
 
@@ -43,7 +46,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch, after: Callable[[int], None]) -> Non
             advance(end)
             after(end)
 
-        return pack(slot, grads, told)
+        return pack(slot, grads, judge, told)
 
     monkeypatch.setattr(GradientSlot, "pack", watched)
 
