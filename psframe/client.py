@@ -16,9 +16,10 @@ from psframe.exchange import Endpoint, Exchange, Progress
 from psframe.layout import Layout
 from psframe.leasing import Leasing
 from psframe.notes import Notes
-from psframe.packing import GradientSlot, Snapshots, check_gradients
+from psframe.packing import GradientSlot, check_gradients
 from psframe.params import Params
 from psframe.pending import Pending, PendingPull
+from psframe.snapshots import Snapshots
 from psframe.tasks import Task, task_spec
 from psframe.worker import Request
 

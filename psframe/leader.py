@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-
 from psframe.consistency import Policy, Verdict
 from psframe.errors import MessageError
 from psframe.events import (
@@ -15,20 +12,17 @@ from psframe.events import (
     Arrived,
     Decision,
     End,
-    EpochDone,
     Failure,
     Finished,
     GiveBack,
     Gone,
     Lease,
-    LeaseKind,
     LeaseRequest,
     Leave,
     Log,
     Logged,
     Lost,
     Output,
-    Pin,
     Pull,
     Push,
     PushHandled,
@@ -40,40 +34,35 @@ from psframe.events import (
     ToServer,
     Withheld,
 )
-from psframe.leases import LeaseBook
 from psframe.ledger import LedgerBook
-from psframe.server import SLOTS, Queued, Server, ServerMemory
+from psframe.server import SLOTS, Queued, ServerMemory
 from psframe.store import Store, is_finite
+from psframe.work import Score, WorkServer
 
 __all__ = ["Leader", "Score"]
 
 # Not looked up in the enums for every push.
 _NONE, _TAKE = Reason.NONE, Verdict.TAKE
 
-Score = Callable[[Mapping[str, float]], float]
-
 # Refused pushes in a row, as a multiple of W, after which the run has diverged.
 _REFUSALS_PER_WORKER = 10
 
 
-class Leader(Server):
+class Leader(WorkServer):
     """The first server.
 
     Args:
-        workers, store, policy, memory: as for `Server`.
+        workers, store, policy, memory, clip_norm: as for `Server`.
         servers: S; decisions are made for followers only if there are some.
-        clip_norm: as for `Server`.
         max_updates: the run is over at this version.
         trace: make a `PushHandled` for every push.
-        score: of an evaluation's sums, higher is better; every server keeps the parameters of the
-            best one. Without it none are kept.
+        score: as for `WorkServer`.
 
     Attributes:
         ledger: the account of every push.
         staleness: count of applied pushes by staleness.
         diverged: whether 10 W pushes in a row were refused.
         failure: (worker, failure) of the worker whose `work` raised first.
-        kept_version: the version of the parameters that are kept.
     """
 
     def __init__(
@@ -89,19 +78,15 @@ class Leader(Server):
         trace: bool = False,
         score: Score | None = None,
     ) -> None:
-        super().__init__(workers, store, policy, memory, clip_norm)
+        super().__init__(workers, store, policy, memory, clip_norm, score, followers=servers > 1)
         self.ledger = LedgerBook()
         self.staleness: dict[int, int] = {}
         self.diverged = False
         self.failure: tuple[int, Failure] | None = None
-        self._followers = self._numbers = servers > 1
+        self._numbers = servers > 1
         self._unfinished = set(range(1, servers))
         self._max_updates = max_updates
         self._trace = trace
-        self._score = score
-        self._best = -math.inf
-        self.kept_version: int | None = None
-        self._book = LeaseBook(workers, policy.live, waves=policy.aggregates)
         self._round: dict[int, Push] = {}
         # Pushes whose gradients are still arriving, by worker and slot, and which of them is being
         # applied already.
@@ -113,8 +98,6 @@ class Leader(Server):
         self._log_max = 0
         self._refusals = 0
         self._ended = False
-        # Staleness since the last epoch was done: sum and count.
-        self._epoch_staleness = [0, 0]
         if max_updates == 0:
             self._stop()
 
@@ -417,98 +400,9 @@ class Leader(Server):
         if self._trace and reason is not Reason.STOPPED:
             self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
         if self._book.opened and reason is not Reason.STOPPED:
-            if applied:
-                self._epoch_staleness[0] += staleness
-                self._epoch_staleness[1] += 1
-            self._lease_done(worker)
-            if self._book.evaluating:
-                self._report(worker, {})
-            if self._book.expire(worker, self.policy.clocks[worker]):
-                self._wake = True
+            self._step_done(worker, staleness if applied else None)
         if applied and version == self._max_updates:
             self._stop()
-
-    # ---- leases and evaluations ----------------------------------------------------------
-
-    def _serve_lease(self, event: LeaseRequest) -> bool:
-        worker, seq = event.worker, event.seq
-        if self.stopped:
-            self._out.append(Lease(worker, seq, LeaseKind.STOPPED))
-            return True
-        if not self._book.open(event.plan, event.spec):
-            self._out.append(Lease(worker, seq, LeaseKind.CONFLICT))
-            return True
-        if event.ahead:
-            self._serve_ahead(event)
-            return True
-        self._lease_done(worker)
-        self._wake |= self._book.give_back_ahead(worker)
-        self._report(worker, {})
-        self.policy.unpark(worker)
-        may_start = self.policy.may_start(worker)
-        lease = self._book.request(
-            worker, seq, event.plan, clock=self.policy.clocks[worker], may_start=may_start
-        )
-        self._abandon_evaluation()
-        self._wake |= self._book.stirred()
-        if lease is None:
-            if may_start:
-                self.policy.park(worker)
-            return False
-        self._out.append(lease)
-        return True
-
-    def _serve_ahead(self, event: LeaseRequest) -> None:
-        """Give a block beside the one in hand, if the worker may begin it whatever others do."""
-        worker = event.worker
-        if self._book.ahead(worker):  # it begins that one now
-            self._lease_done(worker)
-        lease = Lease(worker, event.seq, LeaseKind.LATER)
-        if self._book.begin(worker) and self.policy.may_follow(worker):
-            clock = self.policy.clocks[worker] + 1
-            lease = self._book.request_ahead(worker, event.seq, event.plan, clock=clock)
-            self._wake |= self._book.stirred()
-        self._out.append(lease)
-
-    def _lease_done(self, worker: int) -> None:
-        done = self._book.complete(worker)
-        if done is not None:
-            epoch, samples = done
-            total, count = self._epoch_staleness
-            self._epoch_staleness = [0, 0]
-            mean = total / count if count else 0.0
-            self._out.append(EpochDone(epoch, self.store.version, samples, mean))
-            self._start_evaluation()
-            self._wake = True  # who waits for a lease may have one, or be done
-
-    def _report(self, worker: int, sums: dict[str, float]) -> None:
-        evaluated = self._book.report(worker, sums)
-        if evaluated is None:
-            return
-        if self._score is not None:
-            score = self._score(evaluated.sums)
-            if score > self._best:
-                self._best, self.kept_version = score, evaluated.version
-                evaluated.best = True
-        self._out.append(evaluated)
-        self._next_evaluation(keep=evaluated.best)
-
-    def _abandon_evaluation(self) -> None:
-        while self._book.abandon():
-            self._next_evaluation()
-
-    def _next_evaluation(self, *, keep: bool = False) -> None:
-        self._unpin(keep=keep)
-        if self._followers:
-            self._out.append(Pin(on=False, keep=keep))
-        self._start_evaluation()
-        self._wake = True
-
-    def _start_evaluation(self) -> None:
-        if self.stopped:
-            return
-        if self._book.start_evaluation(self._pin) and self._followers:
-            self._out.append(Pin(on=True))
 
     # ---- the end -------------------------------------------------------------------------
 
@@ -526,8 +420,7 @@ class Leader(Server):
         self._early = None
 
     def _depart(self, worker: int) -> None:
-        if self._book.give_back(worker):
-            self._wake = True
+        self._give_back_leases(worker)
         super()._depart(worker)
         self._abandon_evaluation()
 

@@ -27,10 +27,11 @@ House = Mapping[str, ast.Module]
 # What a number is; who may do what, and when; how bytes move. All else is the front hall, above
 # them, and psframe/__init__.py is above that.
 FLOORS = (
-    ("errors", "layout", "packing", "optim", "stale", "codecs"),
+    ("errors", "layout", "packing", "snapshots", "optim", "stale", "codecs"),
     (
         "consistency",
         "leases",
+        "work",
         "waves",
         "store",
         "events",

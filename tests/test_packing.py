@@ -1,4 +1,4 @@
-"""Gradients into slots, judged as they are copied; parameters named in the servers' snapshots."""
+"""Gradients into slots, judged as they are copied."""
 
 import math
 
@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psframe.events import Answer
 from psframe.layout import Layout
-from psframe.packing import GradientSlot, Snapshots, check_gradients
+from psframe.packing import GradientSlot, check_gradients
 
-BLOCK = 8192  # what is summed at a time; sizes around it matter
+BLOCK = 4096  # what is summed at a time; sizes around it matter
 FLOATS = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
@@ -65,6 +64,8 @@ def exact_norm(flat):
         [(5,), (2 * BLOCK + 3,), (0,), (7, 11)],
         [(300, 100), (100,), (100, 10), (10,)],
         [(3, BLOCK)],
+        [(16 * BLOCK + 5,), (3,)],
+        [(40 * BLOCK - 1,)],
     ],
 )
 def test_slot_and_norm(shapes, dtype):
@@ -254,60 +255,36 @@ def test_plain_is_only_what_needs_no_second_look():
     assert slot.pack_fitting(None, judge=True) is None
 
 
-# ---- snapshots -----------------------------------------------------------------------------------
+# ---- a piece at a time -----------------------------------------------------------------------
 
 
-def answers(buffers: list[int]) -> list[Answer]:
-    return [Answer(0, 0, buffer=buffer) for buffer in buffers]
-
-
-class Shards:
-    """Snapshot buffers of some servers, each filled with numbers that name its place."""
-
-    def __init__(self, layout, servers, buffers=3):
-        self.flats = [np.arange(layout.size, dtype=layout.dtype) + 1000 * b for b in range(buffers)]
-        self.shards = layout.shards(servers)
-
-    def __call__(self, server, buffer):
-        begin, end = self.shards[server]
-        return self.flats[buffer][begin:end]
-
-
-@pytest.mark.parametrize("servers", [1, 2, 3, 5, 40])
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        [(400,)],
-        [(16,), (16,), (16,), (16,), (16,)],
-        [(3, 5), (0,), (20, 7), (), (1,), (0, 4), (90,), (2,)],
-        [(0,), (7,), (0,)],
-    ],
-)
-def test_snapshots_name_every_tensor_whatever_the_servers(shapes, servers):
+@pytest.mark.parametrize("judge", [True, False])
+@pytest.mark.parametrize("shapes", [[(100,)], [(BLOCK * 9 + 7,)], [(5, 7), (BLOCK * 50,), (3,)]])
+def test_what_is_said_to_be_there_is_there(shapes, judge):
     layout = layout_of(*shapes)
-    shards = Shards(layout, servers)
-    snapshots = Snapshots(layout, servers, shards)
-    rng = np.random.default_rng(servers)
-    before = None
-    for _ in range(6):
-        buffers = rng.integers(0, 3, servers).tolist()
-        arrays = snapshots.arrays(answers(buffers))
-        assert tuple(arrays) == layout.names
-        expected = np.concatenate([shards(s, b) for s, b in enumerate(buffers)])
-        for name, view in layout.views(expected).items():
-            np.testing.assert_array_equal(arrays[name], view)
-            assert arrays[name].shape == view.shape
-            assert not arrays[name].flags.writeable
-        if before is not None:  # a prefetch has arrived: what is computed on has not changed
-            for name, view in layout.views(before[0]).items():
-                np.testing.assert_array_equal(before[1][name], view)
-        before = expected, arrays
+    slot = np.full(layout.size, np.nan, np.float32)
+    flat = np.random.default_rng(1).normal(size=layout.size).astype(np.float32)
+    ends = []
+
+    def advance(end):
+        ends.append(end)
+        np.testing.assert_array_equal(slot[:end], flat[:end])
+
+    said = GradientSlot(layout, slot).pack(named(layout, flat), judge, advance)
+    np.testing.assert_array_equal(slot, flat)
+    assert ends == sorted(set(ends))
+    assert all(end < layout.size for end in ends), "the last part is told with the verdict"
+    assert len(ends) >= (4 if layout.size > 8 * BLOCK else 0)
+    assert said == (GradientSlot(layout, slot).judge() if judge else (True, 0.0))
+    assert GradientSlot(layout, slot).judge(ends.append) == GradientSlot(layout, slot).judge()
 
 
-def test_snapshots_copy_only_what_lies_in_several_shards():
-    layout = layout_of((16,), (20,), (12,))  # shards [0, 16), [16, 48) or thirds of 16
-    for servers, copied in ((1, []), (2, []), (3, ["t1"])):
-        shards = Shards(layout, servers)
-        arrays = Snapshots(layout, servers, shards).arrays(answers([0] * servers))
-        apart = [n for n, a in arrays.items() if not np.shares_memory(a, shards.flats[0])]
-        assert apart == copied, servers
+def test_what_does_not_fit_is_written_nowhere_before_it_is_found_out():
+    layout = layout_of((4,), (BLOCK * 20,))
+    slot = GradientSlot(layout, np.zeros(layout.size, np.float32))
+    good = {"t0": np.ones(4, np.float32), "t1": np.ones(BLOCK * 20, np.float32)}
+    assert slot.fits(good)
+    assert not slot.fits({**good, "t1": np.ones(BLOCK * 20)})
+    assert not slot.fits({**good, "t0": np.ones((4, 1), np.float32)})
+    assert not slot.fits({"t0": good["t0"]})
+    assert not slot.fits([good])
