@@ -60,7 +60,7 @@ class Worker:
         self._slots: list[GradientSlot | None] = [None, None]
         streams = layout.size * layout.dtype.itemsize > _STREAM_BYTES
         self._staging: list[Mapping[str, Any] | None] = [None, None]
-        self._progress = [endpoint.progress(k) if streams else None for k in (0, 1)]
+        self._progress = [endpoint.progress(k, judges=judges) if streams else None for k in (0, 1)]
         self._judges = judges  # whether it says if gradients are finite, and their norms
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"

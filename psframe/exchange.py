@@ -59,8 +59,13 @@ class Endpoint(Protocol):
     def slot(self, index: int) -> Array:
         """The worker's flat gradient slot 0 or 1, of P elements."""
 
-    def progress(self, slot: int) -> Progress | None:
-        """Where to tell how far the gradient of an `arriving` push is; None if none may be."""
+    def progress(self, slot: int, *, judges: bool) -> Progress | None:
+        """Where to tell how far the gradient of an `arriving` push is; None if none may be.
+
+        Args:
+            slot: where it is.
+            judges: whether the server is to be told if it is finite, and its norm.
+        """
 
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's shard in that buffer, or COPIED; valid until it is released."""

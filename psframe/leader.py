@@ -281,10 +281,9 @@ class Leader(WorkServer):
 
         As if `Arrived` had come with it. If the other side pauses, it is left to later ones.
         """
-        progress = self.memory.progress
-        if progress is None or not self._begin(push):
+        there = self.memory.progress(push.worker, push.slot)
+        if there is None or not self._begin(push):
             return False
-        there = progress(push.worker, push.slot)
         grad = self.memory.gradient(push.worker, push.slot)
         if self.store.follow(grad, there.words) < len(grad):
             return False

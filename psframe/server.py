@@ -83,7 +83,7 @@ class ServerMemory:
         gradient: Callable[[int, int], Array],
         landing: Callable[[int], Array],
         in_place: Sequence[bool],
-        progress: Callable[[int, int], Progress] | None = None,
+        progress: Callable[[int, int], Progress | None] = lambda worker, slot: None,
     ) -> None:
         self.progress = progress
         self.gradient = gradient

@@ -28,11 +28,11 @@ from mpi4py import MPI  # noqa: E402
 
 mpi4py.rc(initialize=_rc[0], finalize=_rc[1])
 
-__all__ = ["TAG_POST", "Mesh", "Patience", "Transfers", "open_mesh"]
+__all__ = ["TAG_POST", "Mesh", "Patience", "Transfers", "open_mesh", "piece_elements"]
 
 TAG_POST, _TAG_ARRAY = 1, 2
-# A count in MPI is an int in some places; and a transfer in pieces can be followed.
-_PIECE_BYTES = 64 << 20
+# A transfer in pieces can be followed: while one is on its way, the one before is applied.
+_PIECE_BYTES = 4 << 20
 # Ranks fewer than the cores: Tests, then yields, then sleeps; more: yield at once, for a
 # spinning rank takes its core from the one that it waits for.
 _SPINS, _YIELDS, _YIELDS_CROWDED = 500, 5000, 100
@@ -208,34 +208,75 @@ class Mesh:
 
 
 class Transfers:
-    """Arrays on their way, and what to do when each has arrived or left."""
+    """Arrays on their way in pieces, and what to do when each has arrived or left."""
 
     def __init__(self) -> None:
-        self._open: list[tuple[list[Any], Callable[[], None]]] = []
+        self._open: list[_Transfer] = []
 
-    def add(self, requests: list[Any], then: Callable[[], None]) -> None:
-        """Follow some requests; `then` is called once when all are complete."""
-        self._open.append((requests, then))
+    def add(
+        self,
+        requests: list[Any],
+        then: Callable[[], None],
+        each: Callable[[int], None] | None = None,
+    ) -> None:
+        """Follow the requests of an array's pieces.
+
+        Args:
+            requests: in the order of the pieces.
+            then: called once, when all are complete.
+            each: called with how many bytes from the start are complete, when that has changed and
+                they are not yet all.
+        """
+        self._open.append(_Transfer(requests, then, each))
 
     def progress(self) -> bool:
-        """Test them; True if any was complete."""
+        """Test them; True if any piece was complete."""
         if not self._open:
             return False
-        still, done = [], []
-        for requests, then in self._open:
-            if MPI.Request.Testall(requests):
-                done.append(then)
-            else:
-                still.append((requests, then))
-        self._open = still
-        for then in done:
-            then()
-        return bool(done)
+        some = False
+        done = []
+        for transfer in self._open:
+            before = transfer.complete
+            if transfer.test():
+                done.append(transfer)
+            elif transfer.each is not None and transfer.complete > before:
+                transfer.each(transfer.complete * _PIECE_BYTES)
+            some |= transfer.complete > before
+        if done:
+            self._open = [transfer for transfer in self._open if transfer not in done]
+        for transfer in done:
+            transfer.then()
+        return some or bool(done)
 
     @property
     def busy(self) -> bool:
         """Whether any is on its way."""
         return bool(self._open)
+
+
+class _Transfer:
+    """One array on its way.
+
+    Attributes:
+        then, each: as for `Transfers.add`.
+        complete: how many pieces are, from the start.
+    """
+
+    def __init__(
+        self, requests: list[Any], then: Callable[[], None], each: Callable[[int], None] | None
+    ) -> None:
+        self.then = then
+        self.each = each
+        self.complete = 0
+        self._requests = requests
+
+    def test(self) -> bool:
+        """Test the pieces in their order; True if all are complete."""
+        requests, complete = self._requests, self.complete
+        while complete < len(requests) and requests[complete].Test():
+            complete += 1
+        self.complete = complete
+        return complete == len(requests)
 
 
 def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
@@ -255,6 +296,11 @@ def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
     if MPI.COMM_WORLD.size == 1 and launcher is not None and (launcher.size or 1) > 1:
         raise LaunchError(lone_process_message(launcher, _library(), prefix))
     return Mesh(MPI.COMM_WORLD if comm is None else comm)
+
+
+def piece_elements(array: Array) -> int:
+    """Elements of an array that are sent at a time."""
+    return _PIECE_BYTES // array.itemsize
 
 
 def _pieces(array: Array) -> Sequence[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from psframe.events import Answer, FromWorker, Lease, Push
 from psframe.layout import Array, Layout
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
-from psframe.transports.mpi import Mesh, Patience, Transfers
+from psframe.transports.mpi import Mesh, Patience, Transfers, piece_elements
 from psframe.transports.mpi_post import Post, close, copy_inline
 from psframe.transports.streams import STORES_IN_ORDER, Progress
 from psframe.wire import Delivery, Limits, Link, decode
@@ -77,15 +78,14 @@ class MpiEndpoint:
         begin, end = self._shards[server]
         array = self._slots[message.slot][begin:end]
         if message.arriving:
-            self._post.send(server, message, Delivery.STREAMED, array)
+            delivery = Delivery.STREAMED if self.in_place[server] else Delivery.RANGE
+            self._post.send(server, message, delivery, array)
             return
         if array.nbytes <= self._post.inline_bytes_max:
             self._post.send(server, message, Delivery.INLINE, array)
             return
         self._post.send(server, message, Delivery.RANGE, array)
-        slot = message.slot
-        self._slot_sends[slot] += 1
-        self._transfers.add(self._mesh.start_send(array, server), lambda: self._left(slot))
+        self.follow(message.slot, self._mesh.start_send(array, server))
 
     def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
         """Take the next (server, answer); None after `timeout_s` seconds without one."""
@@ -119,12 +119,28 @@ class MpiEndpoint:
             self._transfers.progress()
         return self._slots[index]
 
-    def progress(self, slot: int) -> Progress | None:
-        """Where to tell the only server, on this node, how far the gradient in a slot is."""
-        own = self._neighbours.own
-        if own is None or not self.in_place[0] or self.servers > 1 or not STORES_IN_ORDER:
+    def progress(self, slot: int, *, judges: bool) -> Progress | _Sending | None:
+        """Where to tell the only server how far the gradient in a slot is."""
+        if self.servers > 1:
             return None
-        return Progress(own.words(slot), self._layout.size)
+        own = self._neighbours.own
+        if own is not None and self.in_place[0]:
+            return Progress(own.words(slot), self._layout.size) if STORES_IN_ORDER else None
+        # The message goes before the gradient is judged, and nothing comes after it.
+        return None if judges else _Sending(self, slot)
+
+    def slot_array(self, slot: int) -> Array:
+        """A slot's memory, whether it is free or not."""
+        return self._slots[slot]
+
+    def send_piece(self, slot: int, begin: int, end: int) -> list[Any]:
+        """Start to send [begin, end) of a slot to the only server."""
+        return self._mesh.start_send(self._slots[slot][begin:end], 0)
+
+    def follow(self, slot: int, requests: list[Any]) -> None:
+        """Note that a slot is being sent until these requests are complete."""
+        self._slot_sends[slot] += 1
+        self._transfers.add(requests, lambda: self._left(slot))
 
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's snapshot, in place or where it has landed."""
@@ -178,3 +194,38 @@ class MpiEndpoint:
             begin, end = self._shards[server]
             array = self._landings[server, turn] = np.empty(end - begin, self._layout.dtype)
         return array
+
+
+class _Sending:
+    """A gradient that is sent, in the pieces that the server awaits, while it is written."""
+
+    def __init__(self, endpoint: MpiEndpoint, slot: int) -> None:
+        self._endpoint = endpoint
+        self._slot = slot
+        self._sent = 0
+        self._requests: list[Any] = []
+
+    def open(self) -> None:
+        """Begin another gradient."""
+        self._sent, self._requests = 0, []
+
+    def advance(self, end: int) -> None:
+        """Send the pieces that are whole."""
+        piece = piece_elements(self._endpoint.slot_array(self._slot))
+        while end - self._sent >= piece:
+            self._send(self._sent + piece)
+
+    def close(self, finite: bool, norm: float) -> None:
+        """Send the rest; of a gradient that could not be written as NaN, so that it is refused."""
+        array = self._endpoint.slot_array(self._slot)
+        if not finite:
+            array[self._sent :] = np.nan
+        self.advance(array.size)
+        if self._sent < array.size:
+            self._send(array.size)
+        self._endpoint.follow(self._slot, self._requests)
+        self._requests = []
+
+    def _send(self, end: int) -> None:
+        self._requests += self._endpoint.send_piece(self._slot, self._sent, end)
+        self._sent = end

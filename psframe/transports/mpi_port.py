@@ -148,12 +148,15 @@ class MpiServerPort:
             return None
         if delivery is not _IN_PLACE and isinstance(event, Push):
             if delivery is Delivery.RANGE:
-                self._receive_range(source, event)
-                return None
-            if delivery is Delivery.INLINE:
+                if self._neighbours.servers > 1:
+                    self._receive_range(source, event)
+                    return None
+                self._receive_while_applied(source, event)
+            elif delivery is Delivery.INLINE:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
             else:
                 progress = self._progress_of(event.worker, event.slot)
+                assert progress is not None, "only who shares memory may stream"
                 progress.open_here = True
                 where = event.worker, event.slot
                 self._streams[where] = _Stream(source, *where, progress)
@@ -161,6 +164,21 @@ class MpiServerPort:
             return event  # type: ignore[return-value]  # the limits of the link allow no other
         self._inbox.add(source, event)  # type: ignore[arg-type]
         return None
+
+    def _receive_while_applied(self, source: int, push: Push) -> None:
+        """Let the machine, which alone decides, have the push before its gradient."""
+        worker, slot, finite, norm = push.worker, push.slot, push.finite, push.norm
+        push.arriving = True
+        item = self._dtype.itemsize
+
+        def more(n_bytes: int) -> None:
+            self._events.append(Arrived(worker, slot, n_bytes // item))
+
+        def whole() -> None:
+            self._events.append(Arrived(worker, slot, self._elements, True, finite, norm))
+
+        requests = self._mesh.start_receive(self._gradient(worker, slot), source)
+        self._transfers.add(requests, whole, more)
 
     def _receive_range(self, source: int, push: Push) -> None:
         inbox = self._inbox
@@ -192,9 +210,10 @@ class MpiServerPort:
                 del self._streams[where]
         return some
 
-    def _progress_of(self, worker: int, slot: int) -> Progress:
+    def _progress_of(self, worker: int, slot: int) -> Progress | None:
+        """Where the worker says how far it is, if it shares memory with this server."""
         progress = self._progress.get((worker, slot))
-        if progress is None:
+        if progress is None and self._shared[worker]:
             words = self._neighbours.segments[self._neighbours.servers + worker].words(slot)
             progress = self._progress[worker, slot] = Progress(words, self._elements)
         return progress

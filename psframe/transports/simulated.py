@@ -314,7 +314,7 @@ class SimulatedEndpoint:
             slot = self._slots[index] = self._virtual.memory.slot(self.index, index)
         return slot
 
-    def progress(self, slot: int) -> None:
+    def progress(self, slot: int, *, judges: bool) -> None:
         """Give nothing: gradients are whole when they are announced."""
 
     def snapshot(self, server: int, buffer: int) -> Array:

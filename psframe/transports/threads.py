@@ -172,7 +172,7 @@ class ThreadEndpoint:
         """The worker's gradient slot."""
         return self._hub.memory.slot(self.index, index)
 
-    def progress(self, slot: int) -> None:
+    def progress(self, slot: int, *, judges: bool) -> None:
         """Give nothing: gradients are whole when they are announced."""
 
     def snapshot(self, server: int, buffer: int) -> Array:

@@ -12,6 +12,7 @@ from mpi4py import MPI
 import psframe
 from psframe import BSP, SSP, Async, Worker, optim
 from psframe.packing import GradientSlot
+from psframe.transports import mpi as transport
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -23,6 +24,12 @@ OPTIMIZERS = [
     optim.Adam(0.01, weight_decay=0.01, no_decay=("b",)),
     optim.Grouped(optim.SGD(0.1, momentum=0.9), {"b": optim.Average(0.9)}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between nodes, too, a gradient arrives in a dozen of pieces."""
+    monkeypatch.setattr(transport, "_PIECE_BYTES", 100_000)
 
 
 def gradient(worker: int, step: int) -> dict[str, np.ndarray]:
@@ -113,9 +120,13 @@ def test_every_push_is_counted_and_summed(mode: Any, clip_norm: float | None) ->
         assert result.ledger.applied == steps * workers
 
 
+SHARED = pytest.mark.parametrize("shared", [True, False], ids=["memory", "mpi"])
+
+
 @pytest.mark.mpi(min_size=2)
+@SHARED
 @pytest.mark.parametrize("where", [0, N - 1])
-def test_a_gradient_that_is_not_finite_is_refused_whole(where: int) -> None:
+def test_a_gradient_that_is_not_finite_is_refused_whole(where: int, shared: bool) -> None:
     def work(worker: Worker) -> None:
         if worker.index:
             return
@@ -128,7 +139,7 @@ def test_a_gradient_that_is_not_finite_is_refused_whole(where: int) -> None:
         assert (receipt.applied, receipt.reason) == (False, "non-finite update")
         assert worker.push_pull(gradient(0, 0)).version == 1
 
-    result = psframe.run(work, PARAMS, optimizer=optim.SGD(2.0))
+    result = psframe.run(work, PARAMS, optimizer=optim.SGD(2.0), shared_memory=shared)
     if RANK == 0:
         for name, array in result.params.items():
             np.testing.assert_array_equal(array, -2 * gradient(0, 0)[name])
@@ -136,8 +147,9 @@ def test_a_gradient_that_is_not_finite_is_refused_whole(where: int) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+@SHARED
 def test_who_cannot_write_it_all_is_refused_and_nobody_waits(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     class Oops(Exception):
         pass
@@ -151,10 +163,11 @@ def test_who_cannot_write_it_all_is_refused_and_nobody_waits(
             with pytest.raises(Oops):
                 worker.push(gradient(0, 0))
             monkeypatch.undo()
+            monkeypatch.setattr(transport, "_PIECE_BYTES", 100_000)
             assert worker.push_pull(gradient(0, 1)).version == 1
 
     pieces(monkeypatch, fail)
-    result = psframe.run(work, PARAMS, optimizer=optim.SGD(1.0))
+    result = psframe.run(work, PARAMS, optimizer=optim.SGD(1.0), shared_memory=shared)
     if RANK == 0:
         for name, array in result.params.items():
             np.testing.assert_array_equal(array, -gradient(0, 1)[name])
@@ -162,7 +175,10 @@ def test_who_cannot_write_it_all_is_refused_and_nobody_waits(
 
 
 @pytest.mark.mpi(min_size=3)
-def test_who_stalls_in_the_middle_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+@SHARED
+def test_who_stalls_in_the_middle_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
     """Worker 0 writes half of its gradient and waits until worker 1 has pushed thrice."""
     stalled = False
 
@@ -185,7 +201,7 @@ def test_who_stalls_in_the_middle_stops_nobody(monkeypatch: pytest.MonkeyPatch) 
             WORLD.send(None, dest=1, tag=8)
 
     pieces(monkeypatch, stall)
-    result = psframe.run(work, PARAMS, optimizer=optim.SGD(0.5))
+    result = psframe.run(work, PARAMS, optimizer=optim.SGD(0.5), shared_memory=shared)
     if RANK == 0:
         for name, array in result.params.items():
             want = np.zeros_like(array)
