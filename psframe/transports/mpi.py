@@ -37,9 +37,6 @@ _PIECE_BYTES = 4 << 20
 # spinning rank takes its core from the one that it waits for.
 _SPINS, _YIELDS, _YIELDS_CROWDED = 500, 5000, 100
 _SLEEP_S = 100e-6
-# Who has slept so often (about half a second) is waiting for something slow, and sleeps longer: a
-# message is then late by a hundredth of what it took, and the core is left to others.
-_SLEEPS, _LONG_SLEEP_S = 2500, 1e-3
 # Set-up and end need every rank; one that does not come within this has died or gone astray.
 SETUP_BOUND_S = 120.0
 
@@ -70,16 +67,21 @@ class Patience:
 
     Args:
         crowded: whether the node has more ranks than this process may use cores.
+
+    Attributes:
+        asleep: whether nothing has come for so long that it sleeps; little should be done then.
     """
 
     def __init__(self, crowded: bool) -> None:
         self._spins = 0 if crowded else _SPINS
         self._yields = self._spins + (_YIELDS_CROWDED if crowded else _YIELDS)
         self._turns = 0
+        self.asleep = False
 
     def reset(self) -> None:
         """Something came."""
         self._turns = 0
+        self.asleep = False
 
     def wait(self) -> bool:
         """Nothing came; True if so much time has passed that a clock may be read."""
@@ -89,7 +91,8 @@ class Patience:
         if self._turns <= self._yields:
             os.sched_yield()
             return self._turns % 64 == 0
-        time.sleep(_SLEEP_S if self._turns <= self._yields + _SLEEPS else _LONG_SLEEP_S)
+        self.asleep = True
+        time.sleep(_SLEEP_S)
         return True
 
 

@@ -166,7 +166,7 @@ class MpiEndpoint:
 
     def _take(self) -> tuple[int, Answer | Lease] | None:
         """Take a message; give it if it is whole and the next in order."""
-        taken = self._post.take()
+        taken = self._post.take(once=self._patience.asleep)
         if taken is None:
             return None
         source, n_bytes, buffer = taken

@@ -138,7 +138,7 @@ class MpiServerPort:
         """Take a message; give it if it is whole and the next in order."""
         source = 0
         try:
-            taken = self._post.take()
+            taken = self._post.take(once=self._patience.asleep)
             if taken is None:
                 return None
             source, n_bytes, buffer = taken

@@ -44,7 +44,7 @@ _SENDS = 2  # persistent sends under way to one peer, in turn
 _MESSAGE_BYTES = 4096
 _INLINE_BYTES_MAX = _MESSAGE_BYTES - HEADER_BYTES
 _CLOSE_BOUND_S = 30.0
-_TRIES = range(16)
+_TRIES, _ONCE = range(16), range(1)
 _BYTE = MPI.BYTE
 _STREAMED = Delivery.STREAMED
 
@@ -78,10 +78,10 @@ class Post:
         self._late: set[int] = set()  # peers with messages that wait for a send buffer
         MPI.Prequest.Startall(self._receives)
 
-    def take(self) -> tuple[int, int, bytearray] | None:
+    def take(self, *, once: bool = False) -> tuple[int, int, bytearray] | None:
         """Give (source, bytes, buffer) of the next message, good until the next call.
 
-        None if there has been no message for as long as a few tests take.
+        None if there has been no message for as long as a few tests take, or `once`.
 
         Raises:
             TooLong: a message was longer than any can be; it is gone, the next can be taken.
@@ -94,7 +94,7 @@ class Post:
         test = self._tests[head]
         try:
             # Any Python beside the test makes the answer to a message come later.
-            for _ in _TRIES:
+            for _ in _ONCE if once else _TRIES:
                 if test(status):
                     self._taken = True
                     return status.source, status.Get_count(_BYTE), self._inboxes[head]
