@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from psframe.events import EpochDone, Evaluated, HostEvent, Logged
 
-__all__ = ["TIMES", "EpochSummary", "History", "evaluation_metrics", "score"]
+__all__ = ["TIMES", "EpochSummary", "EpochSums", "History", "evaluation_metrics", "score"]
 
 # What workers log of each step, beside loss and samples: seconds computing the gradient, waiting
 # for servers, and waiting for the batch.
 TIMES = ("compute_s", "servers_s", "data_s")
+_LOSSES = ("loss", "train_loss")
 _PARTS = {"test": "", "validation": "validation_"}
 
 
@@ -31,6 +33,10 @@ class EpochSummary:
         evaluated_version: whose parameters these four are of: `version`, or a later one if
             the evaluation of the epoch before was still under way.
         best: whether no earlier epoch's parameters did as well on the validation part.
+        samples_per_s: from the end of the epoch before to its own.
+        compute_s, servers_s, data_s: seconds that all workers together spent in it computing
+            gradients, waiting for servers, and waiting for data.
+        more: what else the model's `evaluate` sums up, by sample: test_NAME, validation_NAME.
     """
 
     epoch: int
@@ -44,20 +50,73 @@ class EpochSummary:
     validation_accuracy: float | None = None
     evaluated_version: int | None = None
     best: bool = False
+    samples_per_s: float | None = None
+    compute_s: float | None = None
+    servers_s: float | None = None
+    data_s: float | None = None
+    more: dict[str, float] = field(default_factory=dict)
+
+
+class EpochSums:
+    """What workers have logged since the last epoch was done.
+
+    Args:
+        clock: seconds that only grow.
+
+    Attributes:
+        start: by the clock, when the first epoch began.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.start = self._begin = clock()
+        self._loss, self._losses = 0.0, 0
+        self._times: dict[str, float] = {}
+
+    def add(self, event: Logged) -> None:
+        """Add what a worker tells of some of its steps."""
+        for key in _LOSSES:
+            total, count = event.sums.get(key, (0.0, 0))
+            self._loss += total
+            self._losses += count
+        for key in TIMES:
+            if key in event.sums:
+                self._times[key] = self._times.get(key, 0.0) + event.sums[key][0]
+
+    def loss(self) -> dict[str, float]:
+        """Take the mean loss, as train_loss; nothing if none was logged."""
+        if not self._losses:
+            return {}
+        mean = self._loss / self._losses
+        self._loss, self._losses = 0.0, 0
+        return {"train_loss": mean}
+
+    def take(self, event: EpochDone) -> dict[str, float]:
+        """Take all that is known of an epoch that is done: fields of an `EpochSummary`."""
+        now = self._clock()
+        fields = self.loss()
+        if now > self._begin:
+            fields["samples_per_s"] = event.samples / (now - self._begin)
+        fields["staleness_mean"] = event.staleness_mean
+        fields.update({key: round(seconds, 6) for key, seconds in self._times.items()})
+        self._times.clear()
+        self._begin = now
+        return fields
 
 
 def evaluation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Turn an evaluation's sums into test_loss, test_accuracy, validation_loss and so on.
 
     Args:
-        sums: `loss`, `correct` and `count` of the test part, and the same behind "validation_".
+        sums: `loss`, `correct` and `count` of the test part, and the same behind "validation_";
+            other sums are divided by the count too, and keep their names.
     """
     metrics: dict[str, float] = {}
-    for part, prefix in _PARTS.items():
-        count = sums.get(prefix + "count", 0.0)
-        for name, key in (("loss", "loss"), ("accuracy", "correct")):
-            if count and prefix + key in sums:
-                metrics[f"{part}_{name}"] = sums[prefix + key] / count
+    for key, total in sums.items():
+        part = "validation" if key.startswith(_PARTS["validation"]) else "test"
+        name, count = key[len(_PARTS[part]) :], sums.get(_PARTS[part] + "count", 0.0)
+        if count and name not in ("count", "accuracy"):
+            metrics[f"{part}_{'accuracy' if name == 'correct' else name}"] = total / count
     return metrics
 
 
@@ -75,7 +134,9 @@ class History:
     Args:
         waits: whether each epoch is evaluated; then it is complete when that has been merged.
         callbacks: called with each epoch once it is complete; one that returns True ends the run.
-        patience: epochs without a better score after which the run ends; None never.
+        patience: epochs without a better validation accuracy after which the run ends; None never.
+            A loss that still falls does not count.
+        clock: seconds that only grow.
 
     Attributes:
         epochs: the complete ones, in the order in which they became so.
@@ -87,15 +148,17 @@ class History:
         waits: bool,
         callbacks: tuple[Callable[[EpochSummary], Any], ...] = (),
         patience: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epochs: list[EpochSummary] = []
         self.stopped_early = False
         self._waits = waits
         self._callbacks = callbacks
         self._patience = patience
-        self._worse = 0  # evaluations since the best one
+        self._highest = -1.0  # validation accuracy so far
+        self._worse = 0  # evaluations since that one
         self._open: dict[int, EpochSummary] = {}
-        self._loss = [0.0, 0.0]  # sum and count
+        self._sums = EpochSums(clock)
 
     def __call__(self, event: HostEvent) -> bool:
         """Take one event; events that concern no epoch are ignored.
@@ -104,24 +167,19 @@ class History:
             Whether the run is to end.
         """
         if isinstance(event, Logged):
-            total, count = event.sums.get("loss", (0.0, 0))
-            self._loss[0] += total
-            self._loss[1] += count
+            self._sums.add(event)
         elif isinstance(event, EpochDone):
-            loss = self._loss[0] / self._loss[1] if self._loss[1] else None
-            self._loss = [0.0, 0.0]
-            self._open[event.epoch] = EpochSummary(
-                event.epoch, event.version, event.samples, loss, event.staleness_mean
-            )
+            summary = EpochSummary(event.epoch, event.version, event.samples)
+            _fill(summary, self._sums.take(event))
+            self._open[event.epoch] = summary
             if not self._waits:
                 return self._finish(event.epoch)
         elif isinstance(event, Evaluated) and event.epoch in self._open:
             summary = self._open[event.epoch]
             summary.best, summary.evaluated_version = event.best, event.version
-            for name, value in evaluation_metrics(event.sums).items():
-                setattr(summary, name, value)
-            self._worse = 0 if event.best else self._worse + 1
-            return self._finish(event.epoch) | self._impatient()
+            _fill(summary, evaluation_metrics(event.sums))
+            impatient = self._impatient(summary)
+            return self._finish(event.epoch) | impatient
         return False
 
     @property
@@ -134,7 +192,11 @@ class History:
         for epoch in sorted(self._open):
             self._finish(epoch)
 
-    def _impatient(self) -> bool:
+    def _impatient(self, summary: EpochSummary) -> bool:
+        accuracy = summary.validation_accuracy
+        better = summary.best if accuracy is None else accuracy > self._highest
+        self._highest = max(self._highest, accuracy or 0.0)
+        self._worse = 0 if better else self._worse + 1
         if self._patience is None or self._worse < self._patience:
             return False
         self.stopped_early = True
@@ -147,3 +209,12 @@ class History:
         for callback in self._callbacks:  # all of them, whatever the first one says
             asked |= callback(summary) is True
         return asked
+
+
+def _fill(summary: EpochSummary, values: Mapping[str, float]) -> None:
+    known = {one.name for one in fields(summary)}
+    for name, value in values.items():
+        if name in known:
+            setattr(summary, name, value)
+        else:
+            summary.more[name] = value

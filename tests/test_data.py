@@ -58,6 +58,24 @@ def test_a_batch_is_the_callers_own() -> None:
     assert data.labels.min() == 0
 
 
+def test_a_batch_costs_its_own_labels_only() -> None:
+    """However many samples a split has: not all of its labels are gathered for each batch."""
+    gathered: list[int] = []
+
+    class Watched:
+        def __getitem__(self, indices: Any) -> Any:
+            found = (np.arange(1000) % 2)[indices]
+            gathered.append(len(found))
+            return found
+
+    whole = Dataset(np.zeros((1000, 2)), Watched(), 2, "watched")  # type: ignore[arg-type]
+    part = whole.subset(np.arange(999, -1, -1))
+    for data, labels in ((part, [1, 0, 0]), (whole, [0, 1, 1])):
+        gathered.clear()
+        assert data.batch(np.array([0, 5, 7]))[1].tolist() == labels
+        assert gathered == [3]
+
+
 def test_subsets_of_subsets() -> None:
     data = dataset([4, 4]).subset(np.array([7, 5, 3, 1]))
     inner = data.subset(np.array([2, 0]))
@@ -107,6 +125,23 @@ def test_split_keeps_each_class_in_the_training_part() -> None:
     assert set(train.labels) == {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    ("counts", "fraction", "shares"),
+    [
+        ([1, 1, 1, 20], 0.3, [0, 0, 0, 7]),  # ceil(23 * 0.3) = 7: what the others cannot give
+        ([2, 2, 2, 6], 0.9, [1, 1, 1, 5]),  # 11 would be due, but each keeps one
+        ([2, 2, 50, 50], 0.5, [1, 1, 25, 25]),
+        ([1, 0, 1, 8, 8], 0.5, [0, 0, 0, 5, 4]),
+    ],
+)
+def test_what_small_classes_cannot_give_the_others_do(
+    counts: list[int], fraction: float, shares: list[int]
+) -> None:
+    train, test = split(dataset(counts), fraction)
+    assert np.bincount(test.labels, minlength=len(counts)).tolist() == shares
+    assert set(train.labels) == {label for label, count in enumerate(counts) if count}
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_split_refuses_a_fraction_that_is_none(fraction: float) -> None:
     with pytest.raises(ValueError, match="test fraction"):
@@ -127,6 +162,45 @@ def test_three_parts_share_no_sample() -> None:
     assert len(np.unique(np.concatenate(rows))) == 100
     without = prepare(dataset([60, 40]), 0.2, 3)
     np.testing.assert_array_equal(parts.test.rows, without.test.rows)  # type: ignore[union-attr]
+
+
+def test_the_validation_part_is_another_draw_than_the_test_part() -> None:
+    """With the same seed, what is drawn for one would tell what is drawn for the other."""
+    brought = prepare(
+        Parts(dataset([60, 40]), None, dataset([2, 2])), 0.2, 3, validation_fraction=0.2
+    )
+    assert brought.validation is not None
+    rows = {seed: set(split(dataset([60, 40]), 0.2, seed)[1].rows) for seed in range(100)}  # type: ignore[arg-type]
+    found = set(brought.validation.rows)  # type: ignore[arg-type]
+    assert found not in rows.values()
+    other = prepare(
+        Parts(dataset([60, 40]), None, dataset([2, 2])), 0.2, 4, validation_fraction=0.2
+    )
+    assert other.validation is not None
+    assert found != set(other.validation.rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("y", "words"),
+    [
+        ([1, 1, 1, 1], "has only one class, '1'"),
+        ([0, 900, 0, 1], "label 900 at row 1 of the training part, but there are only 4 samples"),
+        ([], "the training part holds no samples"),
+    ],
+)
+def test_the_training_part_is_one_that_can_be_trained_on(y: list[int], words: str) -> None:
+    labels = np.array(y, np.int64)
+    train = Dataset(np.ones((len(y), 2)), labels, 901, "made")
+    for parts in (train, Parts(train, None, dataset([1, 1], 2))):
+        with pytest.raises(ValueError, match=rf"data 'made': .*{words}"):
+            prepare(parts)
+
+
+def test_later_parts_may_be_of_one_class() -> None:
+    one = Dataset(np.ones((1, 3)), np.array([1]), 2, "made")
+    parts = prepare(Parts(dataset([3, 3]), one, one))
+    assert parts.test is not None
+    assert parts.test.labels.tolist() == [1]
 
 
 def test_a_test_part_of_its_own_is_kept() -> None:
@@ -159,6 +233,28 @@ def test_preprocessing_is_measured_on_the_training_part_alone() -> None:
     np.testing.assert_allclose(everything(parts.test)[:, :2], expected, rtol=1e-3, atol=1e-3)
     assert parts.train.preprocessing is not None
     assert parts.train.preprocessing.deviation[2] == 1
+
+
+@pytest.mark.parametrize("kind", ["f8", "i8"])
+def test_what_differs_by_little_stays_different(kind: str) -> None:
+    """160 times, a minute apart: float32 knows three of them."""
+    times = 1_700_000_000 + 60 * np.arange(160)
+    data = Dataset(times.astype(kind)[:, None], np.arange(160) % 2, 2, "times")
+    parts = prepare(data, 0.25)
+    assert parts.test is not None
+    x = np.concatenate([everything(parts.train), everything(parts.test)])[:, 0]
+    assert x.dtype == np.float32
+    assert len(np.unique(x)) == 160
+    raw = times[np.asarray(parts.train.rows)]
+    assert everything(parts.train).mean() == pytest.approx(0, abs=1e-6)
+    expected = (raw - raw.mean()) / raw.std()
+    np.testing.assert_allclose(everything(parts.train)[:, 0], expected, rtol=1e-5, atol=1e-6)
+    preprocessing = parts.train.preprocessing
+    assert preprocessing is not None
+    stored = preprocessing.tensors()
+    assert {array.dtype for array in stored.values()} == {np.dtype(np.float64)}
+    again = Preprocessing.load(stored).apply(parts.train.raw(slice(None)))
+    np.testing.assert_array_equal(again, everything(parts.train))
 
 
 @pytest.mark.parametrize(

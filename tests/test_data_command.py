@@ -38,6 +38,18 @@ def test_describe_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["input_shape"] == [8, 8]
 
 
+def test_describe_data_without_a_finite_value(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s").mkdir()
+    np.save("s/x.npy", np.full((4, 2), np.nan, np.float32))
+    np.save("s/y.npy", np.arange(4) % 2)
+    entry = {"x": "x.npy", "y": "y.npy", "n": 4}
+    index = {"format": "psframe-shards", "version": 1, "classes": ["a", "b"]}
+    Path("s/index.json").write_text(json.dumps({**index, "parts": {"train": [entry]}}))
+    assert "4 samples, no finite value, 8 NOT FINITE" in told(capsys, "describe", "s")
+    found = json.loads(told(capsys, "describe", "s", "--json"))["parts"]["train"]
+    assert (found["least"], found["largest"], found["not_finite"]) == (None, None, 8)
+
+
 def test_describe_a_table_by_its_label(capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.csv").write_text("kind,a\nx,1\ny,2.5\nx,-3\n")
     text = told(capsys, "describe", "t.csv", "--label", "kind")

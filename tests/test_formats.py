@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from psframe.data import Dataset, Parts, load
 from psframe.data.formats.shards import ShardedArray
+from psframe.data.unlabelled import load_samples
 
 N = 12
 RNG = np.random.default_rng(0)
@@ -109,15 +110,14 @@ IMAGE_X[1, 0, 2] = -np.inf
         ({"x": GOOD_X * 1e300, "y": GOOD_Y}, ["row 0, column 0: too large for float32", "8 such"]),
         ({"x": GOOD_X, "y": GOOD_Y + 0.5}, ["'y' has dtype float64, expected integers"]),
         ({"x": GOOD_X, "y": GOOD_Y - 1}, ["label -1 at row 0"]),
-        ({"x": GOOD_X, "y": GOOD_Y * 900}, ["label 900 at row 1", "only 4 samples"]),
-        ({"x": GOOD_X, "y": GOOD_Y * 0}, ["only one class, 0"]),
+        ({"x": GOOD_X, "y": GOOD_Y * 10**12}, ["label 1000000000000 at row 1", "only 4 samples"]),
         ({"x": GOOD_X, "y": GOOD_Y.reshape(2, 2)}, ["'y' has shape (2, 2)"]),
         ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, ["'y' is empty"]),
         ({"x": GOOD_X[:, 0], "y": GOOD_Y}, ["'x' has shape (4,)"]),
         ({"x": GOOD_X[:, :0], "y": GOOD_Y}, ["at least one feature"]),
         ({"x": GOOD_X.astype(complex), "y": GOOD_Y}, ["'x' has dtype complex128"]),
         ({"x": GOOD_X.astype(str), "y": GOOD_Y}, ["'x' has dtype <U", "expected real numbers"]),
-        ({"x_train": GOOD_X, "y_train": GOOD_Y * 0}, ["'y_train' has only one class"]),
+        ({"x": GOOD_X[:0], "y_train": GOOD_Y}, ["expected arrays 'x' and 'y'", "found x, y_train"]),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], words: list[str]) -> None:
@@ -263,7 +263,10 @@ def test_csv_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
         ("1,2,0\n3,nan,1\n", "line 2, column '1': nan is no finite number"),
         ("1,2,0\n\n3,inf,1\n", "line 3, column '1': inf is no finite number"),
         ("1,2,\n3,4,1\n", "line 1, column '2': the label is missing"),
-        ("1,2,0\n3,4,0\n", "only one class, '0'"),
+        ("1,2,0\n1_000,4,1\n", "line 2, column '0': expected a number, got '1_000'"),
+        ("1;2,5;0\n3;4;1\n", "line 1, column '1': expected a number, got '2,5'; write a decimal"),
+        ("1,5;2,5;0\n3;4;1\n", "line 1, column '0': expected a number, got '1,5'; write a decimal"),
+        ("a;b;y\n1;2,5;0\n", "line 2, column 'b': expected a number, got '2,5'; write a decimal"),
         ('1,2,0\n3,"4,0\n', "line 2: unexpected end of data"),
         ("1,1e300,0\n3,4,1\n", "too large for float32"),
         ("1," + "9" * 200_000 + ",0\n", "line 1: field larger than field limit"),
@@ -273,6 +276,121 @@ def test_csv_that_is_no_table(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ValueError, match=r"data '.*d\.csv'") as caught:
         load(csv(tmp_path / "d.csv", text))
     assert words in str(caught.value)
+
+
+def test_numbers_keep_their_precision(tmp_path: Path) -> None:
+    times = [1_700_000_000 + 60 * i for i in range(N)]
+    text = "".join(f"{time},{y}\n" for time, y in zip(times, Y, strict=True))
+    x = np.array(times)[:, None]
+    for path in (
+        csv(tmp_path / "d.csv", text),
+        write(tmp_path / "f8.npz", x=x.astype("f8"), y=Y),
+        write(tmp_path / "big.npz", x=x.astype(">f8"), y=Y),
+        write(tmp_path / "i8.npz", x=x, y=Y),
+    ):
+        assert one(load(path)).raw(slice(None))[:, 0].tolist() == times
+    wide = one(load(write(tmp_path / "g.npz", x=x.astype(np.longdouble), y=Y)))
+    assert wide.x.dtype == np.float64
+
+
+# ---- samples to be predicted -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "y", [np.array([1, 1]), np.array([7, 900]), np.array(["a", "b"]), np.array([0.5, np.nan]), None]
+)
+def test_labels_of_what_is_predicted_do_not_matter(tmp_path: Path, y: Any) -> None:
+    labels = {} if y is None else {"y": y, "other": np.zeros(1)}
+    path = write(tmp_path / "d.npz", x=X[:2], **labels)
+    np.testing.assert_array_equal(one(load_samples(path, None, 3)).raw(slice(None)), X[:2])
+    suffixed = {f"{name}_test": array for name, array in labels.items()}
+    path = write(tmp_path / "p.npz", x_train=X, x_test=X[:1], **suffixed)
+    found = parts(load_samples(path, None, 3))
+    assert found.test is not None
+    assert (len(found.train), len(found.test), found.validation) == (N, 1, None)
+
+
+def test_labels_of_what_is_predicted_are_not_even_unpacked(tmp_path: Path) -> None:
+    """Nor are samples unpacked twice."""
+    path = write(tmp_path / "d.npz", x=X, y=np.array([Trap(), 1], object))
+    opened: list[str] = []
+
+    class Watched(zipfile.ZipFile):
+        def open(self, name: Any, *args: Any, **how: Any) -> Any:
+            opened.append(name.filename)
+            return super().open(name, *args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile, "ZipFile", Watched)
+        load_samples(path, None, 3)
+    assert opened == ["x.npy", "x.npy"], "the header, and the array"
+
+
+def test_samples_that_are_none(tmp_path: Path) -> None:
+    for arrays, words in [
+        ({"y": Y}, "expected an array 'x', or 'x_train', found y"),
+        ({"x_test": X}, "expected an array 'x', or 'x_train', found x_test"),
+        ({"x": X[:0]}, "'x' holds no samples"),
+        ({"x": X[0, 0]}, "'x' holds no samples"),
+        ({"x_train": NAN_X}, "'x_train' has nan at row 2"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_samples(write(tmp_path / "d.npz", **arrays), None, 3)
+    with pytest.raises(ValueError, match="belongs to CSV or Parquet, this is npz"):
+        load_samples(write(tmp_path / "d.npz", x=X, y=Y), "y", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("1,2\n3,4\n", None),
+        ("1,2,cat\n3,4,cat\n", None),
+        ("1,2,\n3,4,\n", None),
+        ("a,y,b\n1,,2\n3,dog,4\n", "y"),
+    ],
+)
+def test_a_label_column_of_what_is_predicted_is_skipped(
+    tmp_path: Path, text: str, label: str | None
+) -> None:
+    data = one(load_samples(csv(tmp_path / "d.csv", text), label, 2))
+    np.testing.assert_array_equal(data.raw(slice(None)), [[1, 2], [3, 4]])
+
+
+def test_a_table_of_one_feature_is_predicted(tmp_path: Path) -> None:
+    data = one(load_samples(csv(tmp_path / "d.csv", "1\n3\n"), None, 1))
+    np.testing.assert_array_equal(data.raw(slice(None)), [[1], [3]])
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [
+        ({"a": [1.0, 3.0], "b": [2, 4]}, None),
+        ({"ab": [[1.0, 2.0], [3.0, 4.0]]}, None),
+        ({"a": [1.0, 3.0], "b": [2, 4], "y": ["cat", None]}, None),
+        ({"a": [1.0, 3.0], "y": [7, 7], "b": [2, 4]}, "y"),
+    ],
+)
+def test_parquet_without_labels_that_matter(
+    tmp_path: Path, columns: dict[str, Any], label: str | None
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    data = one(load_samples(tmp_path / "d.parquet", label, 2))
+    np.testing.assert_array_equal(data.raw(slice(None)), [[1, 2], [3, 4]])
+
+
+def test_labels_of_one_class_can_be_evaluated(tmp_path: Path) -> None:
+    """It is training that needs two; see the tests of `prepare`."""
+    data = one(load(write(tmp_path / "d.npz", x=X[:1], y=np.array([2]))))
+    assert (data.labels.tolist(), data.classes) == ([2], ("0", "1", "2"))
+    data = one(load(csv(tmp_path / "d.csv", "1,2,cat\n3,4,cat\n")))
+    assert (data.labels.tolist(), data.classes) == ([0, 0], ("cat",))
+    train = {"x_train": X, "y_train": Y}
+    path = write(tmp_path / "p.npz", **train, x_test=X[:2], y_test=np.array([2, 2]))
+    held_out = parts(load(path)).test
+    assert held_out is not None
+    assert (held_out.labels.tolist(), held_out.n_classes) == ([2, 2], 3)
 
 
 def test_csv_that_is_no_text(tmp_path: Path) -> None:
@@ -376,6 +494,27 @@ def test_gzip_that_unpacks_to_more_or_less(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_folders_to_be_predicted_need_no_labels(tmp_path: Path) -> None:
+    folder = mnist(tmp_path / "m")
+    for file in folder.glob("*-labels-*"):
+        file.unlink()
+    found = parts(load_samples(folder, None, 30))
+    assert found.test is not None
+    np.testing.assert_array_equal(found.train.raw(slice(None)), IMAGES)
+    np.testing.assert_array_equal(found.test.raw(slice(None)), IMAGES[:5])
+    (folder / "train-images-idx3-ubyte").write_bytes(idx(IMAGES[:0]))
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte: holds no samples"):
+        load_samples(folder, None, 30)
+    with pytest.raises(ValueError, match="has no train-labels file"):
+        load(folder)
+    folder = shards(tmp_path / "s")
+    for file in folder.glob("*-y.npy"):
+        file.unlink()
+    np.testing.assert_array_equal(parts(load_samples(folder, None, 3)).train.raw(slice(None)), X)
+    with pytest.raises(ValueError, match=r"a-y\.npy: cannot be read"):
+        load(folder)
+
+
 # ---- CIFAR-10 ----------------------------------------------------------------------------------
 
 PIXELS = RNG.integers(0, 256, size=(N, 3, 32, 32), dtype=np.uint8)
@@ -436,7 +575,7 @@ def test_parquet(tmp_path: Path) -> None:
         ({"a": [[1.0], [1.0, 2.0]], "y": [0, 1]}, "lists of different lengths"),
         ({"a": [1.0, float("nan")], "y": [0, 1]}, "nan at row 1, column 0"),
         ({"a": [1.0, 2.0], "y": [0, None]}, "1 missing labels"),
-        ({"y": [0, 1]}, "expected two or more"),
+        ({"y": [0, 1]}, "expected two or more columns"),
     ]:
         pq.write_table(pa.table(table), path)
         with pytest.raises(ValueError, match=r"d\.parquet") as caught:
@@ -445,6 +584,20 @@ def test_parquet(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="not a Parquet file, or a damaged one"):
         load(path)
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 1], [100, 200, 100], [-3, 10, 9], [2, 1, 2]])
+def test_a_table_is_the_same_as_parquet_and_as_csv(tmp_path: Path, labels: list[int]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    x = [0.5, 1.5, 2.5]
+    pq.write_table(pa.table({"a": x, "y": labels}), tmp_path / "d.parquet")
+    text = "".join(f"{a},{y}\n" for a, y in zip(x, labels, strict=True))
+    found, expected = one(load(tmp_path / "d.parquet")), one(load(csv(tmp_path / "d.csv", text)))
+    assert found.classes == expected.classes
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(found.raw(slice(None)), expected.raw(slice(None)))
+    assert found.x.dtype == expected.x.dtype
 
 
 # ---- shards ------------------------------------------------------------------------------------

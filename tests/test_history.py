@@ -8,7 +8,7 @@ from psframe.history import EpochSummary, History, evaluation_metrics, score
 
 def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
     seen: list[EpochSummary] = []
-    history = History(True, (seen.append,))
+    history = History(True, (seen.append,), clock=lambda: 0.0)
     history(Logged(0, {"loss": (6.0, 2)}))
     history(EpochDone(0, 10, 90, 1.0))
     history(EpochDone(1, 20, 90, 2.0))
@@ -46,12 +46,44 @@ def test_a_callback_that_returns_true_ends_the_run() -> None:
 def test_patience_runs_out_after_so_many_worse_epochs() -> None:
     history = History(True, (), patience=2)
     ends = []
-    for epoch, best in enumerate([True, False, True, False, False]):
+    for epoch, correct in enumerate([5.0, 4.0, 6.0, 6.0, 3.0]):
         history(EpochDone(epoch, epoch, 1, 0.0))
-        ends.append(history(evaluated(epoch, 5.0, best=best)))
+        ends.append(history(evaluated(epoch, correct, best=epoch in (0, 2))))
     assert ends == [False, False, False, False, True]
     assert history.stopped_early
     assert history.best_epoch == 2
+
+
+def test_patience_goes_by_accuracy_though_the_loss_falls() -> None:
+    """What is kept goes by the loss among equals; whoever waits for accuracy has seen none."""
+    history = History(True, (), patience=2)
+    ends = []
+    for epoch in range(3):
+        history(EpochDone(epoch, epoch, 1, 0.0))
+        ends.append(history(evaluated(epoch, 5.0, best=True)))
+    assert ends == [False, False, True]
+    assert history.best_epoch == 2
+
+
+def test_patience_without_accuracies_goes_by_the_score() -> None:
+    history = History(True, (), patience=1)
+    for epoch, best in enumerate([True, True, False]):
+        history(EpochDone(epoch, epoch, 1, 0.0))
+        sums = {"validation_loss": 1.0, "validation_count": 10.0}
+        assert history(Evaluated(epoch, epoch, sums, best)) is (not best)
+
+
+def test_an_epoch_has_the_speed_and_the_times_of_its_steps() -> None:
+    times = iter([0.0, 2.0, 4.0])
+    history = History(False, clock=lambda: next(times))
+    history(Logged(0, {"compute_s": (1.0, 2), "data_s": (0.25, 2)}))
+    history(Logged(1, {"compute_s": (2.0, 2), "servers_s": (0.5, 2)}))
+    history(EpochDone(0, 1, 10, 0.0))
+    history(EpochDone(1, 2, 10, 0.0))
+    first, second = history.epochs
+    assert (first.samples_per_s, first.compute_s) == (5.0, 3.0)
+    assert (first.servers_s, first.data_s) == (0.5, 0.25)
+    assert (second.samples_per_s, second.compute_s) == (5.0, None)
 
 
 def test_scores_go_by_accuracy_and_among_equals_by_loss() -> None:

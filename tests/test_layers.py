@@ -140,11 +140,51 @@ def test_batch_normalisation_evaluates_with_the_running_averages() -> None:
     np.testing.assert_allclose(y, expected)
 
 
-def test_a_batch_of_one_has_no_variance() -> None:
-    bench = Bench(BatchNorm(), FLAT, 1)
+@pytest.mark.parametrize("shape", [FLAT, (2, 1, 1)])
+def test_a_batch_of_one_value_leaves_the_running_averages(shape: tuple[int, ...]) -> None:
+    """A variance of 0 would be averaged in: after some of them an evaluation divides by nothing."""
+    bench = Bench(BatchNorm(), shape, 1)
     _, grads = bench.gradients()
-    np.testing.assert_array_equal(bench.forward()[0], bench.params["beta"])
-    np.testing.assert_array_equal(grads["variance"], 0)
+    np.testing.assert_array_equal(bench.forward().ravel(), bench.params["beta"])
+    for name in ("mean", "variance"):
+        np.testing.assert_array_equal(grads[name], bench.params[name])
+
+
+def test_a_batch_of_one_image_has_a_variance() -> None:
+    bench = Bench(BatchNorm(), IMAGE, 1)
+    _, grads = bench.gradients()
+    features = bench.x.reshape(2, -1)
+    np.testing.assert_allclose(grads["variance"], features.var(axis=1, ddof=1))
+
+
+@pytest.mark.parametrize("layer", [MaxPool2D(2), MaxPool2D(2, stride=1), MaxPool2D(3)])
+def test_the_gradient_of_equal_values_goes_to_the_first(layer: MaxPool2D) -> None:
+    """As many gradients arrive as were sent, at the upper left corner of each window."""
+    rows, columns = layer.build((1, 3, 3))[1:]
+    context = Context()
+    layer.forward({}, np.ones((1, 1, 3, 3)), context, np)
+    g = np.arange(1.0, 1.0 + rows * columns).reshape(1, 1, rows, columns)
+    dx = layer.backward({}, g.copy(), {}, context, np, wanted=True)
+    expected = np.zeros((3, 3))
+    expected[:rows, :columns] = g[0, 0]
+    np.testing.assert_array_equal(dx[0, 0], expected)
+
+
+def test_a_gradient_may_lie_anyhow_in_memory() -> None:
+    """reshape() of what is not contiguous is a copy: nothing must be written into one."""
+    for layer, shape in ((Conv2D(3), IMAGE), (Dense(3), FLAT), (BatchNorm(), IMAGE)):
+        bench = Bench(layer, shape, 4)
+        _, expected = bench.gradients()
+        bench.forward()
+        strided = {name: np.full((*p.shape, 2), np.nan)[..., 0] for name, p in bench.params.items()}
+        turned = {name: np.full_like(p, np.nan, order="F") for name, p in bench.params.items()}
+        for grads in (strided, turned):
+            bench.forward()
+            layer.backward(
+                bench.params, bench.weights.copy(), grads, bench.context, np, wanted=True
+            )
+            for name, array in expected.items():
+                np.testing.assert_allclose(grads[name], array, rtol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (3, 2, 5, 6), (2, 3, 7, 4)])
@@ -171,7 +211,9 @@ def test_dropout_keeps_the_mean_and_evaluation_keeps_everything() -> None:
     context = Context()
     x = np.ones((200, 1000), np.float32)
     assert layer.forward({}, x, context, np) is x
-    context.training = True
+    context.rng = np.random.default_rng(0)
+    assert layer.forward({}, x, context, np) is x, "an evaluation, even with a generator"
+    context.rng, context.training = None, True
     assert layer.forward({}, x, context, np) is x, "without a generator"
     context.rng = np.random.default_rng(0)
     y = layer.forward({}, x, context, np)

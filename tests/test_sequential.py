@@ -17,6 +17,7 @@ from psframe.models.layers import (
     BatchNorm,
     Conv2D,
     Dense,
+    Dropout,
     Flatten,
     GlobalAveragePool2D,
     Layer,
@@ -95,6 +96,28 @@ def test_evaluation_in_blocks_is_evaluation() -> None:
     for name in ("loss", "correct", "count"):
         assert sums[name] == pytest.approx(sum(part[name] for part in parts), rel=1e-5)
     assert (model.predict(params, x) == y).sum() == sums["correct"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_samples_are_no_error(name: str) -> None:
+    shape, layers = MODELS[name]
+    model = Sequential(shape, layers)
+    params = model.init(np.random.default_rng(0))
+    x, y = np.zeros((0, *shape), np.float32), np.zeros(0, np.int64)
+    assert model.predict(params, x).shape == (0,)
+    assert model.probabilities(params, x).shape == (0, K)
+    assert model.probabilities(params, x).dtype == np.float32
+    assert model.evaluate(params, x, y) == {"loss": 0.0, "correct": 0.0, "count": 0.0}
+
+
+def test_evaluation_leaves_nothing_out_at_random() -> None:
+    """Not even after a training step of the same thread, which had a generator."""
+    model = Sequential((5,), [Dropout(0.5), Dense(K)])
+    params = model.init(np.random.default_rng(0))
+    x, y = batch((5,), 6)
+    before = model.probabilities(params, x)
+    model.loss_and_gradients(params, x, y, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(model.probabilities(params, x), before)
 
 
 def test_threads_share_a_model() -> None:

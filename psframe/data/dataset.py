@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.data.augmentation import Augmentation
+from psframe.data.checks import check_classes
 from psframe.data.preprocessing import Preprocessing
 
 __all__ = ["Dataset", "Parts", "Samples"]
@@ -41,7 +42,7 @@ class Dataset:
         y: (m,) int64 labels in [0, n_classes).
         n_classes: number of classes k.
         name: for messages.
-        classes: their names, k of them; "0", "1", ... by default.
+        classes: their names, k different ones; "0", "1", ... by default.
         rows: which of the m samples are in the dataset, in order; None for all.
         preprocessing: applied to each batch; None only makes it float32.
         augmentation: applied to each batch with a random generator; None for none.
@@ -61,6 +62,16 @@ class Dataset:
     def __post_init__(self) -> None:
         if not self.classes:
             object.__setattr__(self, "classes", tuple(str(i) for i in range(self.n_classes)))
+            return
+        if len(self.classes) != self.n_classes:
+            raise ValueError(
+                f"data {self.name!r}: has {self.n_classes} classes, but {len(self.classes)} names "
+                "for them"
+            )
+        try:
+            check_classes(self.classes)
+        except ValueError as error:
+            raise ValueError(f"data {self.name!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.y) if self.rows is None else len(self.rows)
@@ -108,6 +119,9 @@ class Dataset:
 
         Returns:
             (n, *input_shape) float32, contiguous, and (n,) int64; the caller's own.
+
+        Raises:
+            ValueError: as `raw`.
         """
         raw = self.raw(indices)
         if self.preprocessing is None:
@@ -116,7 +130,8 @@ class Dataset:
             x = np.ascontiguousarray(self.preprocessing.apply(raw))
         if rng is not None and self.augmentation is not None:
             x = self.augmentation.apply(x, rng)
-        return x, self.labels[indices].copy()
+        # Not self.labels[indices]: that would gather all labels for each batch.
+        return x, np.array(self.y[indices if self.rows is None else self.rows[indices]])
 
 
 class Parts(NamedTuple):

@@ -68,7 +68,8 @@ def description_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['data']}: {found['format']}, samples of {shape} {found['dtype']}"
     yield f"classes     {len(found['classes'])}"
     for name, part in found["parts"].items():
-        values = f"values {part['least']:g} to {part['largest']:g}" if part["bytes"] else ""
+        known = part["least"] is not None
+        values = f"values {part['least']:g} to {part['largest']:g}" if known else "no finite value"
         bad = f", {part['not_finite']:,} NOT FINITE" if part["not_finite"] else ""
         mib = part["bytes"] / (1 << 20)
         yield f"{name:<11} {part['samples']:,} samples, {values}{bad}, {mib:,.1f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from psframe.data.dataset import Dataset, Parts
@@ -33,7 +34,8 @@ def load(source: str | Path, label: str | None = None) -> Dataset | Parts:
         label: the label column of a table; else its last.
 
     Returns:
-        A dataset, or Parts if the data brings a test part of its own.
+        A dataset; or Parts if the data is an `.npz` in parts, or a folder, even one that brings a
+        training part alone.
 
     Raises:
         ValueError: there is no such file, or it is not such data; the message names the file,
@@ -53,7 +55,12 @@ def load(source: str | Path, label: str | None = None) -> Dataset | Parts:
         return load_csv(path, name, label)
     if kind == "parquet":
         return load_parquet(path, name, label)
-    readers = {"npz": load_npz, "idx": load_idx, "cifar": load_cifar, "shards": load_shards}
+    readers: dict[str, Callable[[Path, str], Dataset | Parts]] = {
+        "npz": load_npz,
+        "idx": load_idx,
+        "cifar": load_cifar,
+        "shards": load_shards,
+    }
     return readers[kind](path, name)
 
 

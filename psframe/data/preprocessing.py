@@ -23,18 +23,21 @@ _NAMES = ("preprocessing.mean", "preprocessing.deviation")
 class Preprocessing:
     """The map x -> (x - mean) / deviation, to float32.
 
+    What is wider than two bytes is mapped in float64 and rounded at the end: samples that differ
+    by much less than they are large, such as times, would be equal in float32.
+
     Attributes:
-        mean, deviation: float32, of a shape that broadcasts to one sample's: one number a feature
+        mean, deviation: float64, of a shape that broadcasts to one sample's: one number a feature
             of flat data, one a channel of images.
     """
 
-    mean: npt.NDArray[np.float32]
-    deviation: npt.NDArray[np.float32]
+    mean: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
 
     @classmethod
     def scale(cls, factor: float) -> Preprocessing:
         """Make the one that divides by a factor."""
-        return cls(np.array(0, np.float32), np.array(factor, np.float32))
+        return cls(np.array(0, np.float64), np.array(factor, np.float64))
 
     @classmethod
     def measure(cls, data: Dataset) -> Preprocessing:
@@ -62,17 +65,19 @@ class Preprocessing:
         mean = mean + shift
         # Rounding leaves a constant feature a deviation of about 1e-17 of its size.
         deviation[deviation <= 1e-12 * np.abs(mean)] = 1.0
-        return cls(mean[0].astype(np.float32), deviation[0].astype(np.float32))
+        return cls(mean[0], deviation[0])
 
     def apply(self, x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Map samples (n, ...) of any real dtype; gives fresh memory."""
-        result = x.astype(np.float32)
+        # float32 holds numbers of one or two bytes exactly, and takes half the time for images.
+        dtype = np.float32 if x.dtype.itemsize <= 2 else np.float64
+        result = x.astype(dtype)
         if self.mean.any():
-            result -= self.mean
-        result /= self.deviation
-        return result
+            result -= self.mean.astype(dtype, copy=False)
+        result /= self.deviation.astype(dtype, copy=False)
+        return result.astype(np.float32, copy=False)
 
-    def tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+    def tensors(self) -> dict[str, npt.NDArray[np.float64]]:
         """Give the arrays to be stored beside a model's weights."""
         return dict(zip(_NAMES, (self.mean, self.deviation), strict=True))
 
@@ -86,7 +91,7 @@ class Preprocessing:
         missing = [name for name in _NAMES if name not in tensors]
         if missing:
             raise ValueError(f"expected tensors {', '.join(_NAMES)}, {missing[0]} is missing")
-        mean, deviation = (np.asarray(tensors[name], np.float32) for name in _NAMES)
+        mean, deviation = (np.asarray(tensors[name], np.float64) for name in _NAMES)
         if not (np.isfinite(mean).all() and np.isfinite(deviation).all() and (deviation > 0).all()):
             raise ValueError("preprocessing: expected finite means and positive deviations")
         return cls(mean, deviation)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.data.augmentation import Augmentation
+from psframe.data.checks import check_trainable
 from psframe.data.dataset import Dataset, Parts
 from psframe.data.preprocessing import Preprocessing
 
@@ -22,7 +23,9 @@ def split(
     """Split into the rest and a part that is held out, each class in the same proportion.
 
     The part has ceil(n * fraction) samples; each class gives its share, rounded so that the
-    shares add up, but always keeps a sample to train on. The same seed gives the same parts.
+    shares add up, but always keeps a sample to train on. What small classes cannot give, the others
+    give in their place; the part is smaller only where each class is down to its last sample. The
+    same seed gives the same parts.
 
     Raises:
         ValueError: the fraction is not in (0, 1), or a part would be empty.
@@ -48,13 +51,20 @@ def split(
 
 
 def _shares(counts: npt.NDArray[Any], total: int, fraction: float) -> npt.NDArray[Any]:
-    """Divide `total` among the classes by their counts: the largest remainders round up."""
+    """Divide `total` among the classes by their counts: the largest remainders round up.
+
+    Each class keeps a sample, whatever its share; its place is taken by the next one.
+    """
     exact = counts * fraction
-    shares = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(shares - exact, kind="stable")
-    shares[by_remainder[: max(0, total - int(shares.sum()))]] += 1
     shares_max = np.maximum(counts - 1, 0)
-    return shares.clip(0, shares_max)
+    shares: npt.NDArray[Any] = np.minimum(np.floor(exact).astype(np.int64), shares_max)
+    while (missing := total - int(shares.sum())) > 0:
+        open_to_more = np.flatnonzero(shares < shares_max)
+        if len(open_to_more) == 0:
+            break
+        by_remainder = np.argsort((shares - exact)[open_to_more], kind="stable")
+        shares[open_to_more[by_remainder[:missing]]] += 1
+    return shares
 
 
 def prepare(
@@ -71,11 +81,12 @@ def prepare(
     validation is split off the training part if a fraction is asked for.
 
     Raises:
-        ValueError: as `split`; or the parts' samples differ in shape, or a label of a later part is
-            no class of the training part.
+        ValueError: as `split`; or the parts' samples differ in shape, or the training part has only
+            one class, or labels beyond the number of its samples.
         ArgumentError: the augmentation does not suit the samples.
     """
     train, validation, test = data if isinstance(data, Parts) else Parts(data)
+    check_trainable(train.labels, train.classes, train.name)
     brought = test is not None
     if test is None:
         train, test = split(train, test_fraction, seed)

@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psframe.data.checks import check_file, checked_samples
+from psframe.data.checks import check_file
 from psframe.data.dataset import Dataset, Parts
 from psframe.data.formats.csvfile import load_csv
-from psframe.data.formats.npz import channels_first, read_members
+from psframe.data.formats.idx import load_idx
+from psframe.data.formats.npz import load_npz_samples, unlabelled
+from psframe.data.formats.parquet import load_parquet
+from psframe.data.formats.shards import load_shards
 from psframe.data.loading import format_of, load
 
 __all__ = ["load_samples"]
 
 
 def load_samples(source: str | Path, label: str | None, features: int) -> Dataset | Parts:
-    """Read data whose labels, if there are any, do not matter.
+    """Read data whose labels, if there are any, do not matter; where they can be skipped, they are.
 
     Args:
         source: as for `load`; an `.npz` needs no `y`, a table of `features` columns has no label
@@ -32,22 +35,20 @@ def load_samples(source: str | Path, label: str | None, features: int) -> Datase
     path, name = Path(source), str(source)
     where = f"data {name!r}"
     if path.suffix.lower() == ".npy":
-        return _unlabelled(_npy(path, where), name, where)
+        return unlabelled(_npy(path, where), name, where)
     kind = format_of(source)
     if kind == "csv":
         return load_csv(path, name, label, features)
-    if kind == "npz":
-        members = read_members(path, where)
-        if "x" in members and "y" not in members:
-            return _unlabelled(members["x"], name, where)
+    if kind == "parquet":
+        return load_parquet(path, name, label, features)
+    if label is None:
+        if kind == "npz":
+            return load_npz_samples(path, name)
+        if kind == "idx":
+            return load_idx(path, name, labelled=False)
+        if kind == "shards":
+            return load_shards(path, name, labelled=False)
     return load(source, label)
-
-
-def _unlabelled(x: npt.NDArray[Any], name: str, where: str) -> Dataset:
-    if x.ndim < 1 or len(x) == 0:
-        raise ValueError(f"{where}: holds no samples")
-    x = channels_first(checked_samples(x, len(x), where))
-    return Dataset(x, np.zeros(len(x), np.int64), 1, name)
 
 
 def _npy(path: Path, where: str) -> npt.NDArray[Any]:

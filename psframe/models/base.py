@@ -73,7 +73,9 @@ class Model(Protocol):
     def evaluate(self, params: Mapping[str, Any], x: Any, y: Any) -> dict[str, float]:
         """Compute sums over a batch: `loss`, `correct` and `count`, and what else one likes.
 
-        They are sums, not means, so that batches of different sizes add up.
+        They are sums, not means, so that batches of different sizes add up. What else there is
+        becomes a metric: a sum `top5` is recorded as test_top5 (validation_top5), divided by
+        `count`.
         """
         ...
 

@@ -30,8 +30,8 @@ def create(name: str, input_shape: tuple[int, ...], n_classes: int) -> Model:
     """Build a model.
 
     Args:
-        name: "softmax", "mlp", or "package.module:Class", which is imported, from the current
-            directory too, and called as `Class(input_shape, n_classes)`.
+        name: "softmax", "mlp", "cnn", or "package.module:Class", which is imported, from the
+            current directory too, and called as `Class(input_shape, n_classes)`.
         input_shape: shape of one sample.
         n_classes: number of classes.
 

@@ -51,9 +51,14 @@ class MLP:
         return params
 
     def loss_and_gradients(
-        self, params: Mapping[str, Any], x: Any, y: Any, out: Mapping[str, Any] | None = None
+        self,
+        params: Mapping[str, Any],
+        x: Any,
+        y: Any,
+        out: Mapping[str, Any] | None = None,
+        rng: np.random.Generator | None = None,
     ) -> tuple[float, Mapping[str, Any]]:
-        """Compute the mean cross-entropy over a batch and its gradients.
+        """Compute the mean cross-entropy over a batch and its gradients; nothing is drawn.
 
         With g_l the gradient at layer l's output before its ReLU: g_L = (p - onehot(y)) / n,
         dw_l = h_{l-1}^T g_l, db_l = sum_i g_l, g_{l-1} = (g_l w_l^T) * [h_{l-1} > 0].
@@ -88,7 +93,7 @@ class MLP:
     def _forward(self, params: Mapping[str, Any], x: Any) -> tuple[list[Any], Any]:
         """Compute each layer's input, and the (n, k) logits."""
         xp = array_module(params["w1"])
-        h = x.reshape(len(x), -1)
+        h = x.reshape(len(x), self.widths[0])
         inputs = []
         for layer in range(1, self.n_layers + 1):
             inputs.append(h)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.errors import ArgumentError
-from psframe.models.base import array_module, cross_entropy, softmax
+from psframe.models.base import array_module, classification_sums, cross_entropy, softmax
 from psframe.models.layers import Context, Layer
 
 __all__ = ["Sequential"]
@@ -114,6 +114,8 @@ class Sequential:
         """Compute the (n, k) logits of samples, as in evaluation."""
         parts = self._parts(params)
         context = self._context(training=False)
+        if len(x) == 0:
+            return array_module(x).empty((0, self.n_classes), _dtype(parts, x))
         blocks = range(0, len(x), _EVALUATED_AT_ONCE)
         results = [
             self._forward(parts, x[i : i + _EVALUATED_AT_ONCE], context).copy() for i in blocks
@@ -126,10 +128,7 @@ class Sequential:
 
     def evaluate(self, params: Mapping[str, Any], x: Any, y: Any) -> dict[str, float]:
         """Sum loss, correct predictions and samples over a batch."""
-        logits = self.logits(params, x)
-        correct = int((logits.argmax(axis=1) == y).sum())
-        losses, _ = cross_entropy(logits, y)
-        return {"loss": float(losses.sum()), "correct": float(correct), "count": float(len(y))}
+        return classification_sums(self.logits(params, x), y)
 
     def predict(self, params: Mapping[str, Any], x: Any) -> Any:
         """Compute the (n,) most likely labels."""
@@ -150,11 +149,15 @@ class Sequential:
         return [{name: arrays[full] for full, name in names} for names in self._names]
 
     def _forward(self, parts: Sequence[Mapping[str, Any]], x: Any, context: Context) -> Any:
-        dtype = next((p.dtype for part in parts for p in part.values()), x.dtype)
         xp = array_module(x)
-        value = x.astype(dtype, copy=False)
+        value = x.astype(_dtype(parts, x), copy=False)
         if self._images:
             value = value.reshape(len(x), -1, *self.input_shape[-2:]).transpose(1, 0, 2, 3)
         for layer, part in zip(self.layers, parts, strict=True):
             value = layer.forward(part, value, context, xp)
         return value
+
+
+def _dtype(parts: Sequence[Mapping[str, Any]], x: Any) -> Any:
+    """Give the dtype of the parameters; of the samples if there are none."""
+    return next((p.dtype for part in parts for p in part.values()), x.dtype)

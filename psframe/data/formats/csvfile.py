@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from psframe.data.dataset import Dataset
 __all__ = ["load_csv", "pick_label"]
 
 _DELIMITERS = ",;\t"
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,\d+([eE][-+]?\d+)?\s*")
 
 
 def load_csv(path: Path, name: str, label: str | None, features: int | None = None) -> Dataset:
@@ -23,7 +26,8 @@ def load_csv(path: Path, name: str, label: str | None, features: int | None = No
         path: the file, UTF-8.
         name: for messages.
         label: name of the label column; the last one if None.
-        features: a table of so many columns has no labels; all samples are of one class then.
+        features: given if labels do not matter: a table of so many columns has none then, the
+            label column of a wider one is skipped, and all samples are of one class.
 
     Raises:
         ValueError: it is no such table; the message names the line and the column.
@@ -34,8 +38,7 @@ def load_csv(path: Path, name: str, label: str | None, features: int | None = No
         with path.open(encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
             stream.seek(0)
-            delimiter = max(_DELIMITERS, key=first.count)
-            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+            rows = csv.reader(stream, delimiter=_delimiter(first), strict=True)
             return _read(rows, name, where, label, features)
     except OSError as error:
         raise ValueError(f"{where}: cannot be read: {error.strerror or error}") from error
@@ -62,56 +65,89 @@ def pick_label(names: list[str], label: str | None, where: str) -> int:
     return names.index(label)
 
 
+class _Columns(NamedTuple):
+    """The columns of a table; `at` is the label's, or their number if there is none."""
+
+    names: list[str]
+    at: int
+    headed: bool
+
+    @property
+    def others(self) -> list[str]:
+        return self.names[: self.at] + self.names[self.at + 1 :]
+
+
+def _delimiter(first: str) -> str:
+    """Find what stands between the columns; decimal commas are no columns."""
+    cells = first.split(";")
+    if len(cells) > 1 and all(map(_looks_like_a_number, cells[:-1])):
+        return ";"
+    return max(_DELIMITERS, key=first.count)
+
+
+def _columns(row: list[str], where: str, label: str | None, features: int | None) -> _Columns:
+    """Tell from the first row what the columns are, and whether it names them."""
+    width = len(row)
+    bare = width == features and label is None
+    if width < 2 and not bare:
+        raise ValueError(f"{where}: line 1: expected at least two columns, got {width}")
+    numbers = row if bare else row[:-1]
+    headed = label is not None or not all(map(_looks_like_a_number, numbers))
+    names = row if headed else [str(i) for i in range(width)]
+    return _Columns(names, width if bare else pick_label(names, label, where), headed)
+
+
 def _read(rows, name: str, where: str, label: str | None, features: int | None) -> Dataset:  # type: ignore[no-untyped-def]
     # csv gives its reader no name that could be written as a type.
-    names: list[str] = []
-    at = width = 0
+    columns: _Columns | None = None
     values, lines, labels = array("d"), array("q"), list[str]()
     try:
         for row in rows:
             if not row:
                 continue
-            if not width:
-                width = len(row)
-                if width < 2:
-                    raise ValueError(f"{where}: line 1: expected at least two columns, got {width}")
-                bare = width == features and label is None
-                numbers = row if bare else row[:-1]
-                headed = label is not None or not all(_is_number(cell) for cell in numbers)
-                names = row if headed else [str(i) for i in range(width)]
-                at = width if bare else pick_label(names, label, where)
-                if headed:
+            if columns is None:
+                columns = _columns(row, where, label, features)
+                if columns.headed:
                     continue
-            if len(row) != width:
+            if len(row) != len(columns.names):
                 raise ValueError(
-                    f"{where}: line {rows.line_num}: has {len(row)} columns, expected {width}"
+                    f"{where}: line {rows.line_num}: has {len(row)} columns, expected "
+                    f"{len(columns.names)}"
                 )
-            labels.append("" if at == width else row.pop(at))
-            try:
-                values.extend(map(float, row))
-            except ValueError:
-                others = names[:at] + names[at + 1 :]
-                bad = next(i for i, cell in enumerate(row) if not _is_number(cell))
-                raise ValueError(
-                    f"{where}: line {rows.line_num}, column {others[bad]!r}: expected a number, "
-                    f"got {row[bad][:40]!r}"
-                ) from None
+            if columns.at < len(row):
+                labels.append(row.pop(columns.at).strip())
+            values.extend(_numbers(row, columns.others, f"{where}: line {rows.line_num}"))
             lines.append(rows.line_num)
     except csv.Error as error:
         raise ValueError(f"{where}: line {rows.line_num}: {error}") from error
-    if not labels:
+    if columns is None or not lines:
         raise ValueError(f"{where}: holds no samples")
-    x = np.frombuffer(values, np.float64).reshape(len(labels), -1)
-    _check_finite(x, names[:at] + names[at + 1 :], lines, where)
-    if at == width:
-        return Dataset(checked_samples(x, len(x), where), np.zeros(len(x), np.int64), 1, name)
-    empty = next((i for i, text in enumerate(labels) if not text.strip()), None)
-    if empty is not None:
+    x = np.frombuffer(values, np.float64).reshape(len(lines), -1)
+    _check_finite(x, columns.others, lines, where)
+    x = checked_samples(x, len(x), where)
+    if features is not None:
+        return Dataset(x, np.zeros(len(x), np.int64), 1, name)
+    if "" in labels:
         raise ValueError(
-            f"{where}: line {lines[empty]}, column {names[at]!r}: the label is missing"
+            f"{where}: line {lines[labels.index('')]}, column {columns.names[columns.at]!r}: the "
+            "label is missing"
         )
-    y, classes = numbered([text.strip() for text in labels], where)
-    return Dataset(checked_samples(x, len(y), where), y, len(classes), name, classes)
+    y, classes = numbered(labels)
+    return Dataset(x, y, len(classes), name, classes)
+
+
+def _numbers(row: list[str], names: list[str], where: str) -> list[float]:
+    try:
+        if "_" in "".join(row):  # float() would take 1_000
+            raise ValueError
+        return [*map(float, row)]
+    except ValueError:
+        bad = next(i for i, cell in enumerate(row) if not _is_number(cell))
+        comma = _DECIMAL_COMMA.fullmatch(row[bad])
+        hint = "; write a decimal point, not a comma" if comma else ""
+        raise ValueError(
+            f"{where}, column {names[bad]!r}: expected a number, got {row[bad][:40]!r}{hint}"
+        ) from None
 
 
 def _check_finite(x: np.ndarray, names: list[str], lines: array, where: str) -> None:  # type: ignore[type-arg]
@@ -128,4 +164,8 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell
+
+
+def _looks_like_a_number(cell: str) -> bool:
+    return _is_number(cell) or _DECIMAL_COMMA.fullmatch(cell) is not None

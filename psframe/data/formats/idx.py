@@ -34,8 +34,8 @@ def is_idx(folder: Path) -> bool:
     return any(_NAME.fullmatch(file.name) for file in folder.iterdir())
 
 
-def load_idx(folder: Path, name: str) -> Parts:
-    """Read a folder.
+def load_idx(folder: Path, name: str, *, labelled: bool = True) -> Parts:
+    """Read a folder; unless `labelled`, without its labels, and all samples are of one class.
 
     Raises:
         ValueError: a file is missing, or not what it should be.
@@ -56,14 +56,12 @@ def load_idx(folder: Path, name: str) -> Parts:
     parts: dict[str, Dataset | None] = {"test": None}
     for part in ("train", "test"):
         images, labels = (files.get((part, kind)) for kind in ("images", "labels"))
-        if part == "test" and images is None and labels is None:
+        if part == "test" and images is None and (labels is None or not labelled):
             continue
-        if images is None or labels is None:
+        if images is None or (labels is None and labelled):
             missing = "images" if images is None else "labels"
             raise ValueError(f"{where}: has no {part}-{missing} file")
-        y = checked_labels(read_idx(labels, where), where, labels.name)
-        x = checked_samples(read_idx(images, where), len(y), where, images.name, labels.name)
-        parts[part] = Dataset(x, y, int(y.max()) + 1, name)
+        parts[part] = _part(images, labels if labelled else None, name, where)
     train, test = parts["train"], parts["test"]
     assert train is not None
     if test is not None:
@@ -73,6 +71,18 @@ def load_idx(folder: Path, name: str) -> Parts:
             )
         test = Dataset(test.x, test.y, train.n_classes, name)
     return Parts(train, None, test)
+
+
+def _part(images: Path, labels: Path | None, name: str, where: str) -> Dataset:
+    if labels is None:
+        x = read_idx(images, where)
+        if len(x) == 0:
+            raise ValueError(f"{where}: {images.name}: holds no samples")
+        x = checked_samples(x, len(x), where, images.name)
+        return Dataset(x, np.zeros(len(x), np.int64), 1, name)
+    y = checked_labels(read_idx(labels, where), where, labels.name)
+    x = checked_samples(read_idx(images, where), len(y), where, images.name, labels.name)
+    return Dataset(x, y, int(y.max()) + 1, name)
 
 
 def read_idx(path: Path, where: str) -> npt.NDArray[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy.typing as npt
 from psframe.data.checks import check_file, checked_labels, checked_samples
 from psframe.data.dataset import Dataset, Parts
 
-__all__ = ["channels_first", "load_npz", "read_members"]
+__all__ = ["channels_first", "load_npz", "load_npz_samples", "unlabelled"]
 
 _PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
-_MEMBERS = {"x", "y"} | {f"{c}_{s}" for c in "xy" for names in _PARTS.values() for s in names}
+_SAMPLES = {"x"} | {f"x_{suffix}" for names in _PARTS.values() for suffix in names}
+_MEMBERS = _SAMPLES | {name.replace("x", "y", 1) for name in _SAMPLES}
 
 
 def load_npz(path: Path, name: str) -> Dataset | Parts:
@@ -31,7 +33,7 @@ def load_npz(path: Path, name: str) -> Dataset | Parts:
         ValueError: it is no such file, or not such data.
     """
     where = f"data {name!r}"
-    arrays = read_members(path, where)
+    arrays = _read_members(path, where, _MEMBERS)
     if "x" in arrays and "y" in arrays:
         return _part(arrays, "x", "y", name, where)
     parts: dict[str, Dataset | None] = {}
@@ -46,6 +48,39 @@ def load_npz(path: Path, name: str) -> Dataset | Parts:
             f"{where}: expected arrays 'x' and 'y', or 'x_train' and 'y_train', found {found_names}"
         )
     return Parts(*_same_classes([train, parts["validation"], parts["test"]], where))
+
+
+def load_npz_samples(path: Path, name: str) -> Dataset | Parts:
+    """Read an npz file without its labels; all samples are of one class then.
+
+    Raises:
+        ValueError: it is no such file, or holds no samples.
+    """
+    where = f"data {name!r}"
+    arrays = _read_members(path, where, _SAMPLES)
+    if "x" in arrays:
+        return unlabelled(arrays["x"], name, where, "x")
+    parts: dict[str, Dataset] = {}
+    for part, suffixes in _PARTS.items():
+        key = next((f"x_{s}" for s in suffixes if f"x_{s}" in arrays), None)
+        if key is not None:
+            parts[part] = unlabelled(arrays[key], name, where, key)
+    if "train" not in parts:
+        found_names = ", ".join(arrays) or "nothing"
+        raise ValueError(f"{where}: expected an array 'x', or 'x_train', found {found_names}")
+    return Parts(**parts)
+
+
+def unlabelled(x: npt.NDArray[Any], name: str, where: str, member: str = "x") -> Dataset:
+    """Make a dataset of samples alone, all of one class.
+
+    Raises:
+        ValueError: they are no samples.
+    """
+    if x.ndim < 1 or len(x) == 0:
+        raise ValueError(f"{where}: {member!r} holds no samples")
+    x = channels_first(checked_samples(x, len(x), where, member))
+    return Dataset(x, np.zeros(len(x), np.int64), 1, name)
 
 
 def _part(arrays: dict[str, npt.NDArray[Any]], x: str, y: str, name: str, where: str) -> Dataset:
@@ -77,8 +112,8 @@ def _with_classes(part: Dataset, count: int) -> Dataset:
     return Dataset(part.x, part.y, count, part.name)
 
 
-def read_members(path: Path, where: str) -> dict[str, npt.NDArray[Any]]:
-    """Read the members that are samples or labels; others are only listed.
+def _read_members(path: Path, where: str, wanted: Set[str]) -> dict[str, npt.NDArray[Any]]:
+    """Read the members that are wanted; others are only listed, as empty arrays.
 
     Raises:
         ValueError: it is no npz file, or a damaged one.
@@ -90,7 +125,7 @@ def read_members(path: Path, where: str) -> dict[str, npt.NDArray[Any]]:
             stream.seek(0)
             with zipfile.ZipFile(stream) as members:
                 return {
-                    info.filename.removesuffix(".npy"): _member(members, info, where)
+                    info.filename.removesuffix(".npy"): _member(members, info, where, wanted)
                     for info in members.infolist()
                 }
     except OSError as error:
@@ -109,9 +144,11 @@ def _damaged(where: str, error: Exception) -> ValueError:
     return ValueError(f"{where}: is truncated or damaged: {str(error) or 'it ends early'}")
 
 
-def _member(members: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> npt.NDArray[Any]:
+def _member(
+    members: zipfile.ZipFile, info: zipfile.ZipInfo, where: str, wanted: Set[str]
+) -> npt.NDArray[Any]:
     name = info.filename.removesuffix(".npy")
-    if name not in _MEMBERS:
+    if name not in wanted:
         return np.empty(0)
     with members.open(info) as stream:
         version = np.lib.format.read_magic(stream)

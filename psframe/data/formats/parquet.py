@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psframe.data.checks import check_file, checked_labels, checked_samples, numbered
+from psframe.data.checks import check_file, checked_samples, numbered
 from psframe.data.dataset import Dataset
 from psframe.data.formats.csvfile import pick_label
 
 __all__ = ["load_parquet"]
 
 
-def load_parquet(path: Path, name: str, label: str | None) -> Dataset:
+def load_parquet(path: Path, name: str, label: str | None, features: int | None = None) -> Dataset:
     """Read a file; features are all columns but the label's, lists of equal length side by side.
 
     Args:
-        path, name, label: as for CSV.
+        path, name, label, features: as for CSV.
 
     Raises:
         ValueError: pyarrow is not installed, or it is no such table.
@@ -38,22 +38,28 @@ def load_parquet(path: Path, name: str, label: str | None) -> Dataset:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: is not a Parquet file, or a damaged one: {error}") from error
     names = list(table.column_names)
-    if len(names) < 2 or table.num_rows == 0:
+    bare = label is None and table.num_rows > 0 and _width(table) == features
+    if (len(names) < 2 and not bare) or table.num_rows == 0:
         raise ValueError(
-            f"{where}: has {len(names)} columns and {table.num_rows} rows, expected two or more"
+            f"{where}: has {len(names)} columns and {table.num_rows} rows, expected two or more "
+            "columns, and rows"
         )
-    at = pick_label(names, label, where)
+    at = len(names) if bare else pick_label(names, label, where)
     columns = [_column(table.column(i), n, where) for i, n in enumerate(names) if i != at]
-    x = np.concatenate(columns, axis=1)
+    x = checked_samples(np.concatenate(columns, axis=1), table.num_rows, where)
+    if features is not None:
+        return Dataset(x, np.zeros(len(x), np.int64), 1, name)
     labels = table.column(at)
     if labels.null_count:
         raise ValueError(f"{where}: column {names[at]!r} has {labels.null_count} missing labels")
-    if pa.types.is_integer(labels.type):
-        y = checked_labels(labels.to_numpy(), where, names[at])
-        classes = tuple(str(i) for i in range(int(y.max()) + 1))
-    else:
-        y, classes = numbered([str(v) for v in labels.to_pylist()], where)
-    return Dataset(checked_samples(x, len(y), where), y, len(classes), name, classes)
+    y, classes = numbered([str(v).strip() for v in labels.to_pylist()])
+    return Dataset(x, y, len(classes), name, classes)
+
+
+def _width(table: Any) -> int:
+    """Count the numbers in a row."""
+    first = (column[0].as_py() for column in table.columns)
+    return sum(len(value) if isinstance(value, list) else 1 for value in first)
 
 
 def _column(column: Any, name: str, where: str) -> npt.NDArray[Any]:

@@ -67,8 +67,10 @@ class ShardedArray:
         return result
 
 
-def load_shards(folder: Path, name: str) -> Dataset | Parts:
+def load_shards(folder: Path, name: str, *, labelled: bool = True) -> Parts:
     """Open a folder; samples are read when they are asked for.
+
+    Unless `labelled`, labels are not read, and all samples are of one class.
 
     Raises:
         ValueError: the index, or a file that it names, is not what it should be.
@@ -87,7 +89,13 @@ def load_shards(folder: Path, name: str) -> Dataset | Parts:
     unknown = set(listed) - {"train", "validation", "test"}
     if unknown or not listed.get("train"):
         raise ValueError(f"{where}: {INDEX}: expected a part 'train', found {sorted(listed)}")
-    parts = {part: _part(folder, e, classes, name, where) for part, e in listed.items() if e}
+    if not labelled:
+        classes = ("0",)
+    parts = {
+        part: _part(folder, entries, classes, name, where, labelled)
+        for part, entries in listed.items()
+        if entries
+    }
     return Parts(parts["train"], parts.get("validation"), parts.get("test"))
 
 
@@ -107,11 +115,13 @@ def _part(
     classes: tuple[str, ...],
     name: str,
     where: str,
+    labelled: bool,
 ) -> Dataset:
     shards: list[npt.NDArray[Any]] = []
     labels = []
     for x_file, y_file, n in entries:
-        x, y = _open(folder / x_file, where), _open(folder / y_file, where)
+        x = _open(folder / x_file, where)
+        y = _open(folder / y_file, where) if labelled else np.zeros(n, np.int64)
         for file, array in ((x_file, x), (y_file, y)):
             if len(array) != n:
                 raise ValueError(f"{where}: {file} has {len(array)} samples, expected {n}")

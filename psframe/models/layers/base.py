@@ -35,14 +35,15 @@ class Context:
         self.training = False
         self.rng: np.random.Generator | None = None
         self._saved: dict[tuple[int, str], Any] = {}
-        self._memory: dict[tuple[int, str], Any] = {}
+        self._memory: dict[tuple[int, str, Any], Any] = {}
 
     def array(self, layer: Layer, role: str, shape: Shape, dtype: Any, xp: Any) -> Any:
         """Give an array with undefined values, the layer's own for this role until the next call.
 
-        A smaller batch uses the beginning of the memory of a larger one.
+        A smaller batch uses the beginning of the memory of a larger one. A model that has run on a
+        GPU may run on the host, in the same thread: each has memory of its own.
         """
-        key = id(layer), role
+        key = id(layer), role, xp
         size = math.prod(shape)
         memory = self._memory.get(key)
         if memory is None or memory.size < size or memory.dtype != dtype:

@@ -110,7 +110,11 @@ class Conv2D(Layer):
         n = g.shape[1]
         g = g.reshape(self.channels, -1)
         columns = context.saved(self, "columns")
-        xp.matmul(g, columns.T, out=grads["w"].reshape(self.channels, -1))
+        dw = grads["w"]
+        if dw.flags.c_contiguous:
+            xp.matmul(g, columns.T, out=dw.reshape(self.channels, -1))
+        else:  # reshape would make a copy, and the gradient would be lost with it
+            dw[...] = (g @ columns.T).reshape(dw.shape)
         if self.bias:
             g.sum(axis=1, out=grads["b"])
         if not wanted:

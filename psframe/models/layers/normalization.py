@@ -26,7 +26,9 @@ class BatchNorm(Layer):
     Evaluation uses running averages of mean and (unbiased, m / (m - 1)) variance. They are among
     the parameters, as `mean` and `variance`, but are not trained: what a batch observed is pushed
     in place of a gradient, and the server averages it in with `momentum` (see
-    `psframe.optim.Average`), so that there is one average over all workers.
+    `psframe.optim.Average`), so that there is one average over all workers. A batch with m = 1
+    shows no variance: it pushes the averages that it was given. Flat features need batches of two
+    samples or more: one sample is its own mean, so that xhat and all gradients before it are 0.
 
     Args:
         momentum: weight of the past in the running averages, in [0, 1).
@@ -92,8 +94,12 @@ class BatchNorm(Layer):
         xhat, inverse = context.saved(self, "xhat"), context.saved(self, "inverse")
         mean, variance = context.saved(self, "observed")
         m = xhat.size // self._features
-        grads["mean"][...] = mean
-        grads["variance"][...] = variance * (m / (m - 1) if m > 1 else 1.0)
+        if m > 1:
+            grads["mean"][...] = mean
+            grads["variance"][...] = variance * (m / (m - 1))
+        else:
+            grads["mean"][...] = params["mean"]
+            grads["variance"][...] = params["variance"]
         product = context.array(self, "product", xhat.shape, xhat.dtype, xp)
         xp.multiply(g, xhat, out=product)
         dgamma, dbeta = product.sum(axis=self._axes), g.sum(axis=self._axes)
