@@ -149,6 +149,8 @@ class _ClusterRun:
         mesh = self.mesh
         mesh.arrange(line_of(plan.serving, mesh.size))
         self._share_initial(plan)
+        if mesh.rank >= plan.servers:
+            plan.forget_initial()
         neighbours = meet(mesh, plan.layout, plan.servers, self._shared_memory)
         if mesh.rank == 0:
             return self._lead(plan, neighbours)
@@ -175,6 +177,7 @@ class _ClusterRun:
     def _lead(self, plan: Plan, neighbours: Neighbours) -> tuple[Result, BaseException | None]:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         leader = plan.build_server(0, port.workers, port.buffers, port.memory)
+        plan.forget_initial()
         assert isinstance(leader, Leader)
         grace = Grace(leader, self.interrupts)
         serve_first(grace, port, self.host, spans=plan.spans)
@@ -199,6 +202,7 @@ class _ClusterRun:
     def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         follower = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
+        plan.forget_initial()
         spans = port.to_leader if plan.spans else None
         serve(follower, port, no_host_event, spans=spans)
         port.close()

@@ -1,8 +1,7 @@
 """Predict and evaluate with fixed parameters, on all workers at once.
 
-The blocks are leased like those of a training. Every worker writes what it has found into a vector
-of zeros and pushes that once, at its end; a server that adds them up holds everything, each
-sample's from whichever worker had it.
+The blocks are leased like those of a training. First every worker gets the parameters; then it
+sends the predictions of each block as it has them.
 """
 
 from __future__ import annotations
@@ -10,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from psframe.consistency import Async
 from psframe.data import Dataset
-from psframe.errors import RankLost
+from psframe.errors import ArgumentError, RankLost
+from psframe.gathering import AT, ROWS, Gather
+from psframe.launcher import find_launcher
+from psframe.layout import Array
 from psframe.models.base import Model
 from psframe.optim import SGD
 from psframe.placement import Servers
@@ -29,9 +31,6 @@ __all__ = ["Predictions", "confusion_matrix", "mean_loss", "predict"]
 # enough to be shared among workers.
 _BLOCK_MAX = 1024
 _BLOCK_MIN = 64
-
-# The names of what the workers push; the model's own parameters are behind a prefix.
-_FOUND, _DONE, _MODEL = "found", "done", "model."
 
 
 @dataclass(frozen=True)
@@ -69,52 +68,120 @@ def predict(
         The predictions in the data's order, on the root; None elsewhere.
 
     Raises:
-        What `psframe.run` raises; RankLost: a part of the predictions has not come.
+        What `psframe.run` raises; ArgumentError: a prediction is not finite; RankLost: a part of
+        the predictions has not come.
     """
-    n, k = len(data), data.n_classes
-    wide = callable(getattr(model, "probabilities", None))
-    dtype = next(iter(params.values())).dtype
+    n = len(data)
     block = min(_BLOCK_MAX, max(_BLOCK_MIN, -(-n // 8)))
-    found = (n, k) if wide else (n,)
-    blocks = -(-n // block)
+    wide = callable(getattr(model, "probabilities", None))
+    copies = _share(params, servers=servers, workers=workers, device=device, comm=comm)
 
     def work(worker: Any) -> None:
-        pulled = worker.pull()
-        own = {name[len(_MODEL) :]: pulled[name] for name in pulled if name.startswith(_MODEL)}
-        xp = worker.xp
-        mine, done = xp.zeros(found, dtype), xp.zeros(blocks, dtype)
+        try:
+            copy = copies.pop()
+        except IndexError:  # this rank served in the run before
+            return
+        copy.use_device()
         for rows in worker.leases(n, block, shuffle=False):
             begin, end = int(rows[0]), int(rows[-1]) + 1
-            x = xp.asarray(data.batch(slice(begin, end))[0])
-            with np.errstate(over="ignore", invalid="ignore"):
-                mine[begin:end] = (
-                    model.probabilities(own, x) if wide else model.predict(own, x)  # type: ignore[attr-defined]
-                )
-            done[begin // block] = 1
-        grads = {name: xp.zeros_like(array) for name, array in pulled.items()}
-        grads[_FOUND], grads[_DONE] = -mine, -done
-        worker.push(grads).wait()
+            found = _found(model, copy, data, begin, end, wide)
+            grads = worker.gradients()
+            grads[AT][0] = begin // block
+            grads[ROWS][: end - begin] = found
+            grads[ROWS][end - begin :] = 0
+            worker.push(None)
 
-    given = {_MODEL + name: np.asarray(_host(p)) for name, p in params.items()}
+    answer = _Answer(n, block)
+    gather = Gather(-(-n // block), answer.take)
+    dtype = next(iter(params.values())).dtype
     result = run(
         work,
-        {**given, _FOUND: np.zeros(found, dtype), _DONE: np.zeros(blocks, dtype)},
-        optimizer=SGD(1.0),
-        mode=Async(),
-        servers=servers,
-        workers=workers,
-        device=device,
+        {AT: np.zeros(1, dtype), ROWS: np.zeros((block, data.n_classes) if wide else block, dtype)},
+        optimizer=gather,
+        workers=workers if _alone(comm) else None,  # of which the run before has warned
+        device="cpu",  # what is pushed comes from the host, whatever it was computed on
         comm=comm,
     )
-    if result.params is None:
+    if not result.is_root:
         return None
-    if not (result.params[_DONE] == 1).all():
+    if gather.missing:
         reasons = ", ".join(result.ledger.reasons) or "a worker was lost"
-        raise RankLost(f"predictions of some blocks have not come: {reasons}")
-    values = result.params[_FOUND]
-    if not wide:
-        return Predictions(values.astype(np.int64), None)
-    return Predictions(values.argmax(axis=1), values.astype(np.float32))
+        raise RankLost(f"predictions of {gather.missing} blocks have not come: {reasons}")
+    return Predictions(answer.labels, answer.probabilities)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A worker's own copy of the model's parameters, and where it is."""
+
+    params: dict[str, Any]
+    xp: ModuleType
+    device: str
+
+    def use_device(self) -> None:
+        """Let the calling thread, which may be another than the copy was made in, compute there."""
+        if self.device != "cpu":
+            self.xp.cuda.Device(int(self.device.partition(":")[2])).use()
+
+
+class _Answer:
+    """The predictions, as they come; there is memory for them where some do.
+
+    Args:
+        n: samples.
+        block: samples in a block.
+    """
+
+    def __init__(self, n: int, block: int) -> None:
+        self.labels: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self.probabilities: npt.NDArray[np.float32] | None = None
+        self._n = n
+        self._block = block
+
+    def take(self, at: int, rows: Array) -> None:
+        """Take block number `at`: labels, or the probabilities of each."""
+        if not len(self.labels):
+            self.labels = np.empty(self._n, np.int64)
+            if rows.ndim == 2:
+                self.probabilities = np.empty((self._n, rows.shape[1]), np.float32)
+        begin = at * self._block
+        rows = rows[: self._n - begin]
+        place = slice(begin, begin + len(rows))
+        if self.probabilities is None:
+            self.labels[place] = rows
+        else:
+            self.labels[place] = rows.argmax(axis=1)
+            self.probabilities[place] = rows
+
+
+def _share(params: Mapping[str, Any], **placement: Any) -> list[_Copy]:
+    """Give every worker of this process its copy of rank 0's parameters."""
+    copies: list[_Copy] = []
+
+    def work(worker: Any) -> None:
+        copies.append(_Copy(worker.pull().copy(), worker.xp, worker.device))
+
+    given = {name: np.asarray(_host(p)) for name, p in params.items()}
+    run(work, given, optimizer=SGD(0.0), **placement)
+    return copies
+
+
+def _found(model: Any, copy: _Copy, data: Dataset, begin: int, end: int, wide: bool) -> Array:
+    """Predict the samples [begin, end)."""
+    x = copy.xp.asarray(data.batch(slice(begin, end))[0])
+    predict_block = model.probabilities if wide else model.predict
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.asarray(_host(predict_block(copy.params, x)))
+    if not np.isfinite(found).all():
+        raise ArgumentError(
+            f"{data.name}: the model's predictions for samples {begin} to {end - 1} are not finite;"
+            " samples may be much larger than those that it was trained on, or it has diverged"
+        )
+    return found
+
+
+def _alone(comm: Any) -> bool:
+    return comm is None and find_launcher() is None
 
 
 def confusion_matrix(

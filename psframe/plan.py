@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,24 @@ from psframe.placement import Checked
 from psframe.server import Server, ServerMemory
 from psframe.store import Buffers, Store, UpdateRule
 
-__all__ = ["Observer", "OptimizerLike", "Plan", "Result", "check_count", "staleness_counts"]
+__all__ = [
+    "COUNT_MAX",
+    "THREADS_MAX",
+    "Observer",
+    "OptimizerLike",
+    "Plan",
+    "Result",
+    "check_count",
+    "check_threads",
+    "staleness_counts",
+]
 
 Observer = Callable[[HostEvent], Any]
 
 # A count of steps or a seed that does not fit a message is a mistake.
-_COUNT_MAX = 2**62
+COUNT_MAX = 2**62
+# Threads of one process; with more of them it does nothing but change from one to the other.
+THREADS_MAX = 1000
 
 
 class OptimizerLike(Protocol):
@@ -113,6 +126,7 @@ class Plan:
         """
         if not callable(work):
             raise TypeError(f"work: expected a function of one worker, got {work!r}")
+        _check_takes_worker(work)
         layout = Layout.of(params)
         if not callable(getattr(optimizer, "updater", None)) or isinstance(optimizer, type):
             raise TypeError(
@@ -155,6 +169,10 @@ class Plan:
     def placed(self, serving: tuple[int, ...]) -> Plan:
         """Give the plan in which these ranks serve."""
         return dataclasses.replace(self, servers=len(serving), serving=serving)
+
+    def forget_initial(self) -> None:
+        """Let the memory of the first parameters go: nothing of this plan needs them any more."""
+        object.__setattr__(self, "initial", self.initial[:0].copy())
 
     @property
     def averaged(self) -> tuple[tuple[int, int], ...]:
@@ -262,8 +280,35 @@ def check_count(name: str, value: object, least: int) -> None:
     """Raise unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if not least <= value <= _COUNT_MAX:
+    if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value > COUNT_MAX:
+        raise ValueError(f"{name}: expected at most {COUNT_MAX}, got {value}")
+
+
+def check_threads(name: str, value: object) -> None:
+    """Raise unless `value` is a number of threads that one process can do with."""
+    check_count(name, value, 1)
+    assert isinstance(value, (int, np.integer)), "it is a count"
+    if value > THREADS_MAX:
+        raise ValueError(
+            f"{name}: expected at most {THREADS_MAX} in one process, where each is a thread, got"
+            f" {value}; mpirun spreads more over nodes, and psframe.simulate tries them out"
+        )
+
+
+def _check_takes_worker(work: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(work)
+    except ValueError:  # of some functions that are not Python's it is not known
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"work: expected a function of one worker, got {work!r}, which takes {signature}:"
+            f" {error}"
+        ) from None
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -18,9 +18,12 @@ import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["Buffers", "HeapBuffers", "Store", "UpdateRule", "buffer_count", "is_finite"]
+__all__ = ["Buffers", "STEP", "HeapBuffers", "Store", "UpdateRule", "buffer_count", "is_finite"]
 
 _PINS = 1
+# Elements of an arriving gradient that are applied at once, 2 MiB of float32: a pull that comes
+# meanwhile waits no longer than that takes.
+STEP = 512 << 10
 
 
 def buffer_count(workers: int) -> int:
@@ -74,10 +77,10 @@ class UpdateRule(Protocol):
         """Write [begin, end) of it to `out`; False if a result is not finite."""
 
     def follow(
-        self, params: Array, grad: Array, out: Array, begin: int, words: Array
+        self, params: Array, grad: Array, out: Array, begin: int, limit: int, words: Array
     ) -> tuple[int, bool]:
-        """As `extend`, from `begin` to where words[0] says that the gradient is, perhaps waiting
-        a little for more: gives the end, and False if a result is not finite."""
+        """As `extend`, from `begin` to where words[0] says that the gradient is, or to `limit`,
+        perhaps waiting a little for more: gives the end, and False if a result is not finite."""
 
     def finish(self) -> None:
         """Make the parts, which cover the shard and are all finite, the rule's new state."""
@@ -195,16 +198,18 @@ class Store:
     def extend(self, grad: Array, end: int) -> None:
         """Apply [.., end) of the gradient, from where the last part ended."""
         assert self._early is not None, "no update has begun"
-        if self._finite and end > self._done:
+        if end <= self._done:
+            return  # it has been followed so far
+        if self._finite:
             target = self._buffers[self._early]
             self._finite = self._rule.extend(self.params, grad, target, self._done, end)
         self._done = end
 
     def follow(self, grad: Array, words: Array) -> int:
-        """Apply as much of the gradient as words[0] says is there; gives how much that is."""
+        """Apply what words[0] says is there of the gradient, a step at most; gives the end."""
         assert self._early is not None, "no update has begun"
-        target = self._buffers[self._early]
-        self._done, good = self._rule.follow(self.params, grad, target, self._done, words)
+        target, limit = self._buffers[self._early], self._done + STEP
+        self._done, good = self._rule.follow(self.params, grad, target, self._done, limit, words)
         self._finite = self._finite and good
         return self._done
 

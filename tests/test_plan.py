@@ -53,6 +53,9 @@ def test_arrays_of_a_gpu_are_brought_to_the_host() -> None:
     ("changed", "error", "says"),
     [
         ({"work": 3}, TypeError, "work: expected a function of one worker, got 3"),
+        ({"work": lambda: None}, TypeError, "work: expected a function of one worker, .*takes"),
+        ({"work": lambda a, b: None}, TypeError, "work: expected a function of one .*required"),
+        ({"seed": 2**64}, ValueError, "seed: expected at most 4611686018427387904, got 184"),
         ({"params": {}}, ValueError, "params: expected at least one named array"),
         ({"optimizer": "adam"}, TypeError, "optimizer: expected one of psframe.optim"),
         ({"optimizer": optim.SGD}, TypeError, "optimizer: "),
@@ -86,6 +89,10 @@ def test_run_and_simulate_check_their_own() -> None:
     sgd = optim.SGD(lr=0.1)
     with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
         psframe.run(work, PARAMS, optimizer=sgd, workers=0)
+    with pytest.raises(ValueError, match=r"workers: expected at most 1000 .*got 1001"):
+        psframe.run(work, PARAMS, optimizer=sgd, workers=1001)
+    with pytest.raises(ValueError, match="servers: expected at most 1000 in one process"):
+        psframe.run(work, PARAMS, optimizer=sgd, servers=1001)
     with pytest.raises(TypeError, match="compute_time_s: expected a function"):
         psframe.simulate(work, PARAMS, optimizer=sgd, workers=1, compute_time_s=1.0)  # type: ignore[arg-type]
 

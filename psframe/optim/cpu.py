@@ -105,17 +105,17 @@ def load_acquire(words: Array) -> int:
     raise AssertionError("it runs only compiled")
 
 
-def _follow(words: Array, begin: int, size: int, arrays: Any) -> tuple[int, bool]:
-    """Apply a rule from `begin` on, as far as words[0] says that the gradient is there.
+def _follow(words: Array, begin: int, limit: int, arrays: Any) -> tuple[int, bool]:
+    """Apply a rule from `begin` on, as far as words[0] says that the gradient is, or to `limit`.
 
     Waits a little, some ten microseconds, for more of it, but never longer.
     """
     bad = False
     tries = 0
-    while begin < size and tries < PATIENCE:
-        end = load_acquire(words)
+    while begin < limit and tries < PATIENCE:
+        end = min(load_acquire(words), limit)
         tries += 1
-        if begin < end <= size:
+        if begin < end:
             bad = bad | loop(begin, end, *arrays)
             begin = end
             tries = 0
@@ -169,7 +169,7 @@ def compile_follow(
     """Compile a loop as `compile_loop` that keeps behind a gradient which is still being written.
 
     Returns:
-        follow(words, begin, size, (params, grad, out, scalars, old, new, ...)) -> how far it came,
+        follow(words, begin, limit, (params, grad, out, scalars, old, new, ...)) -> how far it came,
         and whether something that it wrote is not finite. words[0], an int64 in memory shared with
         who writes, is the number of elements that are there; it is read atomically, and nothing
         that lies beyond it is.

@@ -162,10 +162,12 @@ class GroupedUpdater:
                 return False
         return True
 
-    def follow(self, params: Any, grad: Any, out: Any, begin: int, words: Any) -> tuple[int, bool]:
+    def follow(
+        self, params: Any, grad: Any, out: Any, begin: int, limit: int, words: Any
+    ) -> tuple[int, bool]:
         """Write what of the gradient is there; as `Updater`, but without waiting for more."""
-        end = int(words[0])
-        if not begin < end <= self.size:
+        end = min(int(words[0]), self.size, limit)
+        if end <= begin:
             return begin, True
         return end, self.extend(params, grad, out, begin, end)
 

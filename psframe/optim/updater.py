@@ -170,7 +170,7 @@ class Updater:
         return not bad
 
     def follow(
-        self, params: Any, grad: Any, out: Any, begin: int, words: Array
+        self, params: Any, grad: Any, out: Any, begin: int, limit: int, words: Array
     ) -> tuple[int, bool]:
         """Write the new parameters from `begin` on, behind who is still writing the gradient.
 
@@ -179,14 +179,15 @@ class Updater:
         Args:
             params, grad, out: as for `update`, on the host.
             begin: how many are written.
+            limit: write no more than so many, may be beyond the size.
             words: int64; the first says how many elements of the gradient are there.
 
         Returns:
             How many are written now, and whether all that were added are finite.
         """
         if not self._whole:
-            end = int(words[0])
-            if not begin < end <= self.size:
+            end = min(int(words[0]), self.size, limit)
+            if end <= begin:
                 return begin, True
             return end, self.extend(params, grad, out, begin, end)
         assert len(params) == len(grad) == len(out) == self.size, "arrays of another shard"
@@ -196,7 +197,7 @@ class Updater:
             rule, scalars = self.optimizer.formula, self.optimizer.scalar_count
             self._follow = compile_follow(rule, len(self._names), scalars, self.dtype)
         arrays = (params, grad, out, self._decayed, *self._pairs[0])
-        end, bad = self._follow(words, begin, self.size, arrays)
+        end, bad = self._follow(words, begin, min(limit, self.size), arrays)
         return end, not bad
 
     def finish(self) -> None:

@@ -35,7 +35,9 @@ TAG_POST, _TAG_ARRAY = 1, 2
 _PIECE_BYTES = 4 << 20
 # Ranks fewer than the cores: Tests, then yields, then sleeps; more: yield at once, for a
 # spinning rank takes its core from the one that it waits for.
-_SPINS, _YIELDS, _YIELDS_CROWDED = 500, 5000, 100
+_SPINS = 500
+# Counted in time, since a yield takes as long as others like. A little longer than a large update.
+_YIELD_S, _YIELD_CROWDED_S = 10e-3, 1e-3
 _SLEEP_S = 100e-6
 # Set-up and end need every rank; one that does not come within this has died or gone astray.
 SETUP_BOUND_S = 120.0
@@ -74,8 +76,9 @@ class Patience:
 
     def __init__(self, crowded: bool) -> None:
         self._spins = 0 if crowded else _SPINS
-        self._yields = self._spins + (_YIELDS_CROWDED if crowded else _YIELDS)
+        self._yield_s = _YIELD_CROWDED_S if crowded else _YIELD_S
         self._turns = 0
+        self._until = 0.0
         self.asleep = False
 
     def reset(self) -> None:
@@ -88,9 +91,13 @@ class Patience:
         self._turns += 1
         if self._turns <= self._spins:
             return False
-        if self._turns <= self._yields:
-            os.sched_yield()
-            return self._turns % 64 == 0
+        if not self.asleep:
+            now = time.monotonic()
+            if self._turns == self._spins + 1:
+                self._until = now + self._yield_s
+            if now < self._until:
+                os.sched_yield()
+                return True
         self.asleep = True
         time.sleep(_SLEEP_S)
         return True

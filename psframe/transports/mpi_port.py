@@ -17,7 +17,7 @@ from psframe.errors import MessageError
 from psframe.events import NO_BUFFER, Answer, Arrived, Lease, Lost, Output, Push, Sent, ToServer
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
-from psframe.store import Buffers, HeapBuffers, buffer_count
+from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers
@@ -31,6 +31,8 @@ __all__ = ["MpiServerPort"]
 _IN_PLACE = Delivery.IN_PLACE
 _SHARED = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
+# Who adds nothing for so long, several pieces' time, has paused.
+_PAUSE_S = 200e-6
 _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 
 _log = logging.getLogger("psframe")
@@ -44,6 +46,7 @@ class _Stream:
     worker: int
     slot: int
     progress: Progress
+    since: float  # when something was added last
     seen: int = 0
 
 
@@ -78,7 +81,8 @@ class MpiServerPort:
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready
         self._distrusted: set[int] = set()
-        self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot
+        self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot, oldest first
+        self._turn = False
         self._progress: dict[tuple[int, int], Progress] = {}
 
     @property
@@ -91,11 +95,15 @@ class MpiServerPort:
         events, patience = self._events, self._patience
         deadline = 0.0
         while not events:
+            # By turns, or those who pull in a loop would hold a gradient up, or it them.
+            self._turn = not self._turn
+            if self._streams and self._turn and self._follow():
+                break
             event = self._take()
             if event is not None:
                 patience.reset()
                 return event
-            if self._transfers.progress() | self._follow():
+            if self._transfers.progress() or (self._streams and self._follow()):
                 patience.reset()
             elif patience.wait():
                 now = time.monotonic()
@@ -159,7 +167,8 @@ class MpiServerPort:
                 assert progress is not None, "only who shares memory may stream"
                 progress.open_here = True
                 where = event.worker, event.slot
-                self._streams[where] = _Stream(source, *where, progress)
+                self._streams.pop(where, None)  # the youngest stands last
+                self._streams[where] = _Stream(source, *where, progress, time.monotonic())
         if not self._inbox.held:
             return event  # type: ignore[return-value]  # the limits of the link allow no other
         self._inbox.add(source, event)  # type: ignore[arg-type]
@@ -187,28 +196,34 @@ class MpiServerPort:
         self._transfers.add(requests, lambda: inbox.arrived(source, entry))
 
     def _follow(self) -> bool:
-        """Tell the machine what has been added to the gradients that are being written."""
-        if not self._streams:
-            return False
-        some = False
+        """Tell the machine what has been added to the oldest gradient that is being written.
+
+        A younger one is told of only if the older has paused: the machine applies one at a time,
+        and what is whole first is applied first, in place of what it has begun.
+        """
+        now = time.monotonic()
         for where, stream in tuple(self._streams.items()):
             if not stream.progress.open_here:  # the machine has followed it to its end
                 del self._streams[where]
                 continue
             try:
-                end = stream.progress.read(stream.seen)
-                if end == stream.seen and stream.seen < self._elements:
+                there = stream.progress.read(stream.seen)
+                if there == stream.seen:
+                    if now - stream.since < _PAUSE_S:
+                        return False
                     continue
+                end = min(there, stream.seen + STEP)
                 whole = end == self._elements
                 finite, norm = stream.progress.verdict() if whole else (True, 0.0)
             except MessageError as error:
                 self._distrust(stream.rank, error)
-                continue
-            stream.seen, some = end, True
+                return True
+            stream.seen, stream.since = end, now
             self._events.append(Arrived(stream.worker, stream.slot, end, whole, finite, norm))
             if whole:
                 del self._streams[where]
-        return some
+            return True
+        return False
 
     def _progress_of(self, worker: int, slot: int) -> Progress | None:
         """Where the worker says how far it is, if it shares memory with this server."""
