@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from psframe.benchmarks.apply import Apply
+from psframe.benchmarks.idle import Idle
+from psframe.benchmarks.latency import Latency
+from psframe.benchmarks.memory import Memory
+from psframe.benchmarks.overlap import Overlap
 from psframe.benchmarks.push_pull import PushPull
+from psframe.benchmarks.scaling import Scaling
 from psframe.errors import ArgumentError, LaunchError, PsframeError, WorkerFailed
 from psframe.launcher import find_launcher
 
@@ -30,7 +35,15 @@ class Benchmark(Protocol):
 
 
 # A new benchmark is a dataclass in psframe/benchmarks/ and a line here.
-BENCHMARKS: dict[str, Callable[..., Benchmark]] = {"push-pull": PushPull, "apply": Apply}
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
+    "push-pull": PushPull,
+    "apply": Apply,
+    "overlap": Overlap,
+    "scaling": Scaling,
+    "latency": Latency,
+    "memory": Memory,
+    "idle": Idle,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psframe import optim
+from psframe.benchmarks.regime import round_trip_ns
 from psframe.benchmarks.report import Spread, format_rows, parse_count
 from psframe.errors import ArgumentError
 from psframe.layout import Array, Layout
@@ -39,6 +40,7 @@ _COLUMNS = {
     "gbytes_per_s": ".1f",
     "ratio": ".2f",
     "ratio_range": ".2f",
+    "core_ns": ".0f",
 }
 
 
@@ -101,7 +103,7 @@ class Apply:
             mine, other = update(repeat), add(repeat)
             seconds.append(mine)
             ratios.append(other / mine)
-        spread = Spread(seconds)
+        spread, trip = Spread(seconds), round_trip_ns()
         moved = size * streams * np.dtype(self.dtype).itemsize
         return {
             "benchmark": "apply",
@@ -113,6 +115,7 @@ class Apply:
             "gbytes_per_s": float(f"{moved / spread.median / 1e9:.4g}"),
             **Spread(ratios).fields("ratio"),
             "rounds": self.rounds,
+            **({} if trip is None else {"core_ns": float(f"{trip:.3g}")}),
         }
 
 

@@ -17,7 +17,16 @@ import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["PAIRS_ALL", "PAIRS_A_PAGE", "SUM_MAX", "code", "codes_sum", "compile_check", "payload"]
+__all__ = [
+    "PAIRS_ALL",
+    "PAIRS_A_PAGE",
+    "SUM_MAX",
+    "code",
+    "codes_sum",
+    "compile_check",
+    "compile_fill",
+    "payload",
+]
 
 # Integers up to here are exact in float32.
 SUM_MAX = 2**24
@@ -49,14 +58,23 @@ def compile_check() -> Callable[[Array, float, int], float]:
     """Compile check(array, first, stride) -> what the second elements are, NaN if it is wrong.
 
     It is wrong if the first element of a pair is not `first`, or the second elements differ. It
-    looks at the pairs at 0, stride, 2 stride, ... and at the last pair.
+    looks at the pairs at 0, stride, 2 stride, ... and at the last pair; if `stride` is PAIRS_ALL
+    it reads the whole array, as fast as the memory gives it.
     """
     import numba
 
     def check(array: Array, first: float, stride: int) -> float:
         last = array.size - 2
         second = array[1]
-        for i in range(0, last, stride):
+        if array[0] != first:
+            return np.nan
+        if stride == PAIRS_ALL:
+            pairs = array.view(np.uint64)
+            differs = pairs[0] ^ pairs[0]
+            for i in range(pairs.size):
+                differs |= pairs[i] ^ pairs[0]
+            return np.nan if differs else float(second)
+        for i in range(stride, last, stride):
             if array[i] != first or array[i + 1] != second:
                 return np.nan
         if array[last] != first or array[last + 1] != second:
@@ -64,4 +82,18 @@ def compile_check() -> Callable[[Array, float, int], float]:
         return float(second)
 
     compiled: Callable[[Array, float, int], float] = numba.njit(nogil=True)(check)
+    return compiled
+
+
+@functools.cache
+def compile_fill() -> Callable[[Array, float], None]:
+    """Compile fill(array, code), which writes a gradient such as `payload` makes."""
+    import numba
+
+    def fill(array: Array, code: float) -> None:
+        for i in range(0, array.size, 2):
+            array[i] = 1
+            array[i + 1] = code
+
+    compiled: Callable[[Array, float], None] = numba.njit(nogil=True)(fill)
     return compiled
