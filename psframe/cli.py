@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from psframe.output import prepare_output
+
 __all__ = ["COMMANDS", "main"]
 
 # Name, the module whose `main` it is, and what it is for.
@@ -20,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("psframe.launch", "start any of them, or a program, on several ranks"),
     "bench": ("psframe.bench", "measure pushes, pulls and updates on this machine"),
 }
+
+_INTERRUPTED = 130  # the exit status that a shell reports of a program that SIGINT ended
 
 _HELP = """\
 usage: psframe COMMAND [ARGUMENTS]
@@ -37,6 +41,7 @@ usage: psframe COMMAND [ARGUMENTS]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return its exit status, or 2 for one that there is not."""
+    prepare_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
@@ -49,15 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         print(
             f"psframe: error: there is no command {name!r}{hint} They are "
             f"{', '.join(COMMANDS)} and version.",
             file=sys.stderr,
         )
         return 2
-    module = importlib.import_module(COMMANDS[name][0])
-    status: int = module.main(arguments[1:])
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+        status: int = module.main(arguments[1:])
+    except KeyboardInterrupt:  # while it was imported; a command's main has its own
+        return _INTERRUPTED
     return status
 
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from psframe.board import Line, bar, duration, number, rate
-from psframe.summary import find_slowest
+from psframe.board import Line, bar, number, rate, took
+from psframe.display import can_write
+from psframe.output import command
+from psframe.summary import FATES, find_slowest
 from psframe.terminal import find_terminal
 
 __all__ = ["class_lines", "closing_lines", "print_summary"]
@@ -17,11 +19,12 @@ __all__ = ["class_lines", "closing_lines", "print_summary"]
 _WIDTH, _WIDTH_MAX = 80, 100
 _LABEL = 16  # columns of a line's name
 _STALENESS_ROWS = 12
+_BULK = 0.95  # of the pushes: the values beyond are one row
 _WORKER_ROWS = 12
 _MATRIX_MAX = 12
+_HEAD = 5  # letters of a label's name above a column
 _PAIRS = 8
 _CLASSES = 5
-_FATES = ("applied", "refused", "dropped", "lost", "stopped")
 
 
 def print_summary(
@@ -60,7 +63,7 @@ def print_summary(
         run_dir=run_dir,
         reasons=reasons,
         evaluation=evaluation,
-        ascii_only=not _can_write(stream, "█"),
+        ascii_only=not can_write(stream, "█"),
     )
     if terminal is not None if colour is None else colour:
         from rich.console import Console
@@ -89,13 +92,13 @@ def closing_lines(
     lines = _outcome(record, evaluation)
     lines += _pushes(record["ledger"], reasons or {}, width)
     lines += _staleness(record["staleness"], width, ascii_only)
-    lines += _workers(record["workers"], width, ascii_only)
+    lines += _workers(record["workers"], record["mode"], width)
     lines += _classes(record, width)
     if run_dir is not None:
         lines += [
             [],
             _entry("files", str(run_dir)),
-            _entry("next", f"python -m psframe.report {run_dir}"),
+            _entry("next", f"{command('report')} {run_dir}"),
         ]
     return lines
 
@@ -109,17 +112,17 @@ def _outcome(record: Mapping[str, Any], evaluation: str) -> list[Line]:
         right, total = sum(row[i] for i, row in enumerate(confusion)), sum(map(sum, confusion))
         text += f"  ({total - right:,} of {total:,} wrong)"
     if loss is not None:
-        text += f"  loss {number(loss)}"
+        text += f"  {evaluation} loss {number(loss)}"
     if record["best_epoch"] is not None:
         text += f"  best epoch {record['best_epoch'] + 1}"
     if record["stopped_early"]:
         text += ", stopped early"
     seconds, samples, updates = record["seconds"], record["samples"], record["updates"]
-    took = duration(seconds) if seconds >= 60 else f"{seconds:.2f} s"
     per_s = f"  {rate(updates / seconds)} updates/s" if seconds else ""
     per_s += f"  {rate(samples / seconds)} samples/s" if seconds and samples else ""
     lines = [_entry(f"{evaluation} accuracy", text, style="bold")]
-    lines.append(_entry("time", took + per_s))
+    per_s += ", start-up included" if per_s else ""
+    lines.append(_entry("time", took(seconds) + per_s))
     lines.append(_entry("updates", f"{updates:,}" + (f"  samples {samples:,}" if samples else "")))
     if what:
         lines.insert(0, [(what, "bold")])
@@ -127,11 +130,11 @@ def _outcome(record: Mapping[str, Any], evaluation: str) -> list[Line]:
 
 
 def _pushes(ledger: Mapping[str, int], reasons: Mapping[str, int], width: int) -> list[Line]:
-    fates = [f"{ledger[fate]:,} {fate}" for fate in _FATES if ledger.get(fate)]
+    fates = [f"{ledger[fate]:,} {fate}" for fate in FATES if ledger.get(fate)]
     text = f"{ledger.get('received', 0):,} received = {' + '.join(fates) or 'none'}"
     if ledger.get("partial"):
         text += f"; {ledger['partial']:,} of the applied in part"
-    why = [f"{count:,} {reason}" for reason, count in reasons.items() if reason not in _FATES]
+    why = [f"{count:,} {reason}" for reason, count in reasons.items() if reason not in FATES]
     text += f" ({', '.join(why)})" if why else ""
     first, *others = textwrap.wrap(text, max(width - _LABEL, 20))
     return [_entry("pushes", first), *(_entry("", other) for other in others)]
@@ -159,27 +162,38 @@ def _staleness(counts: Sequence[int], width: int, ascii_only: bool) -> list[Line
 
 
 def _ranges(counts: Sequence[int]) -> list[tuple[str, int]]:
-    """Gather counts into at most twelve rows: one a value or, if they are more, a range."""
+    """Gather counts into at most twelve rows by where most of them are; the rest is the last row.
+
+    A row is one value or, if they are more, a range.
+    """
+    total, sofar = sum(counts), 0
     first = next(i for i, count in enumerate(counts) if count)
     last = max(i for i, count in enumerate(counts) if count)
+    high = first
+    while (sofar := sofar + counts[high]) < _BULK * total:
+        high += 1
     step = 1
-    while -(-(last - first + 1) // step) > _STALENESS_ROWS:
+    while -(-(high - first + 1) // step) >= _STALENESS_ROWS:
         step = {1: 2, 2: 5}.get(int(str(step)[0]), 10) * 10 ** (len(str(step)) - 1)
     begin = first - first % step
     rows = []
-    while begin <= last:
-        end = begin + step
-        name = f"{begin}" if step == 1 else f"{begin} to {end - 1}"
-        rows.append((name, sum(counts[begin:end])))
-        begin = end
-    return rows[:-1] if rows and not rows[-1][1] else rows
+    while begin <= high:
+        rows.append((_range(begin, begin + step - 1), sum(counts[begin : begin + step])))
+        begin += step
+    if begin <= last:
+        rows.append((_range(begin, last), sum(counts[begin:])))
+    return rows
 
 
-def _workers(workers: Sequence[Mapping[str, Any]], width: int, ascii_only: bool) -> list[Line]:
+def _range(least: int, most: int) -> str:
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def _workers(workers: Sequence[Mapping[str, Any]], mode: str, width: int) -> list[Line]:
     active = [one for one in workers if one["pushes"]]
     if not active:
         return []
-    slowest, why = find_slowest(workers)
+    slowest, why = find_slowest(workers, mode)
     shown = list(workers)
     if len(shown) > _WORKER_ROWS:
         shown = sorted(shown, key=lambda one: (one["samples_per_s"], one["worker"]))
@@ -195,8 +209,9 @@ def _workers(workers: Sequence[Mapping[str, Any]], width: int, ascii_only: bool)
         text = f"   ... and {len(rest):,} more, {rate(min(rest))} to {rate(max(rest))} samples/s"
         lines.append([(text, "dim")])
     if slowest is not None:
-        text = f"worker {slowest} is the slowest, {why}"
-        lines += [[(line, "yellow")] for line in textwrap.wrap(text, max(width, 20))]
+        pace, _, reason = f"worker {slowest} is the slowest, {why}".partition(": ")
+        for text in filter(None, (pace, reason)):
+            lines += [[(line, "yellow")] for line in textwrap.wrap(text, max(width, 20))]
     elif why:
         lines.append([(why, "dim")])
     return lines
@@ -210,10 +225,7 @@ def _worker_row(one: Mapping[str, Any], width: int) -> str:
     ]
     row = f"{one['worker']:>6}{one['samples']:>11,}{rate(one['samples_per_s']):>11}"
     row += f"{shares[0]:>9}{shares[1]:>9}{shares[2]:>6}{one['staleness_mean']:>11.2f}"
-    where = [] if one["rank"] is None else [f"rank {one['rank']}"]
-    if one["device"] not in (None, "cpu"):
-        where.append(one["device"])
-    return "  ".join([row, *([" ".join(where)] if where else [])])[:width]
+    return (row if one["rank"] is None else f"{row}  rank {one['rank']}")[:width]
 
 
 def class_lines(record: Mapping[str, Any], width: int = _WIDTH) -> list[str]:
@@ -239,17 +251,20 @@ def _classes(record: Mapping[str, Any], width: int) -> list[Line]:
 
 
 def _matrix(confusion: Sequence[Sequence[int]], names: Sequence[str], width: int) -> Any:
-    """Lay out the matrix; None if it is too wide."""
+    """Lay out the matrix; None if it is too wide. Names too long for columns are numbered there."""
     digits = max(len(str(cell)) for row in confusion for cell in row)
-    label = min(max(map(len, names)), 14)
-    cell = max(digits, min(label, 5)) + 1
+    title, heads, rows = "true label (row) and what it was taken for (column)", names, list(names)
+    if max(map(len, names)) > _HEAD:
+        title += ", by number"
+        heads = [str(i + 1) for i in range(len(names))]
+        rows = [f"{name[:14]} {head:>2}" for name, head in zip(names, heads, strict=True)]
+    label, cell = max(map(len, rows)), max(digits, *map(len, heads)) + 1
     if label + 2 + cell * len(names) > width:
         return None
-    head = " " * (label + 2) + "".join(f"{name[: cell - 1]:>{cell}}" for name in names)
-    lines: list[Line] = [[("true label (row) and what it was taken for (column)", "bold")]]
-    lines.append([(head, "dim")])
+    lines: list[Line] = [[(title, "bold")]]
+    lines.append([(" " * (label + 2) + "".join(f"{head:>{cell}}" for head in heads), "dim")])
     for i, row in enumerate(confusion):
-        line: Line = [(f"{names[i][:label]:>{label}}  ", "dim")]
+        line: Line = [(f"{rows[i]:>{label}}  ", "dim")]
         for j, count in enumerate(row):
             style = "bold" if i == j else "yellow" if count else "dim"
             line.append((f"{count if count or i == j else '.':>{cell}}", style))
@@ -279,26 +294,21 @@ def _per_class(
     known = sorted((a, i) for i, a in enumerate(accuracies) if a is not None)
     if not known:
         return []
+    worst = [(a, i) for a, i in known if a < 1][:_CLASSES]
+    if not worst:
+        return []
     lines: list[Line] = [[], [("accuracy by label, the worst first", "bold")]]
-    named = min(max(len(names[i]) for _, i in known[:_CLASSES]), 24)
-    for accuracy, i in known[:_CLASSES]:
+    named = min(max(len(names[i]) for _, i in worst), 24)
+    for accuracy, i in worst:
         text = f"  {names[i][:24]:>{named}}  {accuracy:>7.2%}"
         text += f"  {confusion[i][i]:,} of {sum(confusion[i]):,}"
         lines.append([(text, "")])
-    rest = known[_CLASSES:]
+    rest = [f"{a:.2%}" for a, _ in known[len(worst) :]]
     if rest:
-        text = f"  ... and {len(rest)} more, {rest[0][0]:.2%} to {rest[-1][0]:.2%}"
-        lines.append([(text, "dim")])
+        span = rest[0] if rest[0] == rest[-1] else f"{rest[0]} to {rest[-1]}"
+        lines.append([(f"  ... and {len(rest)} more, {span}", "dim")])
     return lines
 
 
 def _entry(name: str, text: str, *, style: str = "") -> Line:
     return [(f"{name:<{_LABEL - 1}} ", "dim"), (text, style)]
-
-
-def _can_write(stream: TextIO, text: str) -> bool:
-    try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

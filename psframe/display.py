@@ -22,12 +22,12 @@ from psframe.board import board, one_line
 from psframe.monitor import Monitor
 from psframe.terminal import Terminal, find_terminal, is_writable
 
-__all__ = ["DISPLAYS", "Display", "display_for"]
+__all__ = ["DISPLAYS", "Display", "can_write", "display_for"]
 
 DISPLAYS = ("auto", "live", "lines", "none")
 
 _LIVE_S = 0.125  # between two drawings
-_LINES_S = 5.0
+_LINES_S = 5.0  # between two plain lines
 # Drawing may take this part of the time ...
 _PART_MAX = 0.01
 # ... unless it takes so long that the display would seem to have died.
@@ -43,7 +43,6 @@ def display_for(
     show: Literal["auto", "live", "lines", "none"] = "auto",
     title: str = "",
     evaluation: str = "test",
-    interval_s: float = _LINES_S,
     launched: bool = False,
     clock: Callable[[], float] = time.monotonic,
     environ: Mapping[str, str] | None = None,
@@ -57,7 +56,6 @@ def display_for(
             nothing; "auto", live if the stream ends at a terminal, else lines.
         title: the live board's first line.
         evaluation: what the accuracy is of: "test" or "validation".
-        interval_s: between two plain lines.
         launched: whether an MPI launcher stands between this process and the terminal.
         clock: seconds that only grow.
         environ: os.environ; TERM and, through rich, NO_COLOR count.
@@ -81,7 +79,7 @@ def display_for(
             return _Live(
                 monitor, clock, terminal, title, evaluation, captured=captured, environ=environ
             )
-    return _Lines(monitor, clock, stream, interval_s, evaluation)
+    return _Lines(monitor, clock, stream, evaluation)
 
 
 class Display:
@@ -177,10 +175,9 @@ class _Lines(Display):
         monitor: Monitor,
         clock: Callable[[], float],
         stream: TextIO,
-        interval_s: float,
         evaluation: str,
     ) -> None:
-        super().__init__(monitor, clock, interval_s)
+        super().__init__(monitor, clock, _LINES_S)
         self._stream = stream
         self._evaluation = evaluation
 
@@ -222,7 +219,7 @@ class _Live(Display):
         self._captured = captured
         self._handlers: list[tuple[Any, Any]] = []
         self._title = title
-        self._ascii_only = not _can_write(terminal.stream, "█░")
+        self._ascii_only = not can_write(terminal.stream, "█░")
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
@@ -333,9 +330,11 @@ def _reaches_terminal(stream: TextIO, launched: bool, environ: Mapping[str, str]
     return True
 
 
-def _can_write(stream: TextIO, text: str) -> bool:
+def can_write(stream: TextIO, text: str) -> bool:
+    """Tell whether a stream takes such text; one of no encoding (io.StringIO) takes any."""
+    encoding = getattr(stream, "encoding", "ascii")
     try:
-        text.encode(getattr(stream, "encoding", None) or "ascii")
+        text.encode("utf-8" if encoding is None else encoding)
     except UnicodeEncodeError:
         return False
     return True

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from psframe.applying import Applied, main_of
+from psframe.data import Dataset
+from psframe.data.describing import printable
+from psframe.summary import class_accuracies
 
 __all__ = ["arguments", "main"]
 
@@ -38,10 +41,12 @@ def arguments() -> Any:
         label: Annotated[str | None, tyro.conf.arg(help="label column of a table")] = None
         part: Annotated[
             Literal["train", "validation", "test", "all"] | None,
-            tyro.conf.arg(help="of the data; else test, if there is one, or all"),
+            tyro.conf.arg(help="of the data; else test, if there is one, or all of it"),
         ] = None
         json: Annotated[bool, tyro.conf.arg(help="print a JSON object instead of text")] = False
-        servers: Annotated[int, tyro.conf.arg(help="ranks that gather; the others compute")] = 1
+        servers: Annotated[
+            int, tyro.conf.arg(help="ranks that hold the parameters; the others compute")
+        ] = 1
         workers: Annotated[
             int | None, tyro.conf.arg(help="worker threads without mpirun; else 3")
         ] = None
@@ -54,16 +59,17 @@ def arguments() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 1 for an error, 2 for wrong flags, 130."""
-    return main_of(arguments, "evaluate", _DESCRIPTION, argv, _evaluate)
+    return main_of(arguments, "evaluate", _DESCRIPTION, argv, _load, _evaluate)
 
 
-def _evaluate(flags: Any, applied: Applied) -> None:
-    data = applied.labelled(flags.data, flags.label, flags.part)
+def _load(flags: Any, applied: Applied) -> Dataset:
+    return applied.labelled(flags.data, flags.label, flags.part)
+
+
+def _evaluate(flags: Any, applied: Applied, data: Dataset) -> None:
     found = applied.trainer.evaluate(applied.weights.params, data)
     if found is None:
         return
-    totals = found.confusion.sum(axis=1)
-    right = found.confusion.diagonal()
     record = {
         "data": data.name,
         "samples": len(data),
@@ -71,7 +77,7 @@ def _evaluate(flags: Any, applied: Applied) -> None:
         "loss": found.loss,
         "classes": list(data.classes),
         "confusion": found.confusion.tolist(),
-        "per_class": [r / n if n else None for r, n in zip(right, totals, strict=True)],
+        "per_class": class_accuracies(found.confusion),
     }
     if flags.json:
         print(json.dumps(record), flush=True)
@@ -79,8 +85,9 @@ def _evaluate(flags: Any, applied: Applied) -> None:
     from psframe.closing import class_lines
 
     loss = "" if found.loss is None else f"  loss {found.loss:.4g}"
-    wrong = len(data) - int(right.sum())
+    wrong = len(data) - int(found.confusion.trace())
     print(f"{data.name}: accuracy {found.accuracy:.2%}  ({wrong} of {len(data)} wrong){loss}")
+    record["classes"] = [printable(name) for name in data.classes]
     print("\n".join(class_lines(record)), flush=True)
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from psframe.events import EpochDone, Evaluated, HostEvent, Logged
 
-__all__ = ["TIMES", "EpochSummary", "EpochSums", "History", "evaluation_metrics", "score"]
+__all__ = [
+    "TIMES",
+    "EpochSummary",
+    "EpochSums",
+    "History",
+    "Onlookers",
+    "evaluation_metrics",
+    "score",
+]
 
 # What workers log of each step, beside loss and samples: seconds computing the gradient, waiting
 # for servers, and waiting for the batch.
@@ -187,6 +196,11 @@ class History:
         """The epoch whose parameters were kept, if some were."""
         return next((one.epoch for one in reversed(self.epochs) if one.best), None)
 
+    def accuracy(self, version: int) -> float | None:
+        """Find the accuracy on the test part of the parameters of a version, if it was seen."""
+        found = (one for one in reversed(self.epochs) if one.evaluated_version == version)
+        return next((one.test_accuracy for one in found), None)
+
     def close(self) -> None:
         """Hand on the epochs whose evaluation never came (the run was stopped)."""
         for epoch in sorted(self._open):
@@ -209,6 +223,21 @@ class History:
         for callback in self._callbacks:  # all of them, whatever the first one says
             asked |= callback(summary) is True
         return asked
+
+
+class Onlookers:
+    """Hands each event of a run to the history and to the caller's own observer."""
+
+    def __init__(self, history: History, other: Callable[[HostEvent], Any] | None) -> None:
+        self._history = history
+        self._other = other
+        self.tick: Callable[[], None] = getattr(other, "tick", lambda: None)
+        self.opened: Callable[[Path], None] = getattr(other, "opened", lambda folder: None)
+
+    def __call__(self, event: HostEvent) -> bool:
+        """Take one event; say whether either of them wants the run to end."""
+        asked = self._other is not None and self._other(event) is True
+        return self._history(event) or asked
 
 
 def _fill(summary: EpochSummary, values: Mapping[str, float]) -> None:

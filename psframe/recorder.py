@@ -1,26 +1,34 @@
-"""What a run's metrics.jsonl says: the leader's events, gathered into a line an epoch."""
+"""What a run's files say while it goes on: a line of metrics an epoch, and how far it has come."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from psframe.events import EpochDone, Evaluated, Logged
-from psframe.history import TIMES, evaluation_metrics
+from psframe.history import EpochSums, evaluation_metrics
 from psframe.rundir import RunDir
 
 __all__ = ["Recorder"]
 
 # Workers begin the next epoch while one is evaluated; a line waits so many epochs for that.
 _HELD_MAX = 3
+# Between two writings of the status: each waits for the disk, and an epoch may take milliseconds.
+_STATUS_S = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Recorder:
     """Writes the leader's events as lines of metrics.jsonl; call it with each event.
 
     A line is written an epoch: at its end or, while evaluations arrive, when its evaluation has
-    been merged. Fields that are not known are left out.
+    been merged. Fields that are not known are left out. With a line status.json, too, learns of
+    the updates and the accuracy so far, at most once a second.
 
     Args:
         run_dir: the folder.
@@ -46,50 +54,39 @@ class Recorder:
         self._clock = clock
         self._waits = evaluations is not False
         self._fixed = evaluations is not None
-        self._start = self._epoch_start = clock()
-        self._loss_sum = 0.0
-        self._loss_count = 0
-        self._times: dict[str, float] = {}  # since the last epoch was done, over all workers
+        self._sums = EpochSums(clock)
+        self._start = self._sums.start
+        self._status_due = self._start
+        self._closed = False
         self._epochs = 0
         self._held: list[dict[str, Any]] = []
 
     def __call__(self, event: Any) -> None:
         """Take one event; events that concern no metric are ignored."""
         if isinstance(event, Logged):
-            self._logged(event)
+            self._sums.add(event)
         elif isinstance(event, EpochDone):
             self._epoch_done(event)
         elif isinstance(event, Evaluated):
             self._evaluated(event)
 
     def close(self) -> None:
-        """Write the lines still held back; of a run without epochs, one line in all."""
+        """Write the lines still held back; of a run without epochs, one line in all.
+
+        The status is left to the verdict, which comes next.
+        """
+        self._closed = True
         self._release()
-        if self._loss_count and not self._epochs:
-            self._run_dir.metrics(time_s=self._time_s(), update=self.updates, **self._train_loss())
+        loss = {} if self._epochs else self._sums.loss()
+        if loss:
+            self._run_dir.metrics(time_s=self._time_s(), update=self.updates, **loss)
         self._run_dir.close()
 
-    def _logged(self, event: Logged) -> None:
-        for key in ("loss", "train_loss"):
-            total, count = event.sums.get(key, (0.0, 0))
-            self._loss_sum += total
-            self._loss_count += count
-        for key in TIMES:
-            if key in event.sums:
-                self._times[key] = self._times.get(key, 0.0) + event.sums[key][0]
-
     def _epoch_done(self, event: EpochDone) -> None:
-        now = self._clock()
         self._epochs += 1
         self.updates = max(self.updates, event.version)
         fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
-        fields.update(self._train_loss())
-        if now > self._epoch_start:
-            fields["samples_per_s"] = event.samples / (now - self._epoch_start)
-        fields["staleness_mean"] = event.staleness_mean
-        fields.update({key: round(seconds, 6) for key, seconds in self._times.items()})
-        self._times.clear()
-        self._epoch_start = now
+        fields.update(self._sums.take(event))
         self._held.append(fields)
         if not self._waits:
             self._release()
@@ -109,19 +106,48 @@ class Recorder:
         fields.update(metrics)
         fields["evaluated_update"] = event.version
         self._waits = self._fixed = True
-        self._run_dir.metrics(time_s=self._time_s(), **fields)
+        self._line(fields)
 
     def _release(self, count: int = _HELD_MAX) -> None:
         for fields in self._held[:count]:
-            self._run_dir.metrics(time_s=self._time_s(), **fields)
+            self._line(fields)
         del self._held[:count]
 
-    def _train_loss(self) -> dict[str, float]:
-        if not self._loss_count:
-            return {}
-        mean = self._loss_sum / self._loss_count
-        self._loss_sum, self._loss_count = 0.0, 0
-        return {"train_loss": mean}
+    def _line(self, fields: dict[str, Any]) -> None:
+        time_s = self._time_s()
+        self._run_dir.metrics(time_s=time_s, **fields)
+        if self._start + time_s < self._status_due:
+            return
+        self._status_due = self._start + time_s + _STATUS_S
+        with _undisturbed():
+            if not self._closed and not self._run_dir.status(
+                "running", updates=self.updates, test_accuracy=self.test_accuracy
+            ):
+                self._status_due = math.inf  # the disk refuses it, and that has been said
 
     def _time_s(self) -> float:
         return round(self._clock() - self._start, 6)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let signals wait: their handler writes a verdict, which this status would replace."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only, and a run there
+        return
+    came: list[int] = []
+    before = {
+        number: handler
+        for number in _SIGNALS
+        # None: a handler that C code has set, and that only C code could set again.
+        if (handler := signal.getsignal(number)) is not None
+    }
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)

@@ -49,8 +49,10 @@ def make_result(
 
 def diverged(leader: Leader) -> Diverged:
     """Say how a run diverged, and what to try."""
-    reasons = ", ".join(f"{n} {reason}" for reason, n in leader.ledger.ledger().reasons.items())
+    counted = leader.ledger.ledger().reasons
+    reasons = ", ".join(f"{n} {reason}" for reason, n in counted.items() if reason != "stopped")
     return Diverged(
         f"the last {10 * leader.workers} pushes in a row were refused ({reasons}) at version"
         f" {leader.store.version}; try a smaller learning rate, less momentum, or clip_norm"
+        " (--clip-norm)"
     )

@@ -63,6 +63,8 @@ _TICK_S = 5e-3
 _SPANS_EVERY = 64
 # Of an exception's message; some print whole arrays.
 _MESSAGE_CHARS_MAX = 1000
+# At either end of a traceback.
+_LINES_MAX = 300
 
 _ANSWERS = (Answer, Lease)
 _HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled, Spans)
@@ -316,7 +318,16 @@ def describe(error: BaseException) -> Failure:
     if len(message) > _MESSAGE_CHARS_MAX:  # or the stack would be cut off for its sake
         short = f"{message[:_MESSAGE_CHARS_MAX]}... ({len(message)} characters)"
         text, message = text.replace(message, short), short
-    return Failure(type(error).__name__, message, text)
+    lines = text.splitlines(keepends=True)
+    if len(lines) > 2 * _LINES_MAX:
+        left_out = f"... ({len(lines) - 2 * _LINES_MAX} lines)\n"
+        lines = [*lines[:_LINES_MAX], left_out, *lines[-_LINES_MAX:]]
+    # Its causes may be as talkative.
+    cut = [
+        one if len(one) <= 2 * _MESSAGE_CHARS_MAX else one[:_MESSAGE_CHARS_MAX] + "...\n"
+        for one in lines
+    ]
+    return Failure(type(error).__name__, message, "".join(cut))
 
 
 def no_host_event(event: HostEvent) -> None:

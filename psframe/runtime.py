@@ -13,7 +13,7 @@ from psframe.host import Host
 from psframe.launcher import find_launcher, starting_mpi
 from psframe.leader import Score
 from psframe.placement import Servers, check_servers, one_process
-from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
+from psframe.plan import Observer, OptimizerLike, Plan, Result, check_threads
 from psframe.threaded import run_threads
 
 __all__ = ["Result", "run"]
@@ -131,8 +131,9 @@ def run(
 
     if alone:
         checked = plan()
+        check_threads("servers", checked.servers)
         count = 1 if workers is None else workers
-        check_count("workers", count, 1)
+        check_threads("workers", count)
         return run_threads(work, checked, int(count), host)
     with starting_mpi():
         from psframe.cluster import run_cluster  # imports MPI

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import glob
+import re
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,8 +17,12 @@ from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 from psframe.placement import Checked, parse_servers
+from psframe.plan import COUNT_MAX, THREADS_MAX
 
-__all__ = ["Settings", "check_choice", "from_file"]
+__all__ = ["INTERRUPTED", "THREADS", "Settings", "blamed", "check_choice", "from_file"]
+
+INTERRUPTED = 130  # the exit status that a shell reports of a program that SIGINT ended
+THREADS = 3  # workers of a command without a launcher, if it is not told how many
 
 # Safe for stale gradients: Adagrad's steps shrink, which keeps it stable where SGD, at a rate that
 # serves one worker well, diverges under a delay of 15 updates. (Dean et al., Large Scale
@@ -45,6 +50,9 @@ _LIMITS = {
     "split_seed": 0,
     "patience": 1,
 }
+# What is not here is an int of C's.
+_LIMITS_MAX = {"workers": THREADS_MAX, "seed": COUNT_MAX, "split_seed": COUNT_MAX}
+_INT_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Settings:
     """mlp, softmax, cnn (images), or package.module:Class for a class of your own"""
 
     data: str = "digits"
-    """digits; a file: .npz, .csv, .parquet; or a folder: MNIST's, CIFAR-10's, shards of .npy"""
+    """digits; a file: .npz, .csv, .tsv, .parquet; a folder: MNIST's, CIFAR-10's, shards of .npy"""
 
     label: str | None = None
     """label column of a table; else its last one"""
@@ -111,7 +119,7 @@ class Settings:
     """how often each training sample is used"""
 
     patience: int | None = None
-    """stop after so many epochs without a better accuracy on the validation part"""
+    """stop after so many epochs without a better accuracy, not loss, on the validation part"""
 
     batch_size: int = 32
     """samples in a batch of one worker"""
@@ -150,7 +158,8 @@ class Settings:
     """replace the run in --run-dir"""
 
     config: str | None = None
-    """TOML file with these settings, such as a run's config.toml; flags override it"""
+    """TOML file of these settings, such as a run's config.toml; flags override it, and one that
+    changes the mode or optimizer also what the file says of the old one"""
 
     def resolved(self) -> Settings:
         """Fill in the defaults that depend on other settings, after checking them all.
@@ -160,7 +169,7 @@ class Settings:
         """
         self._check_ranges()
         self._check_contradictions()
-        lr = _LR[self.optimizer] * (1.0 - self.momentum) if self.lr is None else self.lr
+        lr = self._usual_lr() if self.lr is None else self.lr
         staleness, backup = self.staleness, self.backup
         if self.mode == "ssp" and staleness is None:
             staleness = _STALENESS
@@ -172,6 +181,28 @@ class Settings:
         return dataclasses.replace(
             self, lr=lr, weight_decay=decay, staleness=staleness, backup=backup
         )
+
+    def changed_from(self, file: Settings, given: Container[str]) -> Settings:
+        """Drop what the file says of a mode or an optimizer that flags have changed.
+
+        A run's config.toml has all settings, those too that only went with its mode or optimizer.
+
+        Args:
+            file: the settings before the flags.
+            given: the names of the settings that were given as flags; they stay.
+        """
+        default, dependent = Settings(), list[str]()
+        if self.mode != file.mode:
+            dependent += ["staleness", "backup"]
+        if self.optimizer != file.optimizer:
+            dependent += ["lr", "weight_decay", "momentum", "nesterov"]
+        elif self.momentum != file.momentum and file.lr == file._usual_lr():
+            dependent += ["lr"]
+        stale = {name: getattr(default, name) for name in dependent if name not in given}
+        return dataclasses.replace(self, **stale)
+
+    def _usual_lr(self) -> float:
+        return _LR[self.optimizer] * (1.0 - self.momentum)
 
     def placement(self) -> Checked:
         """Say what `psframe.run` is told of servers.
@@ -234,6 +265,12 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise ArgumentError(f"{_flag(name)}: expected {least} or more, got {value}")
+            most = _LIMITS_MAX.get(name, _INT_MAX)
+            if isinstance(value, int) and value > most:
+                raise ArgumentError(f"{_flag(name)}: expected {most} or less, got {value}")
+        for name in ("data", "run_dir", "model", "config"):
+            if getattr(self, name) == "":
+                raise ArgumentError(f"{_flag(name)}: expected a name, got an empty one")
         self.placement()
         if not 0.0 < self.test_fraction < 1.0:
             raise ArgumentError(
@@ -294,6 +331,28 @@ def from_file(path: str | Path) -> Settings:
             value = ",".join(map(str, value))  # as its flag has it
         values[name] = _typed(hints[name], value, f"--config: {path}: {key}")
     return Settings(**values)
+
+
+def blamed(
+    error: ArgumentError, file: Settings, path: str | None, given: Container[str]
+) -> ArgumentError:
+    """Blame the file of settings, in the error's words, if what is wrong is not of a flag.
+
+    Args:
+        error: about a flag, which its text begins with.
+        file: the settings before the flags.
+        path: of the file, if there is one.
+        given: the names of the settings that were given as flags.
+    """
+    found = re.match(r"--([a-z-]+)", str(error))
+    name = found[1].replace("-", "_") if found else ""
+    if (
+        path is None
+        or name in given
+        or getattr(file, name, None) == getattr(Settings(), name, None)
+    ):
+        return error
+    return ArgumentError(f"--config: {path}: {str(error).removeprefix('--')}")
 
 
 def check_choice(flag: str, value: str) -> None:

@@ -54,7 +54,8 @@ class Statistics:
         updates, pushes: so far.
         samples: so far, as the workers logged them.
         updates_per_s, samples_per_s: recently.
-        loss: mean of what the workers logged recently; NaN if that was not finite.
+        loss: mean of what the workers logged recently, but not before the epoch that was completed
+            last; NaN if that was not finite.
         accuracy, evaluation_loss, evaluated_epoch: of the last evaluation.
         best_accuracy, best_epoch: the best evaluation so far.
         staleness: mean over the pushes applied recently.

@@ -84,10 +84,10 @@ class Stepper:
             prepare=prepare,
         )
         params = None
+        waits = _Waits()
         idle_since = now()
         for task in tasks:
             begin = now()
-            servers_s = begin - idle_since - task.data_wait_s
             self._note(worker, SpanKind.LEASE, idle_since, begin - task.data_wait_s)
             self._note(worker, SpanKind.DATA, begin - task.data_wait_s, begin)
             if task.kind == "evaluate":
@@ -96,11 +96,12 @@ class Stepper:
                 idle_since = now()
                 self._note(worker, SpanKind.EVALUATE, begin, idle_since)
                 continue
+            waits.add(begin - idle_since - task.data_wait_s)
             if params is None:
                 params = worker.pull()
                 pulled = now()
                 self._note(worker, SpanKind.PULL, begin, pulled)
-                servers_s += pulled - begin
+                waits.add(pulled - begin)
                 begin = pulled
             data_s = task.data_wait_s
             batch = task.prepared
@@ -112,17 +113,20 @@ class Stepper:
                 begin = loaded
             loss, grads = self._gradients(worker, params, batch, task.rng)
             computed = now()
-            params = worker.push_pull(grads)
-            idle_since = now()
-            self._note(worker, SpanKind.COMPUTE, begin, computed)
-            self._note(worker, SpanKind.PUSH_PULL, computed, idle_since)
             worker.log(
                 loss=loss,
                 samples=len(task.indices),
                 compute_s=computed - begin,
-                servers_s=servers_s + idle_since - computed,
-                data_s=data_s,
+                servers_s=waits.take(),
+                data_s=data_s if waits.started else 0.0,
             )
+            _send_log(worker)
+            params = worker.push_pull(grads)
+            idle_since = now()
+            self._note(worker, SpanKind.COMPUTE, begin, computed)
+            self._note(worker, SpanKind.PUSH_PULL, computed, idle_since)
+            waits.answered(idle_since - computed)
+        worker.log(servers_s=waits.take())
 
     def _batch(self, task: Any) -> tuple[Any, Any]:
         """Prepare a batch on the host; another thread than the worker's may do it."""
@@ -156,6 +160,43 @@ class Stepper:
     def _note(self, worker: Any, kind: SpanKind, begin: float, end: float) -> None:
         if self._spans and end > begin:
             worker.span(kind, begin, end)
+
+
+class _Waits:
+    """Seconds that a worker has waited for servers and has not logged yet.
+
+    Nothing counts until its first push is answered: until then servers start, and load or compile
+    what they compute with, and so does what prepares the batches.
+
+    Attributes:
+        started: whether it counts.
+    """
+
+    def __init__(self) -> None:
+        self.started = False
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        if self.started:
+            self._seconds += seconds
+
+    def answered(self, seconds: float) -> None:
+        """A push has been answered after so long."""
+        self.add(seconds)
+        self.started = True
+
+    def take(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def _send_log(worker: Any) -> None:
+    """Send what is logged before the push that it is about.
+
+    The push may complete an epoch, and what is told of an epoch is what has come by then. (It costs
+    no message: the next request for a block would send it, and has nothing to send now.)
+    """
+    worker._notes.flush_log()
 
 
 def _eval_batch(n: int) -> int:

@@ -16,14 +16,24 @@ import numpy as np
 from psframe.plan import Result
 from psframe.statistics import Statistics, WorkerStatistics
 
-__all__ = ["SUMMARY", "find_slowest", "summarise", "write_summary"]
+__all__ = [
+    "FATES",
+    "SUMMARY",
+    "class_accuracies",
+    "find_slowest",
+    "summarise",
+    "write_summary",
+]
 
 SUMMARY = "summary.json"
+# What becomes of a push: one of these, by the ledger.
+FATES = ("applied", "refused", "dropped", "lost", "stopped")
 
 # A worker is slow if its steps take so many times as long as the others' or, where all go at one
-# pace because they wait for each other, the part of them that is its own.
-_SLOW = 1.1
-_SLOW_OWN = 1.25
+# pace because they wait for each other, the part of them that is its own; if that is a part at all.
+_SLOW = 1.25
+_OWN_SHARE_MIN = 0.1
+_WAITING_MODES = ("bsp", "ssp")
 _OWN = ("compute_s", "data_s")
 _TIMES = (*_OWN, "servers_s")
 
@@ -44,7 +54,6 @@ def summarise(
     model: str = "",
     data: str = "",
     ranks: Sequence[int | None] = (),
-    devices: Sequence[str | None] = (),
     best_epoch: int | None = None,
     stopped_early: bool = False,
 ) -> dict[str, Any]:
@@ -58,14 +67,12 @@ def summarise(
         confusion: (k, k) counts, a row a true label, a column a predicted one; None if not known.
         classes: the k labels' names.
         mode, optimizer, model, data: as the user gave them.
-        ranks, devices: of each worker, as far as known.
-        best_epoch: whose parameters the result has; else the monitor's, if it saw evaluations.
+        ranks: of each worker, as far as known.
+        best_epoch: whose parameters were kept as the best; None if the result has the last ones.
         stopped_early: whether the run ended before its last epoch because nothing improved.
     """
     matrix = None if confusion is None else np.asarray(confusion).astype(np.int64)
-    workers = [
-        _worker(one, _at(ranks, one.worker), _at(devices, one.worker)) for one in now.workers
-    ]
+    workers = [_worker(one, _at(ranks, one.worker)) for one in now.workers]
     ledger = result.ledger.as_dict()
     return {
         "accuracy": _finite(accuracy),
@@ -81,12 +88,22 @@ def summarise(
         "data": data,
         "classes": [str(name) for name in classes],
         "confusion": None if matrix is None else matrix.tolist(),
-        "per_class": None if matrix is None else _per_class(matrix),
+        "per_class": None if matrix is None else class_accuracies(matrix),
         "workers": workers,
-        "slowest": find_slowest(workers)[0],
-        "best_epoch": now.best_epoch if best_epoch is None else best_epoch,
+        "slowest": find_slowest(workers, mode)[0],
+        "best_epoch": best_epoch,
         "stopped_early": bool(stopped_early),
     }
+
+
+def class_accuracies(matrix: Any) -> list[float | None]:
+    """Give the part of each label's samples that was taken for it; None where there are none.
+
+    Args:
+        matrix: (k, k) array of counts, a row a true label, a column a predicted one.
+    """
+    totals, right = matrix.sum(axis=1), np.diagonal(matrix)
+    return [float(r) / float(n) if n else None for r, n in zip(right, totals, strict=True)]
 
 
 def write_summary(folder: str | Path, record: Mapping[str, Any]) -> bool:
@@ -113,11 +130,12 @@ def write_summary(folder: str | Path, record: Mapping[str, Any]) -> bool:
     return True
 
 
-def find_slowest(workers: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
+def find_slowest(workers: Sequence[Mapping[str, Any]], mode: str = "") -> tuple[int | None, str]:
     """Find the worker that is slower than the others, and why.
 
     Args:
         workers: the entries of a summary.
+        mode: the run's; in "bsp" and "ssp" workers wait for each other.
 
     Returns:
         Its index, None if all are much alike; and the reason in words.
@@ -126,12 +144,13 @@ def find_slowest(workers: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]
     if len(known) < 2:
         return None, ""
     slow, factor = _outlier(known, _TIMES)
-    if factor > _SLOW:
-        pace = f"{factor:.2g} times slower than the others"
+    if factor > _SLOW and not _is_fast(slow, known):
+        pace = f"{_times(factor)} slower than the others"
         return slow["worker"], f"{pace}{_why(slow, known, _TIMES)}"
     slow, factor = _outlier(known, _OWN)
-    if factor > _SLOW_OWN:
-        pace = f"its steps take {factor:.2g} times as long, and the others wait for it"
+    is_much = _step_s(slow, _OWN) > _OWN_SHARE_MIN * _step_s(slow)
+    if mode in _WAITING_MODES and factor > _SLOW and is_much:
+        pace = f"its own part of a step takes {_times(factor)} as long, and the others wait for it"
         return slow["worker"], f"{pace}{_why(slow, known, _OWN)}"
     return None, "all workers are much alike" if any(map(_step_s, known)) else ""
 
@@ -139,6 +158,16 @@ def find_slowest(workers: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]
 def _step_s(one: Mapping[str, Any], names: Sequence[str] = _TIMES) -> float:
     """Seconds of a step that went into these."""
     return float(sum(one[name] for name in names) / one["pushes"])
+
+
+def _is_fast(slow: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether its rate is none of the lower ones, all the same; rates may not be known."""
+    rates = [rate for one in known if (rate := one.get("samples_per_s")) and rate > 0]
+    return len(rates) == len(known) and bool(slow["samples_per_s"] > median(rates))
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2g} times" if factor < 100 else f"{factor:,.0f} times"
 
 
 def _outlier(
@@ -165,11 +194,10 @@ def _why(slow: Mapping[str, Any], known: Sequence[Mapping[str, Any]], names: Seq
     return f": {mine:.3g} ms a step {words[name]}, the others {1000 * usual[name]:.3g} ms"
 
 
-def _worker(one: WorkerStatistics, rank: int | None, device: str | None) -> dict[str, Any]:
+def _worker(one: WorkerStatistics, rank: int | None) -> dict[str, Any]:
     return {
         "worker": one.worker,
         "rank": rank,
-        "device": device,
         "pushes": one.pushes,
         "samples": one.samples,
         "samples_per_s": round(one.mean_samples_per_s or 0.0, 3),
@@ -178,12 +206,6 @@ def _worker(one: WorkerStatistics, rank: int | None, device: str | None) -> dict
         "servers_s": round(one.servers_s, 4),
         "data_s": round(one.data_s, 4),
     }
-
-
-def _per_class(matrix: Any) -> list[float | None]:
-    totals = matrix.sum(axis=1)
-    right = np.diagonal(matrix)
-    return [float(r) / float(n) if n else None for r, n in zip(right, totals, strict=True)]
 
 
 def _at(values: Sequence[Any], index: int) -> Any:

@@ -19,7 +19,6 @@ _NAMES = {
     "train_loss": "loss/train",
     "validation_loss": "loss/validation",
     "test_loss": "loss/test",
-    "train_accuracy": "accuracy/train",
     "validation_accuracy": "accuracy/validation",
     "test_accuracy": "accuracy/test",
     "staleness_mean": "staleness/mean",

@@ -58,12 +58,12 @@ class Terminal:
 
 
 def find_terminal(
-    stream: TextIO, *, launched: bool = False, environ: Mapping[str, str] | None = None
+    stream: TextIO | None, *, launched: bool = False, environ: Mapping[str, str] | None = None
 ) -> Terminal | None:
     """Find the terminal that what is written to `stream` reaches and that can move its cursor.
 
     Args:
-        stream: usually sys.stdout or sys.stderr.
+        stream: usually sys.stdout or sys.stderr; None is one that was closed at the start.
         launched: whether this process was started by an MPI launcher.
         environ: os.environ.
 
@@ -71,6 +71,8 @@ def find_terminal(
         The terminal; None if there is none, or it is a dumb one.
     """
     if (os.environ if environ is None else environ).get("TERM", "dumb") in ("", "dumb", "unknown"):
+        return None
+    if stream is None:
         return None
     try:
         number, is_terminal = stream.fileno(), stream.isatty()

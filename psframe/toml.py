@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,9 @@ def load(path: str | Path) -> dict[str, Any]:
         ValueError: the file cannot be read or is not TOML; the message names file and place.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would keep us waiting
+            raise ValueError(f"{path}: is no regular file")
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -34,7 +39,9 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is not a TOML file: it is not UTF-8 text") from error
     try:
         parsed: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deeply to be read") from None
+    except ValueError as error:  # TOMLDecodeError is one; an integer may be too long for Python
         raise ValueError(f"{path}: is not a TOML file: {error}") from error
     return parsed
 

@@ -6,26 +6,37 @@ runs in one process with worker threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import Any
+
+if __name__ == "__main__":  # what follows takes a second to import, in which Ctrl-C may come
+
+    def _without_interrupts(kind: type[BaseException], error: BaseException, place: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, place)
+
+    sys.excepthook = _without_interrupts
 
 from psframe.closing import print_summary
 from psframe.data import Augmentation, Parts, load, prepare
-from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost, RunDirError
+from psframe.devices import choose_device
+from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.monitor import Monitor
-from psframe.output import give_up_printing
-from psframe.placement import find_serving, line_of, one_process
-from psframe.rundir import RunDir
-from psframe.settings import Settings, check_choice, from_file
+from psframe.output import give_up_printing, parse_flags, prepare_output
+from psframe.placement import find_serving, one_process
+from psframe.resuming import is_completed
+from psframe.roles import describe
+from psframe.settings import INTERRUPTED, THREADS, Settings, blamed, check_choice, from_file
 from psframe.summary import summarise, write_summary
 from psframe.trainer import Trainer, TrainResult, initial_params
 from psframe.watching import Watching
-from psframe.weights import save_weights
 
 __all__ = ["load_parts", "main", "parse"]
 
@@ -45,10 +56,7 @@ same runs in one process. For example:
       python -m psframe.train --model my.module:Class --data my.npz
 """
 
-_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
-_THREADS = 3
 _log = logging.getLogger("psframe")
-_WORKERS_MAX = 4096  # of which the summary names the rank
 
 
 def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
@@ -65,62 +73,90 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
     import tyro
 
     default = Settings()
+    given = set()
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.partition("=")
         value = value if equals else following
+        given.add(name.removeprefix("--").replace("-", "_"))
         if name == "--config" and value:
             default = from_file(value)
         elif name.startswith("--") and value:
             check_choice(name, value)  # with the nearest right one; tyro only lists them
-    settings = tyro.cli(
+    settings: Settings = parse_flags(
+        tyro.cli,
         Settings,
+        name="train",
+        quiet=quiet,
         args=list(argv),
         default=default,
-        prog="python -m psframe.train",
         description=_DESCRIPTION,
         config=(tyro.conf.FlagCreatePairsOff,),
-        console_outputs=not quiet,
     )
-    return settings.resolved()
+    merged = settings.changed_from(default, given)
+    try:
+        return merged.resolved()
+    except ArgumentError as error:
+        raise blamed(error, default, merged.config, given) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 1 for an error, 2 for wrong flags, 130."""
+    prepare_output()
     launched = find_launcher()
     rank = launched.rank if launched else 0
     logging.basicConfig(format="psframe: %(levelname)s: %(message)s", level=logging.WARNING)
     if rank:
         logging.getLogger("psframe").setLevel(logging.ERROR)
     try:
-        settings = parse(sys.argv[1:] if argv is None else argv, quiet=rank > 0)
-    except ArgumentError as error:
-        return _fail(error, rank, status=2)
-    try:
-        return _train(settings, launched)
+        try:
+            settings = _parse_together(sys.argv[1:] if argv is None else argv, launched)
+        except ArgumentError as error:
+            return _fail(error, rank, status=2)
+        try:
+            return _train(settings, launched)
+        except BaseException as error:
+            if isinstance(error, (Exception, KeyboardInterrupt)):
+                raise
+            # SystemExit of the model's: a program that ended so would not say why, nor where.
+            return _fail_in_code(error, rank)
     except KeyboardInterrupt:
         if rank == 0:
             print("psframe: interrupted", file=sys.stderr, flush=True)
-        return _INTERRUPTED
+        return INTERRUPTED
     except (PsframeError, OSError) as error:
         return _fail(error, rank)
     except Exception as error:
-        # A bug of the model's or ours: whoever repairs it needs the place. What happens in a
-        # worker of another rank, rank 0 tells with the whole traceback.
-        if rank == 0:
-            traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{place.filename}, line {place.lineno}"
-        print(
-            f"psframe: error: rank {rank}: {type(error).__name__}: {error} ({where})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
+        # A bug of the model's or ours: whoever repairs it needs the place.
+        return _fail_in_code(error, rank)
+
+
+def _parse_together(argv: Sequence[str], launched: Launcher | None) -> Settings:
+    """Parse the flags; a file of settings that one rank cannot read, no rank goes on without.
+
+    Raises:
+        SystemExit, ArgumentError: as `parse`, or another rank's.
+        LaunchError, RankLost: as `psframe.run`.
+    """
+    if launched is None or not any(flag.partition("=")[0] == "--config" for flag in argv):
+        return parse(argv, quiet=launched is not None and launched.rank > 0)
+    from psframe.together import fail_if_any
+
+    try:
+        settings = parse(argv, quiet=launched.rank > 0)
+    except ArgumentError as error:
+        fail_if_any(launched, error)
+        raise
+    except SystemExit:  # of this rank's, which has said why
+        with contextlib.suppress(ArgumentError):
+            fail_if_any(launched, ArgumentError("its flags end it"))
+        raise
+    fail_if_any(launched, None)
+    return settings
 
 
 def _train(settings: Settings, launched: Launcher | None) -> int:
     start = time.monotonic()
-    if settings.resume and _is_completed(settings, launched):
+    if settings.resume and is_completed(settings.run_dir, launched):  # all ranks together
         return 0
     serving = find_serving(settings.placement(), launched)  # all ranks together, if at all
     try:
@@ -135,20 +171,24 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
         trained = trainer.fit(parts)
     if trained.result.is_root:
         _leave(settings, parts, watching, trained, time.monotonic() - start, serving)
-    return 0
+    if trained.failure is None:
+        return 0
+    return _fail_at_the_end(trained.failure, launched.rank if launched else 0)
 
 
 def _prepare(
     settings: Settings, launched: Launcher | None, serving: tuple[int, ...]
 ) -> tuple[Trainer, Parts, Watching]:
     """Load the data and make the model, its trainer, and what looks on."""
+    if launched is None or launched.rank not in serving:
+        _check_device(settings.device)
     parts = load_parts(settings)
     model = create(settings.model, parts.train.input_shape, parts.train.n_classes)
     workers = working = settings.workers
     if launched is not None:
         working = None if launched.size is None else launched.size - len(serving)
     elif workers is None:
-        workers = working = _THREADS
+        workers = working = THREADS
     if working is not None and settings.backup and settings.backup >= working:
         raise ArgumentError(
             f"--backup: {settings.backup} of {working} workers cannot all be backups; give fewer"
@@ -157,7 +197,7 @@ def _prepare(
     watching = Watching(
         Monitor(max(working or 0, 0), settings.epochs, len(parts.train)),
         servers=len(serving) or one_process(settings.placement()),
-        line=line_of(serving, len(serving) + _WORKERS_MAX) if serving else (),
+        serving=serving,
         show=settings.show if root else "none",
         title=_title(settings),
         evaluation="test",
@@ -184,8 +224,16 @@ def _prepare(
         observer=watching,
         prefetch=not settings.no_prefetch,
         spans=settings.trace,
+        name=settings.model,
     )
     return trainer, parts, watching
+
+
+def _check_device(device: str) -> None:
+    try:
+        choose_device(device, worker=0)
+    except ValueError as error:
+        raise ArgumentError(f"--{error}") from error
 
 
 def load_parts(settings: Settings) -> Parts:
@@ -223,11 +271,7 @@ def _leave(
     seconds: float,
     serving: tuple[int, ...],
 ) -> None:
-    """Write weights and summary, and say how it went.
-
-    Raises:
-        RunDirError: the weights do not fit; the run's status then says failed.
-    """
+    """Write the summary, and say how it went."""
     result, evaluation = trained.result, trained.evaluation
     record = summarise(
         result,
@@ -245,22 +289,8 @@ def _leave(
         best_epoch=trained.best_epoch,
         stopped_early=trained.stopped_early,
     )
-    folder, params = result.run_dir, result.params
-    if folder is not None and params is not None:
-        run_dir = RunDir(folder)
-        try:
-            save_weights(folder, params, settings.model, parts.train)
-        except RunDirError as error:
-            run_dir.status(
-                "failed",
-                updates=result.version,
-                test_accuracy=trained.accuracy,
-                reason=str(error),
-            )
-            raise
-        run_dir.status(
-            "completed", updates=result.version, test_accuracy=trained.accuracy, reason=""
-        )
+    folder = result.run_dir
+    if folder is not None:
         write_summary(folder, record)
     try:
         print_summary(
@@ -282,26 +312,35 @@ def _fail(error: Exception, rank: int, status: int = 1) -> int:
     return status
 
 
-def _is_completed(settings: Settings, launched: Launcher | None) -> bool:
-    """Tell whether the run to resume is completed; a run that is not there yet can start.
+def _fail_in_code(error: BaseException, rank: int) -> int:
+    """Show a bug of the model's or ours with its place.
 
-    Raises:
-        ArgumentError: it was begun and not completed.
+    What happens in a worker of another rank, rank 0 tells with the whole traceback.
     """
-    status = RunDir.read_status(settings.run_dir)
-    if status is None:
-        return False
-    if status["state"] != "completed":
-        raise ArgumentError(
-            f"--resume: the run in {settings.run_dir!r} is {status['state']} after "
-            f"{status.get('updates', 0)} updates and left no checkpoint to continue from; start "
-            "it again with --overwrite"
+    what = describe(error)
+    if rank == 0:
+        print(what.traceback, end="", file=sys.stderr)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}, line {place.lineno}"
+    print(
+        f"psframe: error: rank {rank}: {what.type}: {what.message} ({where})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
+
+
+def _fail_at_the_end(error: Exception, rank: int) -> int:
+    """Say that the training is done and saved, and its evaluation failed."""
+    status = _fail(error, rank) if isinstance(error, PsframeError) else _fail_in_code(error, rank)
+    if rank == 0:
+        print(
+            "psframe: the training itself is done and its weights are saved, but they could not "
+            "be evaluated; psframe evaluate RUN_DIR tries it again",
+            file=sys.stderr,
+            flush=True,
         )
-    if launched is None or launched.rank == 0:
-        accuracy = status.get("test_accuracy")
-        known = "" if accuracy is None else f", test accuracy {accuracy:.2%}"
-        print(f"{settings.run_dir}: already completed{known}")
-    return True
+    return status
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ import numpy.typing as npt
 
 from psframe.consistency import Async, Mode
 from psframe.data import Dataset, Parts
+from psframe.ending import Ending, name_of
 from psframe.errors import ArgumentError
 from psframe.events import HostEvent
-from psframe.history import EpochSummary, History, score
+from psframe.history import EpochSummary, History, Onlookers, score
 from psframe.inference import Predictions, confusion_matrix, mean_loss, predict
+from psframe.launcher import find_launcher
 from psframe.layout import Layout
 from psframe.models.base import Model, check_model, takes
+from psframe.models.contract import Contract, check_parameters
 from psframe.optim import Average, Grouped
 from psframe.placement import Servers
 from psframe.runtime import Result, run
@@ -62,6 +65,8 @@ class TrainResult:
         accuracy: of these parameters on the test part, in [0, 1]; None but on the root.
         history: one entry an epoch; empty but on the root.
         evaluation: of these parameters on the test part; None but on the root.
+        failure: why there is no evaluation, on every rank, if the last one failed; accuracy is then
+            what was found during the run, if that was of these parameters.
         best_epoch: whose parameters they are, with a validation part; else None.
         stopped_early: whether nothing had improved for `patience` epochs.
     """
@@ -70,6 +75,7 @@ class TrainResult:
     accuracy: float | None
     history: list[EpochSummary] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    failure: Exception | None = None
     best_epoch: int | None = None
     stopped_early: bool = False
 
@@ -85,15 +91,19 @@ class Trainer:
         batch_size: samples in a batch of one worker.
         epochs: how often each training sample is used.
         seed: of the initial parameters, the order of samples, augmentation and dropout.
-        patience: stop after so many epochs without a better accuracy on the validation part.
+        patience: stop after so many epochs without a better accuracy on the validation part; that
+            its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
-        servers, workers, run_dir, overwrite, clip_norm, comm, config: as for `psframe.run`.
+        servers, workers, overwrite, clip_norm, comm, config: as for `psframe.run`.
+        run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
+            ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
             that returns True ends the training.
         observer: called on the root with each event of the run, every push among them; it may
             have methods `tick` and `opened`, as for `psframe.run`.
         prefetch: whether a thread prepares the next batch meanwhile.
         spans: whether the observer is told when which rank was at what.
+        name: of the model, as ``--model`` has it, for its weights; package.module:Class if None.
 
     Raises:
         ArgumentError: the model lacks a method, or a count is not positive.
@@ -121,14 +131,15 @@ class Trainer:
         observer: Callable[[HostEvent], Any] | None = None,
         prefetch: bool = True,
         spans: bool = False,
+        name: str | None = None,
     ) -> None:
         check_model(model)
-        for name, count in (("batch_size", batch_size), ("epochs", epochs), ("patience", patience)):
-            if count is not None and count < 1:
-                raise ArgumentError(f"{name}: expected 1 or more, got {count}")
-        for callback in callbacks:
-            if not callable(callback):
-                raise ArgumentError(f"callbacks: expected functions, got {callback!r}")
+        for what, count in (("batch_size", batch_size), ("epochs", epochs), ("patience", patience)):
+            if count is not None:
+                _check_count(what, count)
+        given: object = callbacks
+        if not isinstance(given, Sequence) or not all(map(callable, given)):
+            raise ArgumentError(f"callbacks: expected a tuple of functions, got {callbacks!r}")
         self.model = model
         self.batch_size = batch_size
         self.epochs = epochs
@@ -138,6 +149,7 @@ class Trainer:
         self._observer = observer
         self._prefetch = prefetch
         self._spans = spans
+        self._name = name_of(model) if name is None else name
         self._placement: dict[str, Any] = {
             "servers": servers,
             "workers": workers,
@@ -163,11 +175,14 @@ class Trainer:
         """Train on `train`; evaluate on the other parts after each epoch.
 
         SPMD: every rank calls it with equal data. What `psframe.run` raises passes through. With
-        a validation part the parameters that did best on it are kept.
+        a validation part the parameters that did best on it are kept. They are saved before they
+        are evaluated for the last time: if that fails, the training is not lost, and the result
+        says why.
 
         Raises:
             ArgumentError: there are no samples, the parts differ in shape, or there is patience
                 and no validation part.
+            RunDirError: the weights cannot be saved, on the root, at the end.
         """
         if isinstance(train, Parts):
             train, validation, test = train
@@ -178,7 +193,7 @@ class Trainer:
                 "--validation-fraction 0.1"
             )
         stepper = Stepper(
-            self.model,
+            Contract(self.model, train.n_classes),
             train,
             {"": test, "validation_": validation},
             batch_size=self._batch_size(len(train)),
@@ -189,7 +204,7 @@ class Trainer:
             takes_rng=takes(self.model, "rng"),
         )
         history = History(stepper.evaluates, self._callbacks, self.patience)
-        observer = _Observer(history, self._observer)
+        observer = Onlookers(history, self._observer)
         result = run(
             stepper.work,
             initial_params(self.model, self.seed),
@@ -200,15 +215,27 @@ class Trainer:
             **self._placement,
             **self._run_arguments,
         )
+        if not self._alone():
+            self._placement["workers"] = None  # which it has said to be ignored
         history.close()
-        evaluation = None if test is None else self._evaluate(result.params, test)
+        evaluation: Evaluation | None = None
+        failure: Exception | None = None
+        version = result.version if result.kept_version is None else result.kept_version
+        with Ending(result, self._name, train, history.accuracy(version)) as ending:
+            try:
+                evaluation = None if test is None else self._evaluate(result.params, test)
+            except Exception as error:  # on every rank, as `run` raises
+                ending.error = failure = error
+            if evaluation is not None:
+                ending.accuracy = evaluation.accuracy
         if not result.is_root:
-            return TrainResult(result, None)
+            return TrainResult(result, None, failure=failure)
         return TrainResult(
             result,
-            None if evaluation is None else evaluation.accuracy,
+            ending.accuracy,
             history.epochs,
             evaluation,
+            failure,
             history.best_epoch,
             history.stopped_early,
         )
@@ -223,16 +250,21 @@ class Trainer:
         Returns:
             The evaluation, on the root; None elsewhere.
         """
+        self._check_given(params, data)
         return self._evaluate(params, data)
 
     def predict(self, params: Mapping[str, Any] | None, data: Dataset) -> Predictions | None:
         """Predict a dataset on all workers, in its order; as `evaluate`."""
+        self._check_given(params, data)
+        return self._predict(params, data)
+
+    def _predict(self, params: Mapping[str, Any] | None, data: Dataset) -> Predictions | None:
         if params is None:  # not the root: only names, shapes and dtypes count
             params = initial_params(self.model, self.seed)
-        return predict(self.model, params, data, **self._placement)
+        return predict(Contract(self.model, data.n_classes), params, data, **self._placement)
 
     def _evaluate(self, params: Mapping[str, Any] | None, data: Dataset) -> Evaluation | None:
-        predictions = self.predict(params, data)
+        predictions = self._predict(params, data)
         if predictions is None:
             return None
         y = data.labels
@@ -242,6 +274,26 @@ class Trainer:
             confusion_matrix(y, predictions.labels, data.n_classes),
             predictions,
         )
+
+    def _alone(self) -> bool:
+        """Tell whether everything happens in this process."""
+        return self._placement["comm"] is None and find_launcher() is None
+
+    def _check_given(self, params: object, data: object) -> None:
+        """Check what is to be evaluated; between ranks `run` compares the parameters."""
+        _check_dataset("data", data)
+        if not self._alone():
+            return
+        if not isinstance(params, Mapping):
+            raise ArgumentError(
+                f"params: expected a mapping of names to arrays, got {type(params).__name__}"
+            )
+        expected = {name: np.shape(p) for name, p in initial_params(self.model, self.seed).items()}
+        given = {name: np.shape(p) for name, p in params.items()}
+        if given != expected:
+            raise ArgumentError(
+                f"params: expected those of {type(self.model).__name__}, {expected}, got {given}"
+            )
 
     def _batch_size(self, samples: int) -> int:
         size = min(self.batch_size, samples)
@@ -255,23 +307,14 @@ class Trainer:
         return size
 
 
-class _Observer:
-    """Hands each event to the history and to the caller's own observer."""
-
-    def __init__(self, history: History, other: Callable[[HostEvent], Any] | None) -> None:
-        self._history = history
-        self._other = other
-        self.tick: Callable[[], None] = getattr(other, "tick", lambda: None)
-        self.opened: Callable[[Path], None] = getattr(other, "opened", lambda folder: None)
-
-    def __call__(self, event: HostEvent) -> bool:
-        asked = self._other is not None and self._other(event) is True
-        return self._history(event) or asked
-
-
 def _with_averages(optimizer: Any, model: Model) -> Any:
     """Let the servers average what the model observes and does not train."""
     averages = getattr(model, "averages", None)
+    if averages is not None and not isinstance(averages, Mapping):
+        raise ArgumentError(
+            f"model: {type(model).__name__}.averages: expected a dict of names to momenta in "
+            f"[0, 1), got {averages!r}"
+        )
     if not averages:
         return optimizer
     groups = {glob.escape(name): Average(momentum) for name, momentum in averages.items()}
@@ -284,18 +327,38 @@ def initial_params(model: Model, seed: int) -> dict[str, Any]:
     Raises:
         ArgumentError: they are not what a server can hold.
     """
-    params = model.init(np.random.default_rng(seed))
+    try:
+        params = model.init(np.random.default_rng(seed))
+    except SystemExit as error:  # it would end this process without a word
+        raise ArgumentError(
+            f"model: {type(model).__name__}.init called sys.exit({error.code!r})"
+        ) from error
     try:
         Layout.of(params)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"model: {type(model).__name__}.init: {error}") from error
+    check_parameters(params, f"model: {type(model).__name__}.init")
     return dict(params)
 
 
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ArgumentError(f"{name}: expected 1 or more, got {value}")
+
+
+def _check_dataset(name: str, data: object) -> None:
+    if not isinstance(data, Dataset):
+        raise ArgumentError(f"{name}: expected a psframe.data.Dataset, got {type(data).__name__}")
+
+
 def _check_data(train: Dataset, validation: Dataset | None, test: Dataset | None) -> None:
+    _check_dataset("train", train)
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is None:
             continue
+        _check_dataset(name, part)
         if len(part) == 0:
             raise ArgumentError(f"{name}: expected at least one sample, got none")
         if part.input_shape != train.input_shape:

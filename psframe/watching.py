@@ -15,6 +15,7 @@ from psframe.errors import ArgumentError
 from psframe.events import HostEvent, Spans
 from psframe.history import EpochSummary
 from psframe.monitor import Monitor
+from psframe.placement import line_of
 from psframe.tensorboard import EventFiles
 from psframe.timeline import Timeline
 from psframe.timetrace import TimeTrace
@@ -28,7 +29,7 @@ class Watching:
     Args:
         monitor: what the others look at.
         servers: S.
-        line: the ranks in the order servers, workers; as they are numbered if empty.
+        serving: the ranks that serve, server 0 first; empty without MPI.
         show: what is displayed; see `display_for`. "none" on ranks that are not the root.
         title: the live display's first line.
         evaluation: what its accuracy is of.
@@ -36,7 +37,7 @@ class Watching:
         tensorboard, trace: whether to write event files, and a trace.
 
     Attributes:
-        monitor, line: as given.
+        monitor: as given.
 
     Raises:
         ArgumentError: `tensorboard` is not installed.
@@ -47,7 +48,7 @@ class Watching:
         monitor: Monitor,
         *,
         servers: int,
-        line: Sequence[int] = (),
+        serving: Sequence[int] = (),
         show: Any = "auto",
         title: str = "",
         evaluation: str = "test",
@@ -57,7 +58,8 @@ class Watching:
     ) -> None:
         self.monitor = monitor
         self._servers = servers
-        self.line = line
+        self._serving = serving
+        self._workers = 0  # of which there are spans
         self._display: Display = display_for(
             sys.stdout, monitor, show=show, title=title, evaluation=evaluation, launched=launched
         )
@@ -89,6 +91,12 @@ class Watching:
         if self._trace is not None and self._folder is not None:
             self._trace.write(self._folder, self._servers, self.line)
 
+    @property
+    def line(self) -> tuple[int, ...]:
+        """The ranks in the order servers, workers, those that are known of; empty without MPI."""
+        known = max(self.monitor.workers, self._workers)
+        return line_of(self._serving, len(self._serving) + known) if self._serving else ()
+
     def opened(self, folder: Path) -> None:
         """Learn where the run's files go."""
         self._folder = folder
@@ -105,6 +113,7 @@ class Watching:
     def __call__(self, event: HostEvent) -> None:
         """Take one event of the run."""
         if isinstance(event, Spans):
+            self._workers = max(self._workers, event.worker + 1)
             if self._trace is not None:
                 self._trace(event)
             return

@@ -168,7 +168,6 @@ def _summary(
             {
                 "worker": i,
                 "rank": i + 1,
-                "device": "cpu",
                 "pushes": int(row[0]),
                 "samples": int(row[1]),
                 "samples_per_s": row[1] / seconds,

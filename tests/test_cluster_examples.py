@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -40,7 +42,8 @@ def commands(text: str) -> list[list[str]]:
     """The command lines of psframe's in a script, a line each."""
     joined = re.sub(r"\\\n\s*", "", text)
     lines = (line.strip() for line in joined.splitlines() if not line.lstrip().startswith("#"))
-    return [shlex.split(line.split(" || ")[0]) for line in lines if "-m psframe." in line]
+    whole = [re.split(r" \|\| | &$", line)[0] for line in lines if "-m psframe." in line]
+    return [shlex.split(line) for line in whole]
 
 
 def check(words: list[str]) -> None:
@@ -112,3 +115,79 @@ def test_an_image_installs_psframe_with_an_extra_that_there_is(name: str) -> Non
     assert extras is not None
     named = "openmpi" if extras[1] == "${EXTRAS}" else extras[1]
     assert f'\n{named} = ["' in (ROOT / "pyproject.toml").read_text()
+
+
+def fake_run(folder: Path, body: str) -> dict[str, str]:
+    """An environment in which each script starts, in place of a training, a shell script."""
+    fake = folder / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/bash\nmkdir -p "$RUN_DIR"\n{body}\n')
+    fake.chmod(0o755)
+    for name in ("srun", "mpirun"):
+        fake.with_name(name).symlink_to(fake)
+    (folder / "nodes").write_text("a\na\n")
+    return {
+        "PATH": f"{fake.parent}:{os.environ['PATH']}",
+        "VENV": str(folder),
+        "RUN_DIR": str(folder / "run"),
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "1",
+        "PBS_O_WORKDIR": str(folder),
+        "PBS_NODEFILE": str(folder / "nodes"),
+        "PBS_JOBID": "1",
+    }
+
+
+RUNNABLE = pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.is_relative_to(EXAMPLES)], ids=lambda p: p.name
+)
+
+
+@RUNNABLE
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_status_is_shown_however_the_run_ends(
+    tmp_path: Path, script: Path, status: int
+) -> None:
+    env = fake_run(tmp_path, f'echo "the status" >"$RUN_DIR/status.json"; exit {status}')
+    done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=30, env=env)
+    assert (done.stdout, done.stderr, done.returncode) == ("the status\n", "", status)
+
+
+@RUNNABLE
+def test_a_run_that_never_began_has_failed(tmp_path: Path, script: Path) -> None:
+    env = fake_run(tmp_path, "exit 2")
+    done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=30, env=env)
+    assert (done.stdout, done.returncode) == ("", 2)
+
+
+@pytest.mark.parametrize(
+    ("script", "whole_job"),
+    [("slurm/train.sbatch", False), ("pbs/train.pbs", True)],
+    ids=["slurm", "pbs"],
+)
+def test_a_warning_reaches_the_run(tmp_path: Path, script: str, whole_job: bool) -> None:
+    """Slurm signals the script's shell alone, as asked for; PBS every process of the job."""
+    body = (
+        "trap 'kill $!; echo interrupted >\"$RUN_DIR/status.json\"; exit 7' TERM\n"
+        "sleep 60 >/dev/null &\necho started\nwait\n"
+    )
+    started = subprocess.Popen(
+        ["bash", EXAMPLES / script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=fake_run(tmp_path, body),
+        start_new_session=True,
+    )
+    with started as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "started\n"
+        (os.killpg if whole_job else os.kill)(job.pid, signal.SIGTERM)
+        rest, _ = job.communicate(timeout=30)
+    assert (rest, job.returncode) == ("interrupted\n", 7)
+
+
+def test_slurm_is_asked_to_signal_the_shell_that_passes_it_on() -> None:
+    """And where srun starts the tasks, the tasks."""
+    for name, how in (("train.sbatch", "B:TERM@60"), ("train-srun.sbatch", "TERM@60")):
+        text = (EXAMPLES / "slurm" / name).read_text()
+        assert re.findall(r"^#SBATCH --signal=(\S+)$", text, re.MULTILINE) == [how]

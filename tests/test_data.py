@@ -85,6 +85,19 @@ def test_subsets_of_subsets() -> None:
     np.testing.assert_array_equal(inner.batch(np.array([1]))[0][:, 0], [21])
 
 
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("a", "b", "c"), "has 2 classes, but 3 names for them"),
+        (("a", "a"), "'a' is the name of more than one"),
+        (("a", "\ud800"), "a name is no text"),
+    ],
+)
+def test_names_of_classes_tell_them_apart(classes: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=f"data 'made': .*{words}"):
+        Dataset(np.zeros((2, 1)), np.arange(2), 2, "made", classes)
+
+
 def test_what_was_not_checked_is_found_when_it_is_read() -> None:
     x = np.ones((6, 2), np.float32)
     x[4, 1] = np.nan

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from report_runs import write_run
 
 from psframe.data import Parts, load
 from psframe.data.__main__ import main
@@ -108,6 +111,35 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> N
         convert(data, Path("out"), samples_per_shard=100, overwrite=True)
     assert sorted((p.name, p.stat().st_size) for p in Path("out").iterdir()) == before
     assert [p.name for p in Path().iterdir()] == ["out"]
+
+
+def test_a_name_that_is_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    said = told(capsys, "convert", "digits", "a" * 300, status=1)
+    assert said.endswith(": cannot be written: File name too long\n")
+    assert list(Path().iterdir()) == []
+
+
+def test_what_a_terminal_would_obey_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    label = "red\x1b[31m\u202e"
+    Path("t.csv").write_text(f'1,2,{label}\n3,4,"a\rb"\n5,6,ümlaut\n', encoding="utf-8")
+    lines = told(capsys, "describe", "t.csv").splitlines()
+    assert lines[-1].split("  ")[-3:] == ["a\\rb: 1", "red\\x1b[31m\\u202e: 1", "ümlaut: 1"]
+    found = json.loads(told(capsys, "describe", "t.csv", "--json"))
+    assert found["classes"] == ["a\rb", label, "ümlaut"]
+    said = told(capsys, "describe", "t.csv", "--label", "x", status=1)
+    assert "\x1b" not in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("flags", [["data", "describe", "digits"], ["report", "r"]])
+def test_output_into_a_full_disk(flags: list[str]) -> None:
+    if flags[0] == "report":
+        write_run(Path("r"))
+    line = [sys.executable, "-m", f"psframe.{flags[0]}", *flags[1:]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr == "psframe: error: [Errno 28] No space left on device\n"
 
 
 def test_wrong_flags_end_with_status_2() -> None:

@@ -12,13 +12,13 @@ import struct
 import sys
 import termios
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from psframe import terminal
 from psframe.board import Line, board, one_line
-from psframe.display import Display, display_for
+from psframe.display import Display, can_write, display_for
 from psframe.events import EpochDone, Evaluated, Logged, PushHandled
 from psframe.monitor import Monitor
 from psframe.statistics import Statistics
@@ -112,7 +112,7 @@ def test_a_line_now_and_one_at_the_end() -> None:
         "  staleness 1.00  0:25 left"
     )
     last = one_line(now, last=True, evaluation="validation")
-    assert last.startswith("1 of 4 epochs in 0:15  updates 90 (6/s)  60 samples/s  loss 0.25")
+    assert last.startswith("1 of 4 epochs in 15.00 s  updates 90 (6/s)  60 samples/s  loss 0.25")
     assert "validation accuracy" in last
     short = "epoch 2/4 50%  loss 0.25  test accuracy 90.00%"
     assert one_line(now, width=60) == short, "what matters least goes first"
@@ -267,7 +267,7 @@ def test_a_terminal_gets_a_board_in_place_and_keeps_a_line(screen: Screen) -> No
     assert "\x1b[36m" in first, "the bar has a colour"
     assert second.count("\x1b[1A") == first.count("\n"), "drawn over the first"
     assert last.endswith("\r\n")
-    assert "1 of 4 epochs in 0:15" in last.splitlines()[-1]
+    assert "1 of 4 epochs in 15.13 s" in last.splitlines()[-1]
     assert "?25" not in first + second + last, "no hidden cursor"
     assert "?1049" not in first + second + last, "no other screen"
 
@@ -375,6 +375,16 @@ def test_bars_for_terminals_that_know_ascii_only(screen: Screen) -> None:
 
 
 # ---- which terminal ----
+
+
+def test_what_a_stream_can_write_is_known_by_its_encoding() -> None:
+    class Bare:
+        """It has a `write` and no encoding."""
+
+    assert can_write(io.StringIO(), "█")
+    assert can_write(io.TextIOWrapper(io.BytesIO(), "utf-8"), "█")
+    assert not can_write(io.TextIOWrapper(io.BytesIO(), "ascii"), "█")
+    assert not can_write(cast(Any, Bare()), "█")
 
 
 def test_a_file_is_no_terminal() -> None:

@@ -284,3 +284,32 @@ def test_a_file_that_one_rank_lacks_is_told_by_rank_0(venv: str, tmp_path: Path)
     assert "rank 2: ArgumentError: data 'none.npz': no such file" in done.stderr
     status = json.loads(next(tmp_path.glob("runs/*/status.json")).read_text(encoding="utf-8"))
     assert status["state"] == "failed"
+
+
+@pytest.mark.parametrize("venv", VENVS)
+def test_settings_that_one_rank_lacks_are_told_by_rank_0(venv: str, tmp_path: Path) -> None:
+    """Rank 2 has no such file, as on a node of its own; nobody waits for it."""
+    (tmp_path / "c.toml").write_text("epochs = 1\n", encoding="ascii")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from psframe.launcher import find_launcher\n"
+        "from psframe.train import main\n"
+        "if find_launcher().rank == 2:\n"
+        "    os.chdir('/')\n"
+        "sys.exit(main(['--config', 'c.toml']))\n",
+        encoding="ascii",
+    )
+    done = subprocess.run(
+        [ROOT / venv / "bin" / "mpirun", "-n", "3", ROOT / venv / "bin" / "python", script],
+        env=bare(),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_BOUND_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "rank 2: ArgumentError: --config: c.toml: cannot be read: No such file" in done.stderr
+    assert not (tmp_path / "runs").exists()

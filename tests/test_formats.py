@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -21,9 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psframe.data import Dataset, Parts, load
+from psframe.data import Dataset, Parts, Preprocessing, load
 from psframe.data.formats.shards import ShardedArray
 from psframe.data.unlabelled import load_samples
+from psframe.errors import ArgumentError
 
 N = 12
 RNG = np.random.default_rng(0)
@@ -586,6 +588,16 @@ def test_parquet(tmp_path: Path) -> None:
         load(path)
 
 
+def test_parquet_with_a_column_twice(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    column = pa.array([1.0, 2.0])
+    pq.write_table(pa.table([column] * 3, names=["a", "a", "y"]), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet': has 2 columns named 'a'; rename") as caught:
+        load(tmp_path / "d.parquet")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("labels", [[1, 2, 1], [100, 200, 100], [-3, 10, 9], [2, 1, 2]])
 def test_a_table_is_the_same_as_parquet_and_as_csv(tmp_path: Path, labels: list[int]) -> None:
     pa = pytest.importorskip("pyarrow")
@@ -651,6 +663,10 @@ def test_shards_with_nan_are_found_when_they_are_read(tmp_path: Path) -> None:
         ({"parts": {"train": [{"x": "a-x.npy", "y": "a-y.npy", "n": 6}]}}, "5 samples, expected 6"),
         ({"parts": {"train": [{"x": "a-x.npy", "y": "a-y.npy", "n": True}]}}, "expected"),
         ({"parts": {"train": [{"x": "a-x.npy"}]}}, "is no index of shards"),
+        ({"classes": "pqr"}, "expected a list of classes' names, got 'pqr'"),
+        ({"classes": ["p", "q", None]}, "expected a list of classes' names"),
+        ({"classes": ["p", "q", "p"]}, "'p' is the name of more than one"),
+        ({"classes": ["p", "q", "\ud800"]}, "a name is no text"),
         ({"parts": [1]}, "is no index of shards"),
         ({"parts": {"train": [{"x": "no.npy", "y": "a-y.npy", "n": 5}]}}, "no.npy: cannot be read"),
         ({"classes": ["one"]}, "labels from 0 to 2, expected 0 to 0"),
@@ -676,6 +692,139 @@ def test_shards_that_are_cut_or_differ(tmp_path: Path) -> None:
     np.save(folder / "b-x.npy", X[5:, :2])
     with pytest.raises(ValueError, match=r"b-x\.npy differs in shape or dtype"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (X[:, :0], "a-x.npy has shape (5, 0), expected at least one feature"),
+        (X[:, 0], "a-x.npy has shape (5,)"),
+    ],
+)
+def test_shards_without_features(tmp_path: Path, x: Any, words: str) -> None:
+    folder = shards(tmp_path / "s", x)
+    with pytest.raises(ValueError, match=r"data '.*s'") as caught:
+        load(folder)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "no finite number"), (1e300, "too large for float32")]
+)
+def test_values_of_shards_that_float32_does_not_hold(
+    tmp_path: Path, value: float, words: str
+) -> None:
+    x = X.astype(np.float64)
+    x[7, 2] = value
+    train = parts(load(shards(tmp_path / "s", x))).train
+    same(train.subset(np.arange(7)), X[:7], Y[:7])
+    said = re.escape(f"'x' has {value} in sample 7, at (2,): {words}")
+    with pytest.raises(ArgumentError, match=said):
+        train.batch(slice(4, 9))
+    with pytest.raises(ArgumentError, match=words):
+        Preprocessing.measure(train)
+
+
+# ---- npy ---------------------------------------------------------------------------------------
+
+
+def broken_npy(kind: str) -> bytes:
+    def saved(array: Any) -> bytes:
+        stream = io.BytesIO()
+        np.save(stream, array)
+        return stream.getvalue()
+
+    def headed(header: str) -> bytes:
+        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+    packed = io.BytesIO()
+    np.savez(packed, x=X)
+    return {
+        "zip": packed.getvalue(),
+        "pickle": pickle.dumps(Trap()),
+        "objects": saved(np.array([Trap()], object)),
+        "cut": saved(X)[:-4],
+        "cut header": saved(X)[:40],
+        "empty": b"",
+        "long header": headed("{" + " " * 20_000),
+        "no header": headed("x" * 30),
+        "negative": headed("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, 3)}"),
+        "huge": headed("{'descr': '<f4', 'fortran_order': False, 'shape': (1 << 50, 3)}"),
+        "claiming": headed(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 50}, 3)}}"),
+        "version": b"\x93NUMPY\x09\x00" + bytes(50),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("zip", "is an .npz file, not a .npy; name it .npz"),
+        ("pickle", "is truncated or no .npy file"),
+        ("objects", "holds an array of Python objects, which is never unpickled; save numbers"),
+        ("cut", "claims the shape (12, 3) of float32 and holds 140 bytes"),
+        ("cut header", "has a damaged header"),
+        ("empty", "is truncated or no .npy file"),
+        ("long header", "has a damaged header"),
+        ("no header", "has a damaged header"),
+        ("negative", "has a damaged header: its shape is (-2, 3)"),
+        ("huge", "has a damaged header"),
+        ("claiming", "claims the shape"),
+        ("version", "unknown version (9, 0)"),
+    ],
+)
+def test_npy_that_is_none(tmp_path: Path, kind: str, words: str) -> None:
+    """As samples to be predicted, and as a shard; NumPy's advice to unpickle is not passed on."""
+    (tmp_path / "d.npy").write_bytes(broken_npy(kind))
+    with pytest.raises(ValueError, match=r"data '.*d\.npy': ") as caught:
+        load_samples(tmp_path / "d.npy", None, 3)
+    folder = shards(tmp_path / "s")
+    (folder / "a-x.npy").write_bytes(broken_npy(kind))
+    with pytest.raises(ValueError, match=r"data '.*s': a-x\.npy: ") as in_shards:
+        load(folder)
+    for message in (str(caught.value), str(in_shards.value)):
+        assert words in message
+        assert "allow_pickle" not in message
+        assert "\n" not in message
+
+
+def test_npz_with_a_long_header(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x.npy", broken_npy("long header"))
+    with pytest.raises(ValueError, match=r"'x': has a damaged header") as caught:
+        load(tmp_path / "d.npz")
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_an_npz_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    """65 MiB of zeros in 65 KiB: all is written and refused without being held at once."""
+    path, block = tmp_path / "d.npz", bytes(1 << 20)
+    header = io.BytesIO()
+    fields = {"descr": "|u1", "fortran_order": False, "shape": (65, 1 << 20)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("x.npy", "w") as stream:
+            stream.write(header.getvalue())
+            for _ in range(65):
+                stream.write(block)
+        archive.writestr("y.npy", b"")
+    tracemalloc.start()
+    try:
+        for read in (load, lambda p: load_samples(p, None, 1 << 20)):
+            with pytest.raises(ValueError, match=r"'x' has .* bytes that unpack to 68,157,5") as e:
+                read(path)
+            assert "numpy.savez" in str(e.value)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_small_npz_may_be_packed_as_well_as_it_can_be(tmp_path: Path) -> None:
+    x = np.zeros((1000, 1000))
+    x[7] = 1
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, x=x, y=np.arange(1000) % 2)
+    assert path.stat().st_size * 500 < x.nbytes
+    same(one(load(path)), x, np.arange(1000) % 2)
 
 
 # ---- whatever comes ----------------------------------------------------------------------------

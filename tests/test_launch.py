@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from psframe.errors import ArgumentError
-from psframe.launch import Machine, command_line, find_mpirun, main, program
+from psframe.launch import command_line, main, program
+from psframe.machine import Machine, find_mpirun
 
 OPEN, MPICH = "Open MPI", "MPICH"
 STARTED = ["python", "x.py"]
@@ -25,7 +26,7 @@ def machine(vendor: str = OPEN, **how: Any) -> Machine:
 
 
 def line(where: Machine, environ: dict[str, str] | None = None, **flags: Any) -> str:
-    given = {"n": 4, "hosts": None, "hostfile": None, "env": (), "fault_tolerant": False, **flags}
+    given = {"n": 4, "hosts": None, "hostfile": None, "env": (), **flags}
     found = command_line(SimpleNamespace(**given), STARTED, where, environ or {})
     assert found[-2:] == STARTED
     return " ".join(found[:-2])
@@ -47,7 +48,6 @@ def line(where: Machine, environ: dict[str, str] | None = None, **flags: Any) ->
         ),
         (machine(), {"hosts": "a:2,b:2", "n": None}, "mpirun -n 4 --host a:2,b:2 --bind-to none"),
         (machine(), {"env": ("A=1", "B=x=y")}, "mpirun -n 4 --bind-to none -x A=1 -x B=x=y"),
-        (machine(), {"fault_tolerant": True}, "mpirun --with-ft ulfm -n 4 --bind-to none"),
         (machine(MPICH, root=True, cores=1), {}, "mpirun -n 4"),
         (machine(MPICH), {"hosts": "a:2,b:2"}, "mpirun -n 4 -hosts a:2,b:2"),
         (machine(MPICH), {"env": ("A=1",)}, "mpirun -n 4 -genv A 1"),
@@ -83,7 +83,6 @@ def test_a_file_of_hosts(tmp_path: Path) -> None:
         (OPEN, {"hosts": "a", "hostfile": "f"}, "contradict each other"),
         (OPEN, {"hostfile": "no such file"}, "there is no such file"),
         (OPEN, {"env": ("A",)}, "expected NAME=VALUE, got 'A'"),
-        (MPICH, {"fault_tolerant": True}, "only Open MPI can outlive a rank"),
     ],
 )
 def test_what_makes_no_sense_is_refused(vendor: str, flags: dict[str, Any], words: str) -> None:
@@ -104,7 +103,9 @@ def test_programs(tmp_path: Path) -> None:
         ([], "what is to be started stands after --"),
         (["trian"], "did you mean 'train'?"),
         (["none.py"], "there is no such script"),
-        (["launch"], "expected a command"),
+        (["launch", "--", "train"], "'launch' runs in one process and not on ranks"),
+        (["report", "runs/a"], "start it as psframe report ..."),
+        (["data", "describe"], "start it as psframe data ..."),
     ]:
         with pytest.raises(ArgumentError, match=words):
             program(rest)
@@ -118,18 +119,33 @@ def fake(folder: Path, name: str, says: str) -> Path:
     return path
 
 
-def test_the_launcher_belongs_to_the_library(tmp_path: Path) -> None:
-    """The first in the order of folders that is of the right vendor."""
+def test_the_launcher_belongs_to_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the right vendor: in the environment's folders, then in PATH."""
+
+    def search(*names: str) -> None:
+        here, prefix, *path = (str(tmp_path / name) for name in names)
+        monkeypatch.setattr(sys, "executable", f"{here}/python")
+        monkeypatch.setattr(sys, "prefix", prefix)
+        monkeypatch.setenv("PATH", os.pathsep.join(path))
+
     fake(tmp_path / "a", "mpirun", "HYDRA build details:")
     right = fake(tmp_path / "b", "mpiexec", "prterun (PRRTE) 3.0.3")
-    folders = [str(tmp_path / name) for name in ("none", "a", "b")]
-    assert find_mpirun(OPEN, folders) == str(right)
-    assert find_mpirun(MPICH, folders) == str(tmp_path / "a" / "mpirun")
+    search("none", "none", "a", "b")
+    assert find_mpirun(OPEN) == str(right)
+    assert find_mpirun(MPICH) == str(tmp_path / "a" / "mpirun")
+    search("none", "none", "a")
     with pytest.raises(ArgumentError, match=r"no mpirun of it.*found only .*a/mpirun \(MPICH\)"):
-        find_mpirun(OPEN, folders[:2])
+        find_mpirun(OPEN)
     fake(tmp_path / "c", "mpirun", "something else 1.0")
+    search("c", "none", "none")
     with pytest.raises(ArgumentError, match=r"c/mpirun \(unknown\)"):
-        find_mpirun(OPEN, [str(tmp_path / "c")])
+        find_mpirun(OPEN)
+    (tmp_path / "d").mkdir()
+    near = fake(tmp_path / "d" / "bin", "mpirun", "prterun (PRRTE) 3.0.3")
+    search("none", "d", "b")
+    assert find_mpirun(OPEN) == str(near)
 
 
 def test_a_dry_run_prints_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,18 @@ def test_evaluations_and_the_best_of_them() -> None:
     assert monitor.statistics().best_epoch == 4, "whoever scores them knows better"
 
 
+def test_the_loss_is_that_of_the_last_epoch_and_this_one_in_a_short_run() -> None:
+    feed = Feed(samples=40)
+    for epoch, loss in enumerate((8.0, 4.0, 2.0)):
+        for _ in range(4):
+            feed.step(0, after_s=0.001, loss=loss)
+        feed.monitor(EpochDone(epoch, feed.monitor.updates, 40, 0.0))
+    assert feed.monitor.statistics().loss == 2.0
+    for _ in range(4):
+        feed.step(0, after_s=0.001, loss=1.0)
+    assert feed.monitor.statistics().loss == 1.5
+
+
 def test_a_loss_that_is_not_finite_is_shown_and_then_forgotten() -> None:
     feed = Feed()
     feed.step(0, loss=math.nan)
@@ -187,35 +199,64 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
 
 
-def test_a_line_a_quarter_of_a_second_and_one_at_the_end(tmp_path: Path) -> None:
+def test_a_line_at_once_then_one_a_twentieth_of_a_second_and_one_at_the_end(
+    tmp_path: Path,
+) -> None:
     feed = Feed()
+    feed.clock.now += 3.0
     timeline = Timeline(tmp_path, feed.monitor)
     for _ in range(10):
-        feed.step(0, after_s=0.125, compute_s=0.1)
+        feed.step(0, after_s=0.03125, compute_s=0.1)
         timeline.tick()
     feed.clock.now += 0.125
     timeline.close()
     timeline.tick()
     timeline.close()
     found = lines(tmp_path)
-    assert [line["time_s"] for line in found] == [0.125, 0.375, 0.625, 0.875, 1.125, 1.375]
+    assert found[0] == {"time_s": 3.0, "update": 0, "workers": [[0, 0, 0, 0.0, 0.0, 0.0]] * 2}
+    times = [round(line["time_s"], 2) for line in found]
+    assert times == [3.0, 3.06, 3.12, 3.19, 3.25, 3.31, 3.44]
     assert found[1] == {
-        "time_s": 0.375,
-        "update": 3,
-        "workers": [[3, 30, 0, 0.3, 0.0, 0.0], [0, 0, 0, 0.0, 0.0, 0.0]],
+        "time_s": 3.062,
+        "update": 2,
+        "workers": [[2, 20, 0, 0.2, 0.0, 0.0], [0, 0, 0, 0.0, 0.0, 0.0]],
     }
 
 
+def test_rates_count_from_the_first_push_that_was_handled() -> None:
+    """The first step was logged before its push, which waited 5 s for the server to compile."""
+    feed = Feed()
+    feed.monitor(Logged(0, {"samples": (10.0, 1)}))
+    feed.clock.now += 5.0
+    feed.push(0)
+    for _ in range(9):
+        feed.step(0, after_s=1.0)
+    (one, _) = feed.monitor.statistics().workers
+    assert one.mean_samples_per_s == pytest.approx(100 / 9)
+
+
+def test_the_last_sign_of_life_has_its_own_line(tmp_path: Path) -> None:
+    """The run is over at 0.02 s; its evaluation, of which the monitor hears nothing, takes 7 s."""
+    feed = Feed()
+    timeline = Timeline(tmp_path, feed.monitor)
+    for _ in range(2):
+        feed.step(0, after_s=0.01)
+    feed.clock.now += 7.0
+    timeline.close()
+    found = [(line["time_s"], line["update"]) for line in lines(tmp_path)]
+    assert found == [(0.0, 0), (0.02, 2), (7.02, 2)]
+
+
 @pytest.mark.parametrize(
-    ("workers", "elapsed", "every"), [(64, 0, 0.25), (640, 0, 2.5), (2, 1e6, 1e3)]
+    ("workers", "elapsed", "every"),
+    [(2, 0, 0.05), (64, 0, 0.2), (640, 0, 2.0), (2, 1e6, 1e3), (128, 1e6, 2e3)],
 )
 def test_lines_are_fewer_the_more_there_are(
     tmp_path: Path, workers: int, elapsed: float, every: float
 ) -> None:
     feed = Feed(workers=workers)
-    timeline = Timeline(tmp_path, feed.monitor)
     feed.clock.now += elapsed
-    timeline.tick()
+    timeline = Timeline(tmp_path, feed.monitor)
     for part in (0.9, 0.2):
         feed.clock.now += part * every
         timeline.tick()

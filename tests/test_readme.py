@@ -66,7 +66,7 @@ def test_the_work_function_is_ten_lines_at_most() -> None:
 )
 def test_flags_are_flags(flag: tuple[str, str]) -> None:
     name = flag[0] or flag[1]
-    of_mpirun = {"--oversubscribe", "--bind-to"}
+    of_mpirun = {"--allow-run-as-root", "--oversubscribe", "--bind-to"}
     settings = {"--" + key.replace("_", "-") for key in vars(Settings())}
     assert name in settings | of_mpirun | {"--help"}
 

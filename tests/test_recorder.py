@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,81 @@ def test_a_line_an_epoch_with_its_evaluation(tmp_path: Path) -> None:
             "evaluated_update": 90,
         },
     ]
+
+
+def status(folder: Path) -> tuple[str, int, float | None]:
+    found = json.loads((folder / "status.json").read_text())
+    return found["state"], found["updates"], found["test_accuracy"]
+
+
+def test_the_status_of_a_running_run_tells_how_far_it_is(tmp_path: Path) -> None:
+    now = [0.0]
+    recorder = Recorder(RunDir.create(tmp_path, config={}), lambda: now[0])
+    assert status(tmp_path) == ("running", 0, None)
+    recorder(EpochDone(0, 10, 100, 0.0))
+    recorder(Evaluated(0, 10, {"correct": 1.0, "count": 2.0}))
+    assert status(tmp_path) == ("running", 10, 0.5)
+    now[0] = 0.5
+    recorder(EpochDone(1, 20, 100, 0.0))
+    recorder(Evaluated(1, 20, {"correct": 2.0, "count": 2.0}))
+    assert status(tmp_path) == ("running", 10, 0.5), "not so soon again"
+    now[0] = 1.0
+    recorder(EpochDone(2, 30, 100, 0.0))
+    recorder(Evaluated(2, 30, {"correct": 2.0, "count": 2.0}))
+    assert status(tmp_path) == ("running", 30, 1.0)
+
+
+def test_the_status_is_left_to_the_verdict_once_closed(tmp_path: Path) -> None:
+    recorder = Recorder(RunDir.create(tmp_path, config={}), Clock())
+    recorder(EpochDone(0, 10, 100, 0.0))
+    recorder.close()
+    assert len(lines(tmp_path)) == 1
+    assert status(tmp_path) == ("running", 0, None)
+
+
+def test_a_signal_waits_until_the_status_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handler writes the verdict, and that must be what is written last."""
+    run_dir = RunDir.create(tmp_path, config={})
+    recorder = Recorder(run_dir, Clock(), evaluations=False)
+    fsync = os.fsync
+
+    def verdict(number: int, frame: Any) -> None:
+        recorder.close()
+        run_dir.status("interrupted", updates=10)
+
+    def interrupted(fd: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        signal.raise_signal(signal.SIGTERM)
+        fsync(fd)
+
+    before = signal.signal(signal.SIGTERM, verdict)
+    try:
+        monkeypatch.setattr(os, "fsync", interrupted)
+        recorder(EpochDone(0, 10, 100, 0.0))
+        assert signal.getsignal(signal.SIGTERM) is verdict
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status(tmp_path)[0] == "interrupted"
+
+
+def test_a_disk_that_refuses_the_status_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(RunDir.create(tmp_path, config={}), Clock(), evaluations=False)
+
+    def full(self: Path, *args: Any, **keywords: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    for epoch in range(5):
+        recorder(EpochDone(epoch, epoch, 100, 0.0))
+    recorder.close()
+    monkeypatch.undo()
+    assert len(caplog.records) == 1
+    assert len(lines(tmp_path)) == 5
 
 
 def test_what_workers_measured_is_summed_by_epoch(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ from psframe.report import make_report
 from psframe.report.__main__ import main
 from psframe.report.facts import gather
 from psframe.report.page import page
-from psframe.report.reading import Run, number, read_run
+from psframe.report.reading import Run, Timeline, number, read_run
+from psframe.report.spans import on_one_clock, spans_of_times, spans_of_work, started_s
 from psframe.report.words import findings
+from psframe.summary import find_slowest
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
@@ -93,6 +95,9 @@ def check_page(file: Path) -> Page:
     assert "https:" not in text
     assert "@import" not in text
     return read
+
+
+ALIKE = "all workers are much alike"
 
 
 def said(run: Run) -> str:
@@ -179,6 +184,142 @@ def test_without_a_summary_the_other_files_say_nearly_the_same(whole: Path, tmp_
         assert one.share("data_s") == pytest.approx(other.share("data_s"))
 
 
+# ---- one clock, and where the time went ----
+
+
+def timeline_of(*lines: tuple[float, list[list[float]]]) -> Timeline:
+    """A timeline of (time_s, a row a worker)."""
+    return Timeline(np.array([t for t, _ in lines]), np.array([w for _, w in lines], float))
+
+
+def test_metrics_and_timeline_count_from_the_start_of_the_command(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"epoch": 0, "time_s": 2.0}, {"epoch": 1}])
+    rows = [{"time_s": t, "workers": [[n] * 6]} for t, n in ((1.5, 0), (3.0, 0), (3.4, 1), (4, 9))]
+    write_lines(tmp_path / "timeline.jsonl", rows)
+    run = read_run(tmp_path)
+    on_one_clock(run)
+    assert run.metrics["time_s"][0] == 3.5
+    assert started_s(run.timeline) == 3.4
+    # A timeline that begins in the middle says nothing of when the folder was opened.
+    write_lines(tmp_path / "timeline.jsonl", rows[2:])
+    run = read_run(tmp_path)
+    on_one_clock(run)
+    assert run.metrics["time_s"][0] == 2.0
+    assert math.isnan(started_s(run.timeline))
+
+
+def test_a_wait_is_spread_over_the_time_it_took() -> None:
+    """Worker 0 computes for 1 s and waits for 3; worker 1 computes all the time."""
+    idle, mid = [1, 32, 0, 1.0, 0.0, 0.0], [2, 64, 0, 1.0, 3.0, 0.0]
+    timeline = timeline_of(
+        (0.0, [[0] * 6, [0] * 6]),
+        (1.0, [idle, [1, 32, 0, 1.0, 0.0, 0.0]]),
+        (2.0, [idle, [2, 64, 0, 2.0, 0.0, 0.0]]),
+        (3.0, [idle, [3, 96, 0, 3.0, 0.0, 0.0]]),
+        (4.0, [mid, [4, 128, 0, 4.0, 0.0, 0.0]]),
+    )
+    found = spans_of_times(timeline)
+    assert found is not None
+    assert found.edges_s.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert found.done[:, 0].tolist() == [[0, 1, 0]] * 3
+    assert found.done[:, 1].tolist() == [[1, 0, 0]] * 3
+    counted = spans_of_work(timeline)
+    assert counted is not None
+    assert counted.done[:, :, 1].sum() == 3 * 32 + 32
+
+
+def test_start_up_and_the_evaluation_at_the_end_are_no_work() -> None:
+    timeline = timeline_of(
+        (1.0, [[0] * 6]),
+        (5.0, [[1, 32, 0, 0.01, 4.0, 0.0]]),
+        (6.0, [[61, 1952, 0, 0.5, 4.4, 0.0]]),
+        (7.0, [[121, 3872, 0, 1.0, 4.8, 0.0]]),
+        (20.0, [[121, 3872, 0, 1.0, 4.8, 0.0]]),
+    )
+    rates, times = spans_of_work(timeline), spans_of_times(timeline)
+    assert rates is not None
+    assert times is not None
+    assert rates.edges_s[[0, -1]].tolist() == times.edges_s[[0, -1]].tolist() == [5.0, 7.0]
+    assert rates.rates.ravel().tolist() == pytest.approx([1920.0] * len(rates.rates))
+    assert (times.done.sum(axis=2) <= times.lengths_s[:, None]).all()
+    assert times.done.sum(axis=(0, 1)).tolist() == pytest.approx([0.99, 0.8, 0.0])
+
+
+@needs_matplotlib
+def test_both_panels_of_times_say_the_same_as_the_summary(whole: Path) -> None:
+    """The mean over time of all workers together is the mean of the bars."""
+    from psframe.report import canvas
+    from psframe.report.workers import times
+
+    run = read_run(whole)
+    facts = gather(run)
+    with canvas.drawing():
+        figure = times(run, facts)
+    left, right = figure.axes
+    bars = [bar.get_height() for bar in left.patches]
+    computing = [sum(bars[i : i + 3]) / 3 for i in (0, 3, 6)]
+    areas = [area.get_paths()[0] for area in right.collections]
+    begin, end = right.get_xlim()
+    for path, share in zip(areas, computing, strict=False):
+        x, y = path.vertices[:-1].T  # there below, and back above
+        area = abs(float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))) / 2
+        assert area / (end - begin) == pytest.approx(share, abs=1e-6)
+    for worker, bar in zip(facts.workers, bars[:3], strict=True):
+        assert bar == pytest.approx(worker.compute_s / facts.seconds, abs=0.02)
+
+
+@needs_matplotlib
+def test_few_spans_are_steps_and_no_slopes(tmp_path: Path) -> None:
+    from psframe.report import canvas
+    from psframe.report.workers import rates
+
+    rows = [[[0] * 6], [[1, 8, 0, 0, 0, 0]], [[30, 240, 0, 0, 0, 0]], [[40, 320, 0, 0, 0, 0]]]
+    lines = [{"time_s": t, "workers": w} for t, w in zip((0.5, 2, 3, 4), rows, strict=True)]
+    write_lines(tmp_path / "timeline.jsonl", lines)
+    run = read_run(tmp_path)
+    with canvas.drawing():
+        (axes,) = rates(run, gather(run)).axes
+    x, y = axes.lines[0].get_data()
+    assert x.tolist() == [2, 3, 3, 4]
+    assert y.tolist() == [232, 232, 80, 80]
+
+
+@needs_matplotlib
+def test_in_step_the_staleness_is_one_bar_among_whole_numbers(whole: Path, tmp_path: Path) -> None:
+    from psframe.report import canvas
+    from psframe.report.curves import staleness
+
+    run = change(shutil.copytree(whole, tmp_path / "run"), mode="bsp", staleness=[900])
+    with canvas.drawing():
+        figure = staleness(run, gather(run))
+        figure.canvas.draw()
+    axes, said_beside = figure.axes
+    low, high = axes.get_xlim()
+    ticks = [t for t in axes.get_xticks() if low <= t <= high]
+    assert ticks == [0, 1, 2, 3, 4]
+    assert axes.patches[0].get_width() < 0.25 * (high - low)
+    assert "0 throughout" in said_beside.texts[0].get_text()
+
+
+@needs_matplotlib
+def test_the_curves_show_the_start_up(tmp_path: Path) -> None:
+    from psframe.report import canvas
+    from psframe.report.curves import curves
+
+    rows = [{"epoch": i, "time_s": 3.0 + i, "train_loss": 1.0 / (i + 1)} for i in range(5)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    rows = [{"time_s": t, "workers": [[n] * 6]} for t, n in ((1.0, 0), (3.5, 0), (3.7, 1), (8, 9))]
+    write_lines(tmp_path / "timeline.jsonl", rows)
+    run = read_run(tmp_path)
+    on_one_clock(run)
+    with canvas.drawing():
+        axes = curves(run, gather(run)).axes[1]
+    assert axes.get_xlabel() == "time since the start (s)"
+    assert axes.get_xlim()[0] == 0
+    assert axes.lines[0].get_xdata().tolist() == [4, 5, 6, 7, 8]
+    assert "start-up" in [text.get_text() for text in axes.texts]
+
+
 # ---- words ----
 
 
@@ -186,8 +327,8 @@ def test_the_words_name_the_worker_that_waits_for_data(whole: Path) -> None:
     text = said(read_run(whole))
     assert "Worker 2 (rank 3) waited 41% of its time for data: slow disk?" in text
     assert "as expected of 2 = W − 1 (W = 3 workers)" in text
-    assert "Worker 2 (rank 3) was the slowest" in text
-    assert "waited for data more than others" in text
+    slowest = r"Worker 2 \(rank 3\) was the slowest, .* ms a step waiting for data, the others "
+    assert re.search(slowest, text)
 
 
 def test_the_words_name_the_worker_that_fell_silent(tmp_path: Path) -> None:
@@ -242,8 +383,37 @@ def test_in_step_the_slowest_has_the_longest_steps(whole: Path, tmp_path: Path) 
     ]
     for slowest in (None, 1):
         text = said(change(run, mode="bsp", workers=rows, slowest=slowest))
-        assert "Worker 1 was the slowest: its own part of a step" in text
-        assert "takes 2.7 times the median's" in text
+        assert "Worker 1 was the slowest, its own part of a step takes 3.2 times as long" in text
+        assert (
+            "and the others wait for it (80 ms a step computing gradients, the others 25 ms)"
+            in text
+        )
+    text = said(change(run, mode="async", workers=rows))
+    assert "wait for it" not in text
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("name", ["summary", "timeline"])
+def test_the_report_and_the_summary_have_one_rule_for_the_slowest(
+    tmp_path: Path, name: str
+) -> None:
+    """Rates differ and one is the lowest; steps do not, so none is slower than the others."""
+    run = write_run(tmp_path / "run", 3, waits=None)
+    rows = [
+        {"worker": i, "pushes": 100 - 9 * i, "samples_per_s": 50 - 4.5 * i, "staleness_mean": 2}
+        | {"compute_s": 3 - 0.27 * i, "servers_s": 0.1, "data_s": 0.1}
+        for i in range(3)
+    ]
+    found = change(run, workers=rows, slowest=1)
+    if name == "timeline":
+        (run / "summary.json").unlink()
+        counts = [[r["pushes"], 32, 0, r["compute_s"], 0.1, 0.1] for r in rows]
+        write_lines(run / "timeline.jsonl", [{"time_s": 3.0, "workers": counts}])
+        found = read_run(run)
+    facts = gather(found)
+    assert (facts.slowest, facts.slowest_why) == find_slowest(rows) == (None, ALIKE)
+    assert "All workers are much alike." in said(found)
+    assert "slowest" not in check_page(make_report(run, images=False)[0]).words
 
 
 def learning(folder: Path, train_loss: list[float], test_loss: list[float]) -> Run:

@@ -161,6 +161,15 @@ def test_a_long_message_does_not_hide_the_stack() -> None:
     assert "in caught" in what.traceback
 
 
+@pytest.mark.parametrize("long", ["x" * 10**6, "x\n" * 10**6], ids=["wide", "high"])
+def test_nor_does_the_message_of_a_cause(long: str) -> None:
+    error = caught(ValueError("boom"))
+    error.__cause__ = caught(KeyError(long) if "\n" not in long else ValueError(long))
+    what = describe(error)
+    assert len(what.traceback) < 10_000
+    assert what.traceback.endswith("ValueError: boom\n")
+
+
 def test_an_exception_without_words() -> None:
     class Odd(Exception):
         def __str__(self) -> str:

@@ -87,7 +87,6 @@ def test_the_record_is_what_readers_of_summary_json_expect() -> None:
         model="mlp",
         data="pets.npz",
         ranks=(1, 2),
-        devices=("cuda:0",),
     )
     workers = found.pop("workers")
     assert found == {
@@ -114,13 +113,12 @@ def test_the_record_is_what_readers_of_summary_json_expect() -> None:
         "confusion": [[3, 1], [0, 0]],
         "per_class": [0.75, None],
         "slowest": None,
-        "best_epoch": 1,
+        "best_epoch": None,  # the monitor saw a best one, but nothing of it was kept
         "stopped_early": False,
     }
     assert workers[0] == {
         "worker": 0,
         "rank": 1,
-        "device": "cuda:0",
         "pushes": 2,
         "samples": 20,
         "samples_per_s": pytest.approx(20 / 0.05, rel=0.01),
@@ -129,7 +127,7 @@ def test_the_record_is_what_readers_of_summary_json_expect() -> None:
         "servers_s": 0.008,
         "data_s": 0.004,
     }
-    assert (workers[1]["rank"], workers[1]["device"]) == (2, None)
+    assert workers[1]["rank"] == 2
 
 
 def test_a_run_that_nobody_watched_has_a_record_all_the_same() -> None:
@@ -180,10 +178,29 @@ def test_a_worker_of_a_lower_rate_is_named_with_the_reason(part: str, words: str
 def test_in_step_the_slowest_is_the_one_that_others_wait_for() -> None:
     waiting = {"compute_s": 0.01, "servers_s": 0.03, "data_s": 0.0}
     slow = {"compute_s": 0.04, "servers_s": 0.0, "data_s": 0.0}
-    found = record([[waiting] * 5, [waiting] * 5, [slow] * 5])
-    slowest, why = find_slowest(found["workers"])
-    assert slowest == 2
-    assert "4 times as long, and the others wait for it: 40 ms a step computing" in why
+    found = record([[waiting] * 5, [waiting] * 5, [slow] * 5], mode="bsp")
+    slowest, why = find_slowest(found["workers"], "bsp")
+    assert found["slowest"] == slowest == 2
+    assert why.startswith("its own part of a step takes 4 times as long, and the others wait for")
+    assert why.endswith(": 40 ms a step computing gradients, the others 10 ms")
+    assert find_slowest(found["workers"], "async")[0] is None, "there nobody waits for it"
+
+
+def test_steps_that_are_nearly_all_waiting_have_no_slowest() -> None:
+    waiting = {"compute_s": 0.001, "servers_s": 0.099, "data_s": 0.0}
+    slow = {"compute_s": 0.004, "servers_s": 0.096, "data_s": 0.0}
+    found = record([[waiting] * 5, [waiting] * 5, [slow] * 5], mode="bsp")
+    assert find_slowest(found["workers"], "bsp") == (None, "all workers are much alike")
+
+
+def test_the_slowest_is_none_of_those_with_the_higher_rates_in_the_table() -> None:
+    """Its steps are longer, its rate is higher: a worker that began late, say."""
+    workers = record([[STEP] * 9, [{**STEP, "servers_s": 0.1}] * 3, [STEP] * 9])["workers"]
+    for one, rate in zip(workers, (100.0, 300.0, 200.0), strict=True):
+        one["samples_per_s"] = rate
+    assert find_slowest(workers)[0] is None
+    workers[1]["samples_per_s"] = 50.0
+    assert find_slowest(workers)[0] == 1
 
 
 def test_of_workers_much_alike_none_is_the_slowest() -> None:
@@ -195,7 +212,8 @@ def test_of_workers_much_alike_none_is_the_slowest() -> None:
 # ---- the text ----
 
 
-def test_the_text_of_a_small_run() -> None:
+def test_the_text_of_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psframe.closing.command", lambda name: f"psframe {name}")
     found = record(
         accuracy=0.975,
         loss=0.0712,
@@ -211,8 +229,8 @@ def test_the_text_of_a_small_run() -> None:
     found["workers"] = [{**found["workers"][0], "samples_per_s": 1234.0}]
     assert text(found, run_dir="runs/1").splitlines() == [
         "mlp, digits, async, adagrad",
-        "test accuracy   97.50%  (2 of 80 wrong)  loss 0.0712  best epoch 12, stopped early",
-        "time            2.00 s  6 updates/s  60 samples/s",
+        "test accuracy   97.50%  (2 of 80 wrong)  test loss 0.0712  best epoch 12, stopped early",
+        "time            2.00 s  6 updates/s  60 samples/s, start-up included",
         "updates         12  samples 120",
         "pushes          12 received = 12 applied",
         "",
@@ -230,10 +248,10 @@ def test_the_text_of_a_small_run() -> None:
         "",
         "accuracy by label, the worst first",
         "  cat   95.00%  38 of 40",
-        "  dog  100.00%  40 of 40",
+        "  ... and 1 more, 100.00%",
         "",
         "files           runs/1",
-        "next            python -m psframe.report runs/1",
+        "next            psframe report runs/1",
     ]
 
 
@@ -246,11 +264,20 @@ def test_many_values_of_staleness_are_gathered() -> None:
     assert sum(int(row.split()[-2].replace(",", "")) for row in rows) == 1500
 
 
+def test_a_long_tail_of_staleness_is_one_row() -> None:
+    lines = text(record(counts=[20, 600, 40, 1, *[0] * 15, 2, *[0] * 30, 1])).splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("staleness"))
+    rows = [line.split() for line in lines[begin + 1 : lines.index("", begin)]]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[-1][:3] == ["3", "to", "50"]
+    assert rows[-1][-2:] == ["4", "0.6%"]
+
+
 def test_of_many_workers_the_slowest_are_shown_and_the_rest_counted() -> None:
     waiting = {"compute_s": 0.01, "servers_s": 0.03, "data_s": 0.0}
     steps = [[waiting] * 3 for _ in range(39)]
     steps.append([{"compute_s": 0.04, "servers_s": 0.0, "data_s": 0.0}] * 3)
-    found = record(steps)
+    found = record(steps, mode="ssp")
     for one in found["workers"]:
         one["samples_per_s"] = 200.0 - one["worker"] / 10
     lines = text(found).splitlines()
@@ -258,7 +285,8 @@ def test_of_many_workers_the_slowest_are_shown_and_the_rest_counted() -> None:
     rows = lines[begin + 1 :]
     assert [int(row.split()[0]) for row in rows[:11]] == [39, *range(38, 28, -1)]
     assert rows[11].startswith("   ... and 29 more, 197 to 200 samples/s")
-    assert rows[12].startswith("worker 39 is the slowest, its steps take 4 times as long")
+    assert rows[12].startswith("worker 39 is the slowest, its own part of a step takes 4 times as")
+    assert rows[14].startswith("40 ms a step computing gradients, the others 10 ms")
 
 
 def test_of_many_labels_the_most_confused_pairs_are_shown() -> None:
@@ -272,12 +300,26 @@ def test_of_many_labels_the_most_confused_pairs_are_shown() -> None:
     assert pairs[0].split() == ["3", "taken", "for", "5", "7", "of", "57", "(12.3%)"]
     assert pairs[1].startswith("  4 taken for 90")
     assert pairs[2] == ""
-    assert "... and 94 more, 100.00% to 100.00%" in found, "a label without samples is left out"
+    assert "... and 97 more, 100.00%\n" in found, "a label without samples is left out"
 
 
 def test_no_confusion_at_all() -> None:
     matrix = np.diag(np.full(20, 5))
-    assert "no label was taken for another" in text(record(confusion=matrix, accuracy=1.0))
+    found = text(record(confusion=matrix, accuracy=1.0))
+    assert "no label was taken for another" in found
+    assert "the worst first" not in found
+
+
+def test_names_too_long_for_a_column_are_numbered() -> None:
+    matrix = [[38, 2], [0, 40]]
+    lines = text(record(confusion=matrix, classes=("airplane", "car"))).splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("true label"))
+    assert lines[begin].endswith("(column), by number")
+    assert [line.split() for line in lines[begin + 1 : begin + 4]] == [
+        ["1", "2"],
+        ["airplane", "1", "38", "2"],
+        ["car", "2", ".", "40"],
+    ]
 
 
 def test_reasons_and_parts_of_the_ledger() -> None:

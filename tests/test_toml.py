@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,25 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             toml.load(path)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="pipe: is no regular file"):
+        toml.load(pipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("x = " + "[" * 3000, "nested too deeply"), ("x = " + "1" * 5000, "is not a TOML file: ")],
+    ids=["deep", "long"],
+)
+def test_what_python_cannot_read_is_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"odd.toml: .*{words}"):
+        toml.load(file)
 
 
 def test_doctests() -> None:

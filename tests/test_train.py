@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,13 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
-    assert lines[0].startswith("3 epochs in 0:0")
+    assert re.match(r"3 epochs in \d", lines[0])
     for word in ("updates 9 ", "loss ", "test accuracy ", "samples/s", "staleness "):
         assert word in lines[0]
     assert lines[1] == "softmax, small.npz, async, adagrad"
     assert re.search(r"^pushes +9 received = 9 applied$", out, re.M)
     assert re.search(r"^updates +9  samples ", out, re.M)
-    assert re.search(r"^next +python -m psframe\.report r$", out, re.M)
+    assert re.search(r"^next +.*psframe[. ]report r$", out, re.M)
     config = toml.load("r/config.toml")
     assert (config["data"], config["clip_norm"], config["epochs"]) == ("small.npz", 5.0, 3)
     assert not {"resume", "overwrite", "config"} & set(config)
@@ -140,6 +141,34 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path)
         assert settings.batch_size == 32
 
 
+def test_a_flag_that_changes_the_mode_or_optimizer_drops_what_went_with_the_old_one(
+    tmp_path: Path,
+) -> None:
+    ssp = ["--mode", "ssp", "--staleness", "2", "--optimizer", "sgd", "--momentum", "0.5"]
+    assert main([*small(tmp_path), "--run-dir", "a", *ssp, "--weight-decay", "0.1"]) == 0
+    file = ["--config", "a/config.toml"]
+    same = parse([*file, "--epochs", "5"])
+    assert (same.mode, same.staleness, same.lr, same.momentum) == ("ssp", 2, 0.1, 0.5)
+    settings = parse([*file, "--mode", "bsp"])
+    assert (settings.mode, settings.staleness, settings.backup) == ("bsp", None, 0)
+    assert (settings.optimizer, settings.lr, settings.weight_decay) == ("sgd", 0.1, 0.1)
+    settings = parse([*file, "--optimizer=adamw"])
+    assert (settings.lr, settings.weight_decay, settings.momentum) == (0.001, 0.01, 0.0)
+    assert (settings.mode, settings.staleness) == ("ssp", 2)
+    settings = parse([*file, "--optimizer", "adamw", "--weight-decay=0.1", "--mode", "async"])
+    assert (settings.weight_decay, settings.staleness) == (0.1, None)
+    assert main([*file, "--mode", "bsp", "--run-dir", "b"]) == 0
+
+
+def test_a_usual_rate_follows_the_momentum_and_a_chosen_one_stays(tmp_path: Path) -> None:
+    sgd = [*small(tmp_path), "--optimizer", "sgd", "--epochs", "1"]
+    for folder, flags in (("a", ["--lr", "0.2"]), ("b", [])):
+        rest = sgd if flags else [flag for flag in sgd if flag not in ("--lr", "0.1")]
+        assert main([*rest, "--run-dir", folder, *flags]) == 0
+    assert parse(["--config", "a/config.toml", "--momentum", "0.9"]).lr == 0.2
+    assert parse(["--config", "b/config.toml", "--momentum", "0.9"]).lr == pytest.approx(0.01)
+
+
 def test_a_runs_configuration_starts_the_same_run_again(tmp_path: Path) -> None:
     assert main([*small(tmp_path), "--run-dir", "a"]) == 0
     assert main(["--config", "a/config.toml", "--run-dir", "b"]) == 0
@@ -157,6 +186,10 @@ def test_a_runs_configuration_starts_the_same_run_again(tmp_path: Path) -> None:
         (["--epochs", "0"], "--epochs: expected 1 or more"),
         (["--config", "none.toml"], "none.toml: cannot be read"),
         (["--resume"], "give its folder with --run-dir"),
+        (["--config="], "--config: expected a name, got an empty one"),
+        (["--config", ""], "--config: expected a name, got an empty one"),
+        (["--run-dir", ""], "--run-dir: expected a name"),
+        (["--workers", "100000000"], "--workers: expected 1000 or less"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -164,6 +197,23 @@ def test_flags_that_make_no_sense(
 ) -> None:
     assert words in fails(flags, capsys, status=2)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "words"),
+    [
+        ("epochs = 0", [], "--config: c.toml: epochs: expected 1 or more, got 0"),
+        ("staleness = 2", [], "--config: c.toml: staleness goes with --mode ssp only"),
+        ("seed = 18446744073709551616", [], "--config: c.toml: seed: expected 4611686018427387904"),
+        ("epochs = 3", ["--batch-size", "0"], "psframe: error: --batch-size: expected 1 or more"),
+        ("epochs = 0", ["--epochs", "-1"], "psframe: error: --epochs: expected 1 or more, got -1"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_said_of_the_file(
+    tmp_path: Path, text: str, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(text + "\n")
+    assert words in fails(["--config", "c.toml", *flags], capsys, status=2)
 
 
 def test_an_unknown_key_names_the_nearest(
@@ -227,6 +277,10 @@ def test_the_examples_in_the_help_are_right() -> None:
         (["--model", "mpl"], "did you mean 'mlp'"),
         (["--model", "nowhere:Model"], "importing nowhere raised ModuleNotFoundError"),
         (["--run-dir", "file"], "a file is in the way"),
+        (
+            ["--validation-fraction", "0.7999"],
+            "with a validation fraction of 0.7999 nothing is left of 1797 samples to train on",
+        ),
         (["--mode", "bsp", "--backup", "3"], "--backup: 3 of 3 workers cannot all be backups"),
     ],
 )
@@ -263,6 +317,7 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 USER_MODEL = """
+    import sys
     from psframe.models import MLP
 
     class Good(MLP):
@@ -283,6 +338,46 @@ USER_MODEL = """
     class Interrupted(MLP):
         def evaluate(self, params, x, y):
             raise KeyboardInterrupt
+
+    class Exits(MLP):
+        def loss_and_gradients(self, params, x, y, out=None):
+            sys.exit(0)
+
+    class ExitsAtOnce(MLP):
+        def __init__(self, input_shape, n_classes):
+            sys.exit(0)
+
+    class ExitsAtInit(MLP):
+        def init(self, rng):
+            sys.exit(0)
+
+    class GivesUp(MLP):
+        def loss_and_gradients(self, params, x, y, out=None):
+            raise GeneratorExit
+
+    class NoWords(Exception):
+        def __str__(self):
+            raise RuntimeError("none")
+
+    class Wordless(MLP):
+        def loss_and_gradients(self, params, x, y, out=None):
+            raise NoWords
+
+    class Talkative(MLP):
+        def loss_and_gradients(self, params, x, y, out=None):
+            raise ValueError("x" * 3_000_000)
+
+    class WordlessAtTheEnd(MLP):
+        def probabilities(self, params, x):
+            raise NoWords
+
+    class ExitsAtTheEnd(MLP):
+        def probabilities(self, params, x):
+            sys.exit(0)
+
+    class BrokenAtTheEnd(MLP):
+        def probabilities(self, params, x):
+            raise ZeroDivisionError("mine")
 """
 
 
@@ -321,6 +416,37 @@ def test_a_bug_in_the_model_is_shown_with_its_place(
         assert json.loads(Path("r/status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.parametrize("name", ["Exits", "ExitsAtOnce", "ExitsAtInit", "GivesUp"])
+def test_a_model_that_ends_the_program_has_failed(
+    tmp_path: Path, user_model: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small(tmp_path), "--run-dir", "r", "--model", f"{user_model}:{name}"]) == 1
+    err = capsys.readouterr().err
+    assert re.search(r"psframe: error: .*(SystemExit: 0|sys.exit\(0\)|GeneratorExit)", err)
+    if name == "Exits":
+        assert f"{user_model}.py, line" in err
+        assert json.loads(Path("r/status.json").read_text())["state"] == "failed"
+
+
+def test_a_module_that_ends_the_program_has_failed(
+    tmp_path: Path, user_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"{user_model}_b.py").write_text("import sys\nsys.exit(0)\n")
+    err = fails([*small(tmp_path), "--model", f"{user_model}_b:Model"], capsys)
+    assert "raised SystemExit: 0" in err
+
+
+@pytest.mark.parametrize("name", ["Wordless", "Talkative"])
+def test_an_exception_however_it_is_worded(
+    tmp_path: Path, user_model: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small(tmp_path), "--run-dir", "r", "--model", f"{user_model}:{name}"]) == 1
+    err = capsys.readouterr().err
+    assert len(err) < 10_000
+    assert "psframe: error: rank 0: " in err
+    assert f"{user_model}.py, line" in err
+
+
 def test_an_interrupt_ends_with_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,6 +456,15 @@ def test_an_interrupt_ends_with_130(
     monkeypatch.setattr("psframe.trainer.run", interrupt)
     assert main(small(tmp_path)) == 130
     assert capsys.readouterr().err == "psframe: interrupted\n"
+
+
+def test_a_gpu_that_is_not_there_is_missed_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psframe.devices._visible_gpus", lambda: 0)
+    err = fails(["--device", "cuda", "--run-dir", "r"], capsys)
+    assert "--device: 'cuda' needs a GPU that CuPy can use, and there is none" in err
+    assert err.count("\n") == 1
 
 
 def test_weights_that_do_not_fit_make_the_run_a_failed_one(
@@ -344,6 +479,82 @@ def test_weights_that_do_not_fit_make_the_run_a_failed_one(
     status = json.loads(Path("r/status.json").read_text())
     assert status["state"] == "failed"
     assert "No space left" in status["reason"]
+
+
+def test_a_failed_evaluation_costs_the_evaluation_only(
+    tmp_path: Path, user_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import load_file
+
+    data = small(tmp_path)
+    flags = [*data, "--run-dir", "r", "--model", f"{user_model}:BrokenAtTheEnd"]
+    assert main(flags) == 1
+    out, err = capsys.readouterr()
+    assert "psframe: error: rank 0: ZeroDivisionError: mine" in err
+    assert "the training itself is done and its weights are saved" in err
+    assert load_file("r/checkpoints/final.safetensors").keys() > {"w1", "b1"}
+    status = json.loads(Path("r/status.json").read_text())
+    assert (status["state"], status["updates"]) == ("failed", 9)
+    assert status["reason"] == "ZeroDivisionError: mine"
+    summary = json.loads(Path("r/summary.json").read_text())
+    last = json.loads(Path("r/metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["confusion"] is None
+    assert summary["accuracy"] == status["test_accuracy"] == last["test_accuracy"]
+    assert re.search(r"^test accuracy +\d", out, re.M)
+    assert main([*flags, "--resume"]) == 1
+    out, err = capsys.readouterr()
+    assert "already completed" not in out
+    assert "the run in 'r' is failed after 9 updates" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("WordlessAtTheEnd", "NoWords: (its __str__ raised RuntimeError)"),
+        ("ExitsAtTheEnd", "SystemExit: 0"),
+    ],
+)
+def test_an_evaluation_may_fail_in_any_way(
+    tmp_path: Path, user_model: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small(tmp_path), "--run-dir", "r", "--model", f"{user_model}:{name}"]) == 1
+    assert f"psframe: error: rank 0: {reason}" in capsys.readouterr().err
+    status = json.loads(Path("r/status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", reason)
+
+
+def test_an_interrupted_evaluation_leaves_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        status = json.loads(Path("r/status.json").read_text())
+        assert (status["state"], status["updates"]) == ("running", 9), "it is not over yet"
+        assert Path("r/checkpoints/final.safetensors").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("psframe.trainer.predict", interrupt)
+    assert main([*small(tmp_path), "--run-dir", "r"]) == 130
+    status = json.loads(Path("r/status.json").read_text())
+    assert (status["state"], status["updates"]) == ("interrupted", 9)
+
+
+def test_a_run_that_is_killed_while_evaluated_has_failed(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+import psframe.trainer
+from psframe.train import main
+
+psframe.trainer.predict = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main({[*small(tmp_path), "--run-dir", "r"]})
+"""
+    environ = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    # The witness has no stdout of ours, so that the pipe's end is not its end; it is polled for.
+    subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, timeout=100)
+    state, ends = "running", time.monotonic() + 30
+    while state == "running" and time.monotonic() < ends:
+        state = json.loads(Path("r/status.json").read_text())["state"]
+    assert state == "failed"
+    assert Path("r/checkpoints/final.safetensors").exists()
 
 
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--help"]])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from psframe.models import MLP, Softmax
 from psframe.stepping import Stepper
 from psframe.trainer import Trainer, initial_params
 
+ROOT = Path(psframe.__file__).parents[1]
+
 
 def blobs(n: int = 120, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Make three well separated clusters, and split them."""
@@ -36,6 +42,40 @@ def trainer(model: Any = None, **keywords: Any) -> Trainer:
     arguments: dict[str, Any] = {"optimizer": optim.SGD(0.1), "batch_size": 8, "epochs": 4}
     arguments.update(device="cpu", **keywords)
     return Trainer(model or Softmax((2,), 3), **arguments)
+
+
+class Plain:
+    """A user's model: no base class, no `out`, linear regression onto one-hot labels."""
+
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
+        self.shape = (input_shape[0], n_classes)
+
+    def init(self, rng: np.random.Generator) -> dict[str, Any]:
+        return {"w": np.zeros(self.shape, np.float32)}
+
+    def loss_and_gradients(self, params: Any, x: Any, y: Any) -> tuple[float, dict[str, Any]]:
+        error = x @ params["w"] - np.eye(self.shape[1], dtype=np.float32)[y]
+        return float((error**2).mean()), {"w": x.T @ error / len(x)}
+
+    def evaluate(self, params: Any, x: Any, y: Any) -> dict[str, float]:
+        return {"correct": float((self.predict(params, x) == y).sum()), "count": float(len(y))}
+
+    def predict(self, params: Any, x: Any) -> Any:
+        return (x @ params["w"]).argmax(axis=1)
+
+
+class Blank(Plain):
+    """Learns nothing, and tells of each draw of its random stream."""
+
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
+        super().__init__(input_shape, n_classes)
+        self.drawn: list[float] = []
+
+    def loss_and_gradients(
+        self, params: Any, x: Any, y: Any, rng: Any = None
+    ) -> tuple[float, dict[str, Any]]:
+        self.drawn.append(float(rng.random()))
+        return 0.0, {"w": np.zeros(self.shape, np.float32)}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -105,7 +145,35 @@ def test_without_a_test_part() -> None:
     assert trained.accuracy is None
     assert len(trained.history) == 4
     assert {epoch.test_accuracy for epoch in trained.history} == {None}
-    assert all(epoch.train_loss is not None for epoch in trained.history[1:])
+    assert all(epoch.train_loss is not None for epoch in trained.history)
+
+
+class Counting(Blank):
+    """Its loss is the number of its step."""
+
+    def loss_and_gradients(
+        self, params: Any, x: Any, y: Any, rng: Any = None
+    ) -> tuple[float, dict[str, Any]]:
+        _, grads = super().loss_and_gradients(params, x, y, rng)
+        return float(len(self.drawn)), grads
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("mode", [psframe.Async(), psframe.BSP()], ids=repr)
+def test_the_training_loss_is_of_the_epochs_own_steps(
+    tmp_path: Path, mode: Any, prefetch: bool
+) -> None:
+    """With one block an epoch, each epoch's is its only step's."""
+    train, _ = blobs()
+    subject = trainer(
+        Counting((2,), 3), batch_size=len(train), mode=mode, prefetch=prefetch, run_dir=tmp_path
+    )
+    trained = subject.fit(train)
+    assert [epoch.train_loss for epoch in trained.history] == [1.0, 2.0, 3.0, 4.0]
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["train_loss"] for line in lines] == [1.0, 2.0, 3.0, 4.0]
+    assert all({"compute_s", "servers_s", "data_s"} <= set(line) for line in lines)
 
 
 def test_the_run_directory_tells_of_every_epoch(tmp_path: Path) -> None:
@@ -132,24 +200,63 @@ def psframe_config(folder: Path) -> dict[str, Any]:
     return toml.load(folder / "config.toml")
 
 
-class Plain:
-    """A user's model: no base class, no `out`, linear regression onto one-hot labels."""
+def test_a_run_from_the_library_leaves_weights_that_the_commands_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from psframe import evaluate
+    from psframe.weights import load_weights
 
-    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
-        self.shape = (input_shape[0], n_classes)
+    monkeypatch.setattr("psframe.applying.find_launcher", lambda: None)
+    train, test = blobs()
+    folder = tmp_path / "r"
+    trained = trainer(workers=2, run_dir=folder).fit(train, test)
+    assert trained.result.params is not None
+    weights = load_weights(folder)
+    assert weights.model == "psframe.models.softmax:Softmax"
+    for name, p in trained.result.params.items():
+        np.testing.assert_array_equal(weights.params[name], p)
+    np.savez(tmp_path / "test.npz", x=test.x[test.rows], y=test.labels)
+    assert evaluate.main([str(folder), str(tmp_path / "test.npz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == trained.accuracy
 
-    def init(self, rng: np.random.Generator) -> dict[str, Any]:
-        return {"w": np.zeros(self.shape, np.float32)}
 
-    def loss_and_gradients(self, params: Any, x: Any, y: Any) -> tuple[float, dict[str, Any]]:
-        error = x @ params["w"] - np.eye(self.shape[1], dtype=np.float32)[y]
-        return float((error**2).mean()), {"w": x.T @ error / len(x)}
+def test_a_model_of_a_program_is_named_by_its_file(tmp_path: Path) -> None:
+    text = """
+        from psframe.ending import name_of
+        class Net: ...
+        print(name_of(Net()))
+    """
+    file = tmp_path / "my_net.py"
+    file.write_text(textwrap.dedent(text))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path)))}
+    for how in ([str(file)], ["-m", "my_net"]):
+        done = subprocess.run(
+            [sys.executable, *how], capture_output=True, text=True, env=environ, timeout=60
+        )
+        assert done.stdout == "my_net:Net\n", done.stderr
 
-    def evaluate(self, params: Any, x: Any, y: Any) -> dict[str, float]:
-        return {"correct": float((self.predict(params, x) == y).sum()), "count": float(len(y))}
+
+class BrokenAtTheEnd(Plain):
+    """Learns, and cannot be used."""
 
     def predict(self, params: Any, x: Any) -> Any:
-        return (x @ params["w"]).argmax(axis=1)
+        raise ZeroDivisionError("mine")
+
+    def evaluate(self, params: Any, x: Any, y: Any) -> dict[str, float]:
+        return {"correct": 1.0, "count": 2.0}
+
+
+def test_a_failed_evaluation_does_not_lose_the_training(tmp_path: Path) -> None:
+    train, test = blobs()
+    trained = trainer(BrokenAtTheEnd((2,), 3), workers=2, run_dir=tmp_path).fit(train, test)
+    assert isinstance(trained.failure, ZeroDivisionError)
+    assert trained.result.params is not None
+    assert trained.evaluation is None
+    assert trained.accuracy == 0.5, "as it was found during the run"
+    assert len(trained.history) == 4
+    assert (tmp_path / "checkpoints" / "final.safetensors").exists()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "ZeroDivisionError: mine")
 
 
 def test_a_users_class_needs_the_methods_only() -> None:
@@ -177,6 +284,27 @@ def test_wrong_arguments_are_named() -> None:
     for name in ("epochs", "batch_size"):
         with pytest.raises(ArgumentError, match=f"{name}: expected 1 or more, got 0"):
             trainer(**{name: 0})
+    given: Any
+    for given in ("2", 2.0, True):
+        with pytest.raises(ArgumentError, match="epochs: expected an integer, got"):
+            trainer(epochs=given)
+    for given in (print, [3], None):
+        with pytest.raises(ArgumentError, match="callbacks: expected a tuple of functions, got"):
+            trainer(callbacks=given)
+    for given in (None, (np.zeros((3, 2)), np.zeros(3))):
+        with pytest.raises(ArgumentError, match=r"train: expected a psframe.data.Dataset, got"):
+            trainer().fit(given)
+        with pytest.raises(ArgumentError, match=r"data: expected a psframe.data.Dataset, got"):
+            trainer().predict({}, given)
+    with pytest.raises(ArgumentError, match=r"test: expected a psframe.data.Dataset, got list"):
+        trainer().fit(train, given := [])
+    for given in ({}, {"w": np.zeros((2, 3))}, {"w1": np.zeros((2, 4)), "b1": np.zeros(3)}):
+        with pytest.raises(ArgumentError, match=r"params: expected those of Softmax, \{'w1'.*got"):
+            trainer().predict(given, test)
+        with pytest.raises(ArgumentError, match="params: expected those of Softmax"):
+            trainer().evaluate(given, test)
+    with pytest.raises(ArgumentError, match="params: expected a mapping of names to arrays"):
+        trainer().predict(None, test)
     none = train.subset(np.arange(0))
     with pytest.raises(ArgumentError, match="train: expected at least one sample"):
         trainer().fit(none, test)
@@ -195,6 +323,43 @@ def test_parameters_that_a_server_cannot_hold_are_the_models_fault() -> None:
     train, test = blobs()
     with pytest.raises(ArgumentError, match=r"model: Wrong.init: params: 'w' has int64"):
         trainer(Wrong((2,), 3)).fit(train, test)
+
+
+@pytest.mark.parametrize("averages", [("mean",), 5])
+def test_averages_are_a_mapping(averages: Any) -> None:
+    model = Plain((2,), 3)
+    model.averages = averages  # type: ignore[attr-defined]
+    with pytest.raises(ArgumentError, match=r"model: Plain.averages: expected a dict of names"):
+        trainer(model)
+
+
+def test_a_models_wrong_answers_are_told_as_such() -> None:
+    class NoGradients(Plain):
+        def loss_and_gradients(self, params: Any, x: Any, y: Any) -> Any:
+            return None
+
+    class NoSums(Plain):
+        def evaluate(self, params: Any, x: Any, y: Any) -> dict[str, float]:
+            return {"foo": 1.0}
+
+    class NotFinite(Plain):
+        def init(self, rng: np.random.Generator) -> dict[str, Any]:
+            return {"w": np.full(self.shape, np.nan, np.float32)}
+
+    class NoLabels(Plain):
+        def predict(self, params: Any, x: Any) -> Any:
+            return np.full(len(x), 3)
+
+    train, test = blobs()
+    for model, words in (
+        (NoGradients, "NoGradients.loss_and_gradients: expected the loss and a dict"),
+        (NoSums, "NoSums.evaluate: expected 'count'"),
+        (NotFinite, "NotFinite.init: 'w' is not finite"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            trainer(model((2,), 3), workers=2).fit(train, test)
+    failure = trainer(NoLabels((2,), 3)).fit(train, test).failure
+    assert "NoLabels.predict: expected labels from 0 to 2" in str(failure)
 
 
 def test_what_the_model_raises_comes_out() -> None:
@@ -222,6 +387,7 @@ class Scripted:
     def __init__(self, model: Any, script: list[tuple[str, list[int]]]) -> None:
         self.calls: list[str] = []
         self.logged: list[dict[str, float]] = []
+        self._notes = self  # of the real one: here what is logged is there at once
         self.spans: list[tuple[SpanKind, float, float]] = []
         self.clock = 0.0
         self.reports: list[dict[str, float]] = []
@@ -247,6 +413,9 @@ class Scripted:
 
     def log(self, **numbers: float) -> None:
         self.logged.append(numbers)
+
+    def flush_log(self) -> None:
+        self.calls.append("log")
 
     def now(self) -> float:
         self.clock += 1.0
@@ -291,10 +460,12 @@ def test_a_step_is_one_round_trip(in_place: bool) -> None:
     worker = Scripted(model, script)
     stepper(model, train, test, takes_out=in_place).work(worker)
     push = "push_pull" if in_place else "push_pull grads"
-    assert worker.calls[1:] == ["pull", push, push, "pinned", "pull", push]
+    step = ["log", push]
+    assert worker.calls[1:] == ["pull", *step, *step, "pinned", "pull", *step]
     asked = "{'epochs': 4, 'evaluate': (30, 64), 'prepare': None}"
     assert worker.calls[0] == f"tasks {len(train)} 8 {asked}"
-    assert [logged["samples"] for logged in worker.logged] == [2, 1, 1]
+    assert [logged["samples"] for logged in worker.logged[:-1]] == [2, 1, 1]
+    assert worker.logged[-1].keys() == {"servers_s"}, "the last push's answer"
     assert [report["count"] for report in worker.reports] == [3]
 
 
@@ -305,27 +476,16 @@ def test_each_second_of_a_step_is_accounted_for() -> None:
     script = [("train", [0, 1]), ("train", [2, 3]), ("evaluate", [0, 1]), ("train", [4])]
     worker = Scripted(model, script)
     stepper(model, train, test, spans=True).work(worker)
-    logged = sum(one[name] for one in worker.logged for name in TIMES)
+    logged = sum(one.get(name, 0.0) for one in worker.logged for name in TIMES)
     evaluating = sum(e - b for kind, b, e in worker.spans if kind is SpanKind.EVALUATE)
     waited = sum(e - b for kind, b, e in worker.spans if kind is SpanKind.LEASE)
     noted = sum(e - b for _, b, e in worker.spans)
     assert noted == worker.clock - 1.0, "from the first look to the last"
-    assert logged == noted - evaluating - 1.0, "but the evaluation, and the wait for it"
+    first = worker.logged[0]
+    assert (first["servers_s"], first["data_s"]) == (0.0, 0.0), "all were starting"
+    start = 4.0  # the first lease, batch, pull and push
+    assert logged == noted - start - evaluating - 1.0, "but the evaluation, and the wait for it"
     assert waited == len(script)
-
-
-class Blank(Plain):
-    """Learns nothing, and tells of each draw of its random stream."""
-
-    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
-        super().__init__(input_shape, n_classes)
-        self.drawn: list[float] = []
-
-    def loss_and_gradients(
-        self, params: Any, x: Any, y: Any, rng: Any = None
-    ) -> tuple[float, dict[str, Any]]:
-        self.drawn.append(float(rng.random()))
-        return 0.0, {"w": np.zeros(self.shape, np.float32)}
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

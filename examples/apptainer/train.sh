@@ -17,7 +17,10 @@ GPU=()                              # (--nv) for NVIDIA GPUs
 # ---- ... to here
 set -euo pipefail
 
-# The working directory is bound, so that the run directory is outside of the image.
+# The working directory is bound, so that the run directory is outside of the image. mpirun's exit
+# status is not the verdict: status.json is.
+status=0
 "${MPIRUN[@]}" apptainer exec "${GPU[@]}" --bind "$PWD" --pwd "$PWD" "$IMAGE" \
-    python -m psframe.train --servers "$SERVERS" --run-dir "$RUN_DIR" "$@"
-cat "$RUN_DIR/status.json"
+    python -m psframe.train --servers "$SERVERS" --run-dir "$RUN_DIR" "$@" || status=$?
+cat "$RUN_DIR/status.json" || true
+exit "$status"

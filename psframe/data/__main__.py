@@ -12,7 +12,7 @@ from psframe.data.converting import convert
 from psframe.data.describing import describe, description_lines
 from psframe.data.loading import format_of, load
 from psframe.errors import ArgumentError
-from psframe.output import give_up_printing
+from psframe.output import give_up_printing, prepare_output
 
 __all__ = ["arguments", "main"]
 
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 1 for an error, 2 for wrong flags."""
     import tyro
 
+    prepare_output()
     command: Any = tyro.extras.subcommand_cli_from_dict(
         arguments(),
         args=list(sys.argv[1:] if argv is None else argv),
@@ -89,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         give_up_printing()
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, OSError) as error:
+        if isinstance(error, OSError):  # perhaps of a full disk, which has what was printed
+            give_up_printing()
         print(f"psframe: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -40,7 +40,11 @@ def convert(
     """
     if samples_per_shard < 1:
         raise ArgumentError(f"--samples-per-shard: expected 1 or more, got {samples_per_shard}")
-    if folder.exists() and not (overwrite and folder.is_dir() and is_shards(folder)):
+    try:
+        there = folder.exists()
+    except OSError as error:  # such as a name that is too long
+        raise ArgumentError(f"{folder}: cannot be written: {error.strerror}") from error
+    if there and not (overwrite and folder.is_dir() and is_shards(folder)):
         remedy = "choose another" if overwrite else "choose another, or --overwrite shards"
         raise ArgumentError(f"{folder}: there is such a file or folder already; {remedy}")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from psframe.data.augmentation import Augmentation
 from psframe.data.checks import check_classes
 from psframe.data.preprocessing import Preprocessing
+from psframe.errors import ArgumentError
 
 __all__ = ["Dataset", "Parts", "Samples"]
 
@@ -94,18 +95,22 @@ class Dataset:
         """Give samples as they are stored; perhaps a view, not to be written.
 
         Raises:
-            ValueError: one is not finite (found only now where not all of x is known to be).
+            ArgumentError: one is not finite in float32 (found only now where not all of x is known
+                to be).
         """
         if self.rows is not None:
             indices = self.rows[indices]
         x = self.x[indices]
-        if not self.checked and x.dtype.kind == "f" and not np.isfinite(x).all():
-            place = [int(i) for i in np.argwhere(~np.isfinite(x))[0]]
-            at = np.arange(len(self.y))[indices][place[0]]
-            raise ValueError(
-                f"data {self.name!r}: 'x' has {x[tuple(place)]} in sample {at}, at "
-                f"{tuple(place[1:])}: no finite number"
-            )
+        if not self.checked and x.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(x.astype(np.float32, copy=False))
+            if not finite.all():
+                place = tuple(int(i) for i in np.argwhere(~finite)[0])
+                at, value = np.arange(len(self.y))[indices][place[0]], x[place]
+                why = "too large for float32" if np.isfinite(value) else "no finite number"
+                raise ArgumentError(
+                    f"data {self.name!r}: 'x' has {value} in sample {at}, at {place[1:]}: {why}"
+                )
         return x
 
     def batch(
@@ -121,7 +126,7 @@ class Dataset:
             (n, *input_shape) float32, contiguous, and (n,) int64; the caller's own.
 
         Raises:
-            ValueError: as `raw`.
+            ArgumentError: as `raw`.
         """
         raw = self.raw(indices)
         if self.preprocessing is None:

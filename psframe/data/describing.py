@@ -9,7 +9,7 @@ import numpy as np
 
 from psframe.data.dataset import Dataset, Parts
 
-__all__ = ["describe", "description_lines"]
+__all__ = ["describe", "description_lines", "printable"]
 
 _BLOCK = 1024
 _CLASSES_MAX = 20  # that a text lists
@@ -62,10 +62,17 @@ def _part(part: Dataset) -> dict[str, Any]:
     }
 
 
+def printable(text: str) -> str:
+    """Write what a terminal would obey, such as colours and new lines, as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def description_lines(found: dict[str, Any]) -> Iterator[str]:
     """Put the figures into lines of text."""
     shape = " x ".join(map(str, found["input_shape"]))
-    yield f"{found['data']}: {found['format']}, samples of {shape} {found['dtype']}"
+    yield f"{printable(found['data'])}: {found['format']}, samples of {shape} {found['dtype']}"
     yield f"classes     {len(found['classes'])}"
     for name, part in found["parts"].items():
         known = part["least"] is not None
@@ -74,6 +81,7 @@ def description_lines(found: dict[str, Any]) -> Iterator[str]:
         mib = part["bytes"] / (1 << 20)
         yield f"{name:<11} {part['samples']:,} samples, {values}{bad}, {mib:,.1f} MiB"
         counts = part["by_class"]
-        pairs = [f"{c}: {n:,}" for c, n in zip(found["classes"], counts, strict=True)]
+        classes = map(printable, found["classes"])
+        pairs = [f"{c}: {n:,}" for c, n in zip(classes, counts, strict=True)]
         more = [f"... and {len(pairs) - _CLASSES_MAX} more"] if len(pairs) > _CLASSES_MAX else []
         yield "            by class  " + "  ".join(pairs[:_CLASSES_MAX] + more)

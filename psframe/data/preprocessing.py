@@ -74,8 +74,9 @@ class Preprocessing:
         result = x.astype(dtype)
         if self.mean.any():
             result -= self.mean.astype(dtype, copy=False)
-        result /= self.deviation.astype(dtype, copy=False)
-        return result.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what is too large is seen in what comes of it
+            result /= self.deviation.astype(dtype, copy=False)
+            return result.astype(np.float32, copy=False)
 
     def tensors(self) -> dict[str, npt.NDArray[np.float64]]:
         """Give the arrays to be stored beside a model's weights."""

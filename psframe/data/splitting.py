@@ -94,6 +94,11 @@ def prepare(
         # A fraction of all samples, if the test part is one too; and another draw than that.
         whole = len(train) if brought else len(train) + len(test)
         fraction = validation_fraction * whole / len(train)
+        if fraction >= 1.0:
+            raise ValueError(
+                f"{train.name}: with a validation fraction of {validation_fraction} nothing is left"
+                f" of {whole} samples to train on; take a smaller one"
+            )
         train, validation = split(train, fraction, seed + 1_000_003, part="validation")
     for name, part in (("validation", validation), ("test", test)):
         if part is not None and part.input_shape != train.input_shape:

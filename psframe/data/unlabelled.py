@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from psframe.data.checks import check_file
 from psframe.data.dataset import Dataset, Parts
 from psframe.data.formats.csvfile import load_csv
 from psframe.data.formats.idx import load_idx
+from psframe.data.formats.npy import load_npy
 from psframe.data.formats.npz import load_npz_samples, unlabelled
 from psframe.data.formats.parquet import load_parquet
 from psframe.data.formats.shards import load_shards
@@ -35,7 +31,7 @@ def load_samples(source: str | Path, label: str | None, features: int) -> Datase
     path, name = Path(source), str(source)
     where = f"data {name!r}"
     if path.suffix.lower() == ".npy":
-        return unlabelled(_npy(path, where), name, where)
+        return unlabelled(load_npy(path, where), name, where)
     kind = format_of(source)
     if kind == "csv":
         return load_csv(path, name, label, features)
@@ -49,12 +45,3 @@ def load_samples(source: str | Path, label: str | None, features: int) -> Datase
         if kind == "shards":
             return load_shards(path, name, labelled=False)
     return load(source, label)
-
-
-def _npy(path: Path, where: str) -> npt.NDArray[Any]:
-    check_file(path, where)
-    try:
-        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
-        raise ValueError(f"{where}: is truncated or no .npy file: {error}") from error
-    return array

@@ -15,6 +15,7 @@ from psframe.models.base import Model, check_model
 from psframe.models.cnn import CNN
 from psframe.models.mlp import MLP
 from psframe.models.softmax import Softmax
+from psframe.roles import describe
 
 __all__ = ["NAMES", "create"]
 
@@ -51,7 +52,7 @@ def create(name: str, input_shape: tuple[int, ...], n_classes: int) -> Model:
     factory = _find(name, _import(name, module_name), class_name)
     try:
         model = factory(input_shape, n_classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArgumentError(
             f"model {name!r}: {class_name}(input_shape={input_shape}, n_classes={n_classes}) "
             f"raised {_describe(error)}"
@@ -67,7 +68,7 @@ def _import(name: str, module_name: str) -> Any:
     importlib.invalidate_caches()
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArgumentError(
             f"model {name!r}: importing {module_name} raised {_describe(error)}"
         ) from error
@@ -86,9 +87,10 @@ def _find(name: str, module: Any, class_name: str) -> Any:
         ) from None
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """Name an exception and the line of the user's that it came from."""
-    text = f"{type(error).__name__}: {error}"
+    what = describe(error)
+    text = f"{what.type}: {what.message}"
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

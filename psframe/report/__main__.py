@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from psframe.errors import PsframeError
+from psframe.output import give_up_printing, parse_flags
 from psframe.report.making import make_report
 
 _DESCRIPTION = """\
@@ -34,20 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         ] = None
         no_png: Annotated[bool, tyro.conf.arg(help="write the page only")] = False
 
-    arguments = tyro.cli(
+    arguments = parse_flags(
+        tyro.cli,
         Arguments,
+        name="report",
+        quiet=False,
         args=list(sys.argv[1:] if argv is None else argv),
-        prog="python -m psframe.report",
         description=_DESCRIPTION,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        written = make_report(arguments.run_dir, arguments.output, images=not arguments.no_png)
-    except PsframeError as error:
+        for file in make_report(arguments.run_dir, arguments.output, images=not arguments.no_png):
+            print(file)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        give_up_printing()
+    except (PsframeError, OSError) as error:
+        if isinstance(error, OSError):  # perhaps of a full disk, which has what was printed
+            give_up_printing()
         print(f"psframe: error: {error}", file=sys.stderr, flush=True)
         return 1
-    for file in written:
-        print(file)
     return 0
 
 

@@ -38,8 +38,10 @@ __all__ = [
     "plain_axis",
     "plain_number",
     "png",
+    "shade_start",
     "svg",
     "thinned",
+    "time_scale",
 ]
 
 # Okabe and Ito's palette, whose colours differ for the colour-blind too; without its yellow and
@@ -205,6 +207,35 @@ def log_axis(axis: Any, least: float, most: float) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(plain_number))
     axis.set_minor_formatter(NullFormatter())
+
+
+def time_scale(longest_s: float) -> tuple[float, str]:
+    """Choose the unit of an axis of times.
+
+    Returns:
+        Seconds in the unit, and the axis' label.
+    """
+    unit, scale = ("s", 1.0)
+    if longest_s > 300:
+        unit, scale = ("h", 3600.0) if longest_s > 10800 else ("min", 60.0)
+    return scale, f"time since the start ({unit})"
+
+
+def shade_start(axes: Any, until: float, end: float) -> None:
+    """Shade the part of an axis of times in which the run only started."""
+    if not 0.01 * end < until < end:
+        return
+    axes.axvspan(0, until, color=GRID, alpha=0.6, lw=0, zorder=0)
+    if until > 0.15 * end:
+        axes.annotate(
+            "start-up",
+            (until / 2, 0.5),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="center",
+            color=MUTED,
+            fontsize=9,
+        )
 
 
 def thinned(x: Floats, *columns: Floats) -> tuple[Floats, ...]:

@@ -84,12 +84,12 @@ def _accuracies(axes: Any, per_class: Floats, named: bool, names: list[str]) -> 
     worse = share < middle - 2 * max(float(share.std()), 0.005)
     colours = [canvas.RED if low else canvas.BLUE for low in worse]
     few = len(per_class) <= _NAMES_MAX
-    least = float(min(share.min(), 0.99))
+    least = float(min(share.min(), 0.95))  # a narrower axis would make much of one sample
     least = max(0.0, least - 0.15 * (1 - least)) if least > 0.4 else 0.0
     axes.set_xlim(least, 1 + 0.02 * (1 - least))
     axes.scatter(share, rows, s=64 if few else 7, c=colours, linewidths=0, clip_on=False, zorder=3)
     if few:
-        axes.hlines(rows, least, share, color=canvas.GRID, lw=3, zorder=1)
+        axes.hlines(rows, 0, 1, color=canvas.GRID, lw=0.8, zorder=1)  # guides, not lengths
         for row, part in enumerate(per_class):
             axes.annotate(
                 "no samples" if np.isnan(part) else f"{part:.1%}",

@@ -10,6 +10,7 @@ import numpy as np
 from psframe.report import canvas
 from psframe.report.facts import Facts
 from psframe.report.reading import Floats, Run
+from psframe.report.spans import started_s
 
 __all__ = ["curves", "staleness"]
 
@@ -21,6 +22,8 @@ _PARTS = (
 # With fewer points than this each one is marked.
 _MARKED_MAX = 40
 _BARS_MAX = 80
+# The axis of a histogram has so many values at least.
+_VALUES_MIN = 5
 _WORKER_BARS_MAX = 64
 
 
@@ -36,10 +39,11 @@ def curves(run: Run, facts: Facts) -> Any | None:
         return None
     by_epoch = bool(np.isfinite(metrics["epoch"]).any())
     first = metrics["epoch"] + 1 if by_epoch else metrics["update"]
-    unit, scale = _time_unit(metrics["time_s"])
+    end_s = float(np.nanmax(np.append(metrics["time_s"], 0.0)))
+    scale, time_label = canvas.time_scale(end_s)
     abscissae = [
         (first, "epochs completed" if by_epoch else "updates"),
-        (metrics["time_s"] / scale, f"time ({unit})"),
+        (metrics["time_s"] / scale, time_label),
     ]
     abscissae = [(x, label) for x, label in abscissae if np.isfinite(x).any()]
     if not abscissae:
@@ -55,9 +59,10 @@ def curves(run: Run, facts: Facts) -> Any | None:
             if column == 0:
                 axes.set_title(what.capitalize())
                 axes.set_ylabel("mean loss" if what == "loss" else "accuracy")
-            elif label.startswith("time") and np.nanmin(x) < 0.4 * np.nanmax(x):
+            if label == time_label:
+                canvas.shade_start(axes, started_s(run.timeline) / scale, end_s / scale)
                 axes.set_xlim(left=0)
-            canvas.plain_axis(axes.xaxis, integer=not label.startswith("time"))
+            canvas.plain_axis(axes.xaxis, integer=label != time_label)
         values = np.concatenate([metrics[f"{part}_{what}"] for part, *_ in parts])
         _scale(row[0], what, values[np.isfinite(values)])
         if what == "accuracy":
@@ -79,12 +84,6 @@ def _line(axes: Any, x: Floats, y: Floats, colour: str, name: str = "", marker: 
     if len(x) > _MARKED_MAX:
         marker = ""
     axes.plot(x, y, color=colour, label=name, marker=marker, markersize=4, mew=0)
-
-
-def _time_unit(time_s: Floats) -> tuple[str, float]:
-    known = time_s[np.isfinite(time_s)]
-    longest = float(known.max()) if known.size else 0.0
-    return ("h", 3600.0) if longest > 10800 else ("min", 60.0) if longest > 300 else ("s", 1.0)
 
 
 def _scale(axes: Any, what: str, values: Floats) -> None:
@@ -127,23 +126,33 @@ def _best(axes: Any, x: Floats, run: Run, facts: Facts) -> None:
 
 def staleness(run: Run, facts: Facts) -> Any | None:
     """Draw the histogram of staleness, its mean by epoch and by worker: what there is of them."""
-    by_epoch = np.isfinite(run.metrics["staleness_mean"])
+    means = run.metrics["staleness_mean"]
     by_worker = [w for w in facts.workers if not math.isnan(w.staleness_mean)]
+    never = facts.staleness is not None and not facts.staleness[1:].any()
     panels = []
     if facts.staleness is not None:
         panels.append(_histogram)
-    if by_epoch.any():
+    if never:
+        panels.append(_never)
+    if np.isfinite(means).any() and not never:
         panels.append(_by_epoch)
-    if len(by_worker) > 1:
+    if len(by_worker) > 1 and not never:
         panels.append(_by_worker)
     if not panels:
         return None
-    figure = canvas.new_figure(11, 3.6)
+    figure = canvas.new_figure(11, 2.6 if never else 3.6)
     widths = [1.35 if panel is _histogram else 1.0 for panel in panels]
     grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
     for axes, panel in zip(grid[0], panels, strict=True):
         panel(axes, run, facts)
     return figure
+
+
+def _never(axes: Any, run: Run, facts: Facts) -> None:
+    """Say so, where curves would be zero everywhere."""
+    axes.set_axis_off()
+    text = "Staleness was 0 throughout: every gradient met\nthe very parameters it was computed on."
+    axes.text(0.02, 0.5, text, va="center", fontsize=10.5, linespacing=1.6)
 
 
 def _histogram(axes: Any, run: Run, facts: Facts) -> None:
@@ -160,6 +169,8 @@ def _histogram(axes: Any, run: Run, facts: Facts) -> None:
         color=canvas.BLUE,
         linewidth=0,
     )
+    if len(counts) < _VALUES_MIN:  # one bar as wide as the figure is no histogram
+        axes.set_xlim(-0.6, _VALUES_MIN - 0.4)
     seen = bars[bars > 0]
     far = bool(seen.max() > 200 * seen.min())
     if far:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from psframe.report.reading import COUNTS, LARGEST, Floats, Run, number
+from psframe.summary import class_accuracies, find_slowest
 
 __all__ = ["Facts", "Worker", "gather"]
 
@@ -16,8 +17,6 @@ __all__ = ["Facts", "Worker", "gather"]
 _WORKERS_MAX = 100_000
 _CLASSES_MAX = 4_096
 _BINS_MAX = 10_000_000
-# With rates as close as this all go at one pace, which the one with the longest steps sets.
-_IN_STEP = 0.98
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Worker:
 
     index: int
     rank: str = ""
-    device: str = ""
     pushes: float = math.nan
     samples: float = math.nan
     samples_per_s: float = math.nan
@@ -39,11 +37,6 @@ class Worker:
     def accounted_s(self) -> float:
         """Seconds whose use is known: computing and waiting."""
         return self.compute_s + self.servers_s + self.data_s
-
-    @property
-    def step_s(self) -> float:
-        """Seconds of its own, not waiting for servers, that a push takes it."""
-        return (self.compute_s + self.data_s) / self.pushes if self.pushes > 0 else math.nan
 
     def share(self, part: str) -> float:
         """Give the part of the accounted time spent in "compute_s", "servers_s" or "data_s"."""
@@ -60,9 +53,10 @@ class Facts:
         staleness_mean: over the pushes applied.
         confusion: (C, C) counts, a row for each true class.
         per_class: (C,) accuracy of each class.
-        slowest: index into `workers` of the one named so or, if none is, of the one with the lowest
-            rate; None if that is not known.
-        best_epoch: counted from 0.
+        slowest: index into `workers` of the one that is slower than the others, by the rule of
+            the summary; None if none is.
+        slowest_why: in words; also that there is none, if that is known.
+        best_epoch: whose parameters were kept, counted from 0.
     """
 
     state: str = "unknown"
@@ -85,6 +79,7 @@ class Facts:
     per_class: Floats | None = None
     workers: list[Worker] = field(default_factory=list)
     slowest: int | None = None
+    slowest_why: str = ""
     best_epoch: int | None = None
     stopped_early: bool = False
 
@@ -121,7 +116,7 @@ def gather(run: Run) -> Facts:
     facts.samples = _first(
         number(summary.get("samples")), _sum(w.samples for w in facts.workers), _integral(run)
     )
-    facts.slowest = _slowest(facts.workers, _index(summary.get("slowest")))
+    facts.slowest, facts.slowest_why = _slowest(facts.workers, facts.mode)
     _staleness(run, facts)
     _confusion(run, facts)
     return facts
@@ -196,22 +191,24 @@ def _worker(row: dict[str, Any], position: int) -> Worker:
     return Worker(
         index if index is not None and index < _WORKERS_MAX else position,
         rank="" if rank is None else str(rank),
-        device=_text(row.get("device")),
         **{name: value for name in names if (value := number(row.get(name))) >= 0},
     )
 
 
-def _slowest(workers: list[Worker], named: int | None) -> int | None:
-    for position, worker in enumerate(workers):
-        if worker.index == named:
-            return position
-    rates = np.array([worker.samples_per_s for worker in workers])
-    if len(rates) < 2 or not np.isfinite(rates).any():
-        return None
-    steps = np.array([worker.step_s for worker in workers])
-    if np.nanmin(rates) > _IN_STEP * np.nanmax(rates) and np.isfinite(steps).any():
-        return int(np.nanargmax(steps))
-    return int(np.nanargmin(rates))
+def _slowest(workers: list[Worker], mode: str) -> tuple[int | None, str]:
+    known = [
+        {
+            "worker": position,
+            "pushes": worker.pushes,
+            "samples_per_s": worker.samples_per_s,
+            "compute_s": worker.compute_s,
+            "servers_s": worker.servers_s,
+            "data_s": worker.data_s,
+        }
+        for position, worker in enumerate(workers)
+        if worker.pushes > 0 and not math.isnan(worker.accounted_s)
+    ]
+    return find_slowest(known, mode)
 
 
 def _staleness(run: Run, facts: Facts) -> None:
@@ -241,9 +238,7 @@ def _confusion(run: Run, facts: Facts) -> None:
         run.problems.append("summary.json: its confusion is not a square table of counts")
     facts.per_class = _array(summary.get("per_class"), 1, _CLASSES_MAX)
     if facts.per_class is None and facts.confusion is not None:
-        totals = facts.confusion.sum(axis=1)
-        right = np.diagonal(facts.confusion)
-        facts.per_class = np.divide(right, totals, np.full(len(totals), np.nan), where=totals > 0)
+        facts.per_class = np.array(class_accuracies(facts.confusion), np.float64)
     size = 0 if facts.per_class is None else len(facts.per_class)
     if facts.confusion is not None and len(facts.confusion) != size:
         facts.per_class, size = None, len(facts.confusion)

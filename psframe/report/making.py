@@ -15,8 +15,9 @@ from psframe.report.curves import curves, staleness
 from psframe.report.facts import Facts, gather
 from psframe.report.page import Figure, page
 from psframe.report.reading import Run, read_run
+from psframe.report.spans import on_one_clock
 from psframe.report.words import findings
-from psframe.report.workers import caption, heat, rates, times
+from psframe.report.workers import heat, rates, rates_caption, times, times_caption
 
 __all__ = ["PAGE", "make_report"]
 
@@ -29,7 +30,6 @@ _STALENESS = (
     "The staleness of a gradient is the number of updates that were applied between the pull of "
     "the parameters it was computed on and its own application."
 )
-_TIMES = "Other: starting, evaluating, and whatever else was not measured."
 _HEAT = "A horizontal streak is one worker's, a vertical one all workers' at that time."
 
 
@@ -53,6 +53,7 @@ def make_report(
         ArgumentError: matplotlib is not installed.
     """
     run = read_run(run_dir)
+    on_one_clock(run)
     facts = gather(run)
     made = f"Made by psframe.report, {time.strftime('%Y-%m-%d %H:%M')}."
     files: dict[str, bytes] = {}
@@ -71,8 +72,8 @@ def _figures(run: Run, facts: Facts) -> Iterator[Figure]:
     drawings = (
         ("curves", "Learning", _learning(run), curves(run, facts)),
         ("staleness", "Staleness", _STALENESS, staleness(run, facts)),
-        ("rates", "How fast the workers were", caption(facts), rates(run, facts)),
-        ("times", "How the workers spent their time", _TIMES, times(run, facts)),
+        ("rates", "How fast the workers were", rates_caption(run, facts), rates(run, facts)),
+        ("times", "How the workers spent their time", times_caption(run), times(run, facts)),
         ("heat", "The workers over time", _HEAT, heat(run, facts)),
         ("classes", "Classes", "", classes(facts)),
     )

@@ -12,6 +12,7 @@ from psframe.report.canvas import THEMES
 from psframe.report.facts import Facts, Worker
 from psframe.report.reading import Run
 from psframe.report.words import Finding, count, percent, seconds
+from psframe.summary import FATES
 
 __all__ = ["Figure", "page"]
 
@@ -19,7 +20,11 @@ __all__ = ["Figure", "page"]
 _TEXT_MAX = 2000
 _SETTINGS_MAX = 200
 _ROWS_MAX = 40
-_FATES = ("applied", "refused", "dropped", "lost", "stopped")
+_RATES = (
+    "Workers' samples per second count from the run's first push; over the whole run, with "
+    "start-up and evaluations, there are fewer. Shares are of the time that was measured: "
+    "computing and waiting."
+)
 
 _LIGHT = "".join(f"--{name}:{colour};" for colour, (name, _) in THEMES.items())
 _DARK = "".join(f"--{name}:{colour};" for name, colour in THEMES.values())
@@ -158,7 +163,7 @@ def _cards(facts: Facts) -> str:
         (percent(facts.accuracy), "test accuracy"),
         (seconds(facts.seconds), "time"),
         (count(facts.updates), "updates"),
-        (count(facts.samples_per_s), "samples per second"),
+        (count(facts.samples_per_s), "samples per second over the whole run"),
         (
             "–" if math.isnan(facts.staleness_mean) else f"{facts.staleness_mean:.2f}",
             "mean staleness",
@@ -178,20 +183,21 @@ def _workers(facts: Facts) -> str:
     rows = list(enumerate(facts.workers))
     if many:
         rows.sort(key=lambda row: (math.isnan(row[1].samples_per_s), row[1].samples_per_s))
-    head = ["worker", "rank", "device", "pushes", "samples/s", "mean staleness", "computing"]
+    head = ["worker", "rank", "pushes", "samples/s", "mean staleness", "computing"]
     head += ["waiting for servers", "waiting for data"]
     lines = [_row(worker, position == facts.slowest) for position, worker in rows[:_ROWS_MAX]]
-    cells = "".join(f'<th class="{"n" * (i > 2)}">{name}</th>' for i, name in enumerate(head))
+    cells = "".join(f'<th class="{"n" * (i > 1)}">{name}</th>' for i, name in enumerate(head))
     title = f"The {_ROWS_MAX} slowest of {len(rows):,} workers" if many else "Workers"
     return (
         f'<section class="tall"><h2>{title}</h2><div class="wide"><table><thead><tr>{cells}</tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div></section>"
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">{_RATES}</p></section>'
     )
 
 
 def _row(worker: Worker, slowest: bool) -> str:
     stale = "–" if math.isnan(worker.staleness_mean) else f"{worker.staleness_mean:.2f}"
-    texts = [f"{worker.index}{' (slowest)' * slowest}", worker.rank or "–", worker.device or "–"]
+    texts = [f"{worker.index}{' (slowest)' * slowest}", worker.rank or "–"]
     numbers = [count(worker.pushes), count(worker.samples_per_s), stale]
     for part in ("compute_s", "servers_s", "data_s"):
         share = worker.share(part)
@@ -227,16 +233,16 @@ def _ledger(facts: Facts) -> str:
     if not ledger:
         return ""
     lines = [
-        f'<tr><th>{name}</th><td class="n">{ledger.get(name, 0):,}</td></tr>' for name in _FATES
+        f'<tr><th>{name}</th><td class="n">{ledger.get(name, 0):,}</td></tr>' for name in FATES
     ]
-    total = sum(ledger.get(name, 0) for name in _FATES)
+    total = sum(ledger.get(name, 0) for name in FATES)
     lines.append(f'<tr class="sum"><th>sum</th><td class="n">{total:,}</td></tr>')
     received = ledger.get("received", 0)
     lines.append(f'<tr><th>received by server 0</th><td class="n">{received:,}</td></tr>')
     lines += [
         f'<tr><th>{_text(name)}</th><td class="n">{n:,}</td></tr>'
         for name, n in list(ledger.items())[:_SETTINGS_MAX]
-        if name not in (*_FATES, "received")
+        if name not in (*FATES, "received")
     ]
     lines += [
         f'<tr><th>because: {_text(name)}</th><td class="n">{n:,}</td></tr>'

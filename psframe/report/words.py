@@ -13,18 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from psframe.report.facts import Facts, Worker
-from psframe.report.reading import Floats, Run
+from psframe.report.reading import Run
+from psframe.summary import FATES
 
 __all__ = ["Finding", "count", "findings", "percent", "seconds"]
 
-# A worker that is slower than the middle one by less is as fast as the others.
-_SLOW = 0.9
-# Where all go in step, one whose own steps take this many times the median holds up the others.
-_LONG = 1.25
 # Waiting that is worth a word.
 _DATA, _SERVERS = 0.15, 0.35
-# A part of the time larger than the median by this is why a worker is slow.
-_MORE = 0.05
 # A loss that rises by this factor over its least while the training loss falls: overfitting.
 _OVERFIT = 1.15
 _NAMED_MAX = 5
@@ -35,7 +30,7 @@ _STATES = {
     "failed": "The run failed",
     "interrupted": "The run was interrupted",
 }
-_FATES = {
+_WHY = {
     "refused": "refused: not finite, of an unknown version, or from a worker that counts as lost",
     "dropped": "dropped by rule: they came after their round was closed without them",
     "lost": "lost: their worker died before they were applied",
@@ -154,42 +149,13 @@ def _staleness(run: Run, facts: Facts) -> Iterator[Finding]:
 
 
 def _slowest(run: Run, facts: Facts) -> Iterator[Finding]:
-    if facts.slowest is None:
-        return
-    rates = np.array([worker.samples_per_s for worker in facts.workers])
-    worker, middle = facts.workers[facts.slowest], _median(rates)
-    if math.isnan(worker.samples_per_s) or not middle > 0:
-        return
-    share = worker.samples_per_s / middle
-    text = f"{_name(worker)} was the slowest: {count(worker.samples_per_s)} samples/s, "
-    text += f"{share:.0%} of the median's {count(middle)}"
-    usual_s = _median(np.array([w.step_s for w in facts.workers]))
-    longer = worker.step_s / usual_s if usual_s > 0 else math.nan
-    if share >= _SLOW and longer > _LONG:
-        text = f"{_name(worker)} was the slowest: its own part of a step, computing and waiting for"
-        text += f" data, takes {longer:.1f} times the median's, and the others wait for it."
-        yield Finding(text, "warning")
-        return
-    if share >= _SLOW:
-        yield Finding(f"{text}. All workers were about equally fast.", "good")
-        return
-    means = {
-        part: _median(np.array([w.share(part) for w in facts.workers]))
-        for part in ("compute_s", "servers_s", "data_s")
-        if any(not math.isnan(w.share(part)) for w in facts.workers)
-    }
-    more = {part: worker.share(part) - mean for part, mean in means.items()}
-    reasons = {
-        "compute_s": "its time went into computing: a slower processor, or a shared one?",
-        "servers_s": "it waited for servers more than others: a slower network?",
-        "data_s": "it waited for data more than others: a slow disk?",
-    }
-    most = max(more, key=lambda part: more[part], default="")
-    if most and more[most] > _MORE:
-        text += f"; {reasons[most]}"
-    elif most:
-        text += "; it spent its time as the others did: a slower node?"
-    yield Finding(text if text.endswith("?") else text + ".", "warning")
+    if facts.slowest is not None:
+        name = _name(facts.workers[facts.slowest])
+        pace, _, reason = facts.slowest_why.partition(": ")
+        why = f" ({reason})" if reason else ""
+        yield Finding(f"{name} was the slowest, {pace}{why}.", "warning")
+    elif facts.slowest_why:
+        yield Finding(f"{facts.slowest_why.capitalize()}.", "good")
 
 
 def _data(run: Run, facts: Facts) -> Iterator[Finding]:
@@ -257,12 +223,11 @@ def _ledger(run: Run, facts: Facts) -> Iterator[Finding]:
     if not ledger.get("received"):
         return
     received, applied = ledger["received"], ledger.get("applied", 0)
-    parts = ("applied", "refused", "dropped", "lost", "stopped")
-    if sum(ledger.get(part, 0) for part in parts) != received:
+    if sum(ledger.get(fate, 0) for fate in FATES) != received:
         yield Finding("The ledger does not add up: received is not the sum below it.", "warning")
     if applied == received:
         yield Finding(f"Every one of the {received:,} pushes received was applied.", "good")
-    for fate, why in _FATES.items():
+    for fate, why in _WHY.items():
         if ledger.get(fate):
             share = ledger[fate] / received
             part = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
@@ -271,11 +236,6 @@ def _ledger(run: Run, facts: Facts) -> Iterator[Finding]:
                 f"{ledger[fate]:,} of {received:,} pushes ({part}) {verb} {why}.",
                 "plain" if fate == "stopped" or share < 0.01 else "warning",
             )
-
-
-def _median(values: Floats) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if known.size else math.nan
 
 
 def _name(worker: Worker) -> str:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from psframe.report import canvas
 from psframe.report.facts import Facts
-from psframe.report.reading import COUNTS, Floats, Run, Timeline
-from psframe.report.words import count
+from psframe.report.reading import Floats, Run
+from psframe.report.spans import Spans, spans_of_times, spans_of_work, started_s
+from psframe.report.words import count, seconds
 
-__all__ = ["caption", "heat", "rates", "times"]
+__all__ = ["heat", "rates", "rates_caption", "times", "times_caption"]
 
-_SAMPLES = COUNTS.index("samples")
 _PARTS = ("compute_s", "servers_s", "data_s")
-_FIRST_PART = COUNTS.index("compute_s")
 _NAMES = {
     "compute_s": ("computing", canvas.GREEN),
     "servers_s": ("waiting for servers", canvas.ORANGE),
@@ -34,80 +32,47 @@ _HEAT_MIN = 12
 _HEAT_ROWS_MAX = 1000
 # The end of the colours of waiting, at least: two per cent everywhere is nothing to shine.
 _HEAT_SHARE_MIN = 0.2
-_SPANS_MAX = 120
-
-
-@dataclass(frozen=True)
-class _Spans:
-    """A timeline in spans of equal length.
-
-    Attributes:
-        edges_s: (N + 1,) from 0 or the first line to the last.
-        done: (N, W, 6) what each worker did in each span, in the order of `COUNTS`.
-    """
-
-    edges_s: Floats
-    done: Floats
-
-    @property
-    def middles_s(self) -> Floats:
-        return (self.edges_s[1:] + self.edges_s[:-1]) / 2
-
-    @property
-    def rates(self) -> Floats:
-        """(N, W) samples per second."""
-        return np.asarray(self.done[:, :, _SAMPLES] / np.diff(self.edges_s)[:, None])
-
-
-def _spans(timeline: Timeline | None) -> _Spans | None:
-    """Divide a timeline into spans with a few pushes of each worker in each, if it has two."""
-    if timeline is None or len(timeline.time_s) < 2:
-        return None
-    time_s, counts = timeline.time_s, timeline.counts
-    keep = np.append(np.diff(time_s) > 0, True)  # of lines at one time, the last
-    time_s, counts = time_s[keep], counts[keep]
-    if len(time_s) < 2 or not time_s[-1] > time_s[0]:
-        return None
-    pushes = float(np.median(counts[-1, :, 0]))
-    number = int(max(2, min(len(time_s) - 1, _SPANS_MAX, pushes / 12)))
-    edges = np.linspace(time_s[0], time_s[-1], number + 1)
-    if not np.all(np.diff(edges) > 0):  # a run too short for its clock
-        return None
-    after = np.clip(np.searchsorted(time_s, edges), 1, len(time_s) - 1)
-    part = (edges - time_s[after - 1]) / (time_s[after] - time_s[after - 1])
-    part = part[:, None, None]
-    at = counts[after - 1] * (1 - part) + counts[after] * part
-    return _Spans(edges, np.maximum(np.diff(at, axis=0), 0.0))
+# With fewer spans a line between their middles would say more than is known: steps.
+_STEPS_MAX = 40
 
 
 def rates(run: Run, facts: Facts) -> Any | None:
     """Draw samples per second over time, of all workers together and of each."""
-    spans = _spans(run.timeline)
+    spans = spans_of_work(run.timeline)
     if spans is None:
         return _epoch_rates(run)
-    unit, scale = _unit(spans.edges_s[-1])
-    x, rate = spans.middles_s / scale, spans.rates
+    scale, label = canvas.time_scale(spans.edges_s[-1])
+    edges, rate = spans.edges_s / scale, spans.rates
     alone = rate.shape[1] == 1
     figure = canvas.new_figure(11, 3.8)
     grid = figure.subplots(1, 1 if alone else 2, squeeze=False, width_ratios=[1, 1.35][alone:])[0]
     total = grid[0]
-    total.fill_between(x, rate.sum(axis=1), color=canvas.BLUE, alpha=0.18, linewidth=0)
-    total.plot(x, rate.sum(axis=1), color=canvas.BLUE)
+    x, y = _steps(edges, rate.sum(axis=1))
+    total.fill_between(x, y, color=canvas.BLUE, alpha=0.18, linewidth=0)
+    total.plot(x, y, color=canvas.BLUE)
     total.set_title("The only worker" if alone else "All workers together")
     if not alone:
-        _each(figure, grid[1], x, rate, facts)
+        _each(figure, grid[1], edges, rate, facts)
     for axes in grid:
-        axes.set_xlabel(f"time ({unit})")
+        axes.set_xlabel(label)
         axes.set_ylabel("samples per second")
         axes.set_ylim(bottom=0)
-        axes.set_xlim(spans.edges_s[0] / scale, spans.edges_s[-1] / scale)
+        axes.set_xlim(edges[0], edges[-1])
         canvas.plain_axis(axes.xaxis)
         canvas.plain_axis(axes.yaxis)
     return figure
 
 
-def _each(figure: Any, axes: Any, x: Floats, rate: Floats, facts: Facts) -> None:
+def _steps(edges: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """Give the line of values, one a span: as steps where they are few."""
+    if len(values) > _STEPS_MAX:
+        return (edges[1:] + edges[:-1]) / 2, values
+    return np.repeat(edges, 2)[1:-1], np.repeat(values, 2, axis=0)
+
+
+def _each(figure: Any, axes: Any, edges: Floats, rate: Floats, facts: Facts) -> None:
     workers = rate.shape[1]
+    x, rate = _steps(edges, rate)
     axes.set_title("Each worker")
     slowest = facts.slowest
     if slowest is not None and facts.workers[slowest].index < workers:
@@ -142,14 +107,15 @@ def _epoch_rates(run: Run) -> Any | None:
     known = np.isfinite(x) & np.isfinite(y)
     if known.sum() < 2:
         return None
-    unit, scale = _unit(float(x[known].max()))
+    scale, label = canvas.time_scale(float(x[known].max()))
     x, y = canvas.thinned(x[known] / scale, y[known])
     figure = canvas.new_figure(11, 3.2)
     axes = figure.subplots()
     axes.plot(x, y, color=canvas.BLUE, marker="o" if len(x) <= 40 else "", ms=3.5)
     axes.set_title("All workers together, by epoch")
-    axes.set_xlabel(f"time ({unit})")
+    axes.set_xlabel(label)
     axes.set_ylabel("samples per second")
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     canvas.plain_axis(axes.yaxis)
     return figure
@@ -160,13 +126,19 @@ def times(run: Run, facts: Facts) -> Any | None:
     workers = [w for w in facts.workers if w.accounted_s > 0]
     if not workers:
         return None
-    spans = _spans(run.timeline)
+    spans = spans_of_times(run.timeline)
     figure = canvas.new_figure(11, 3.9)
     grid = figure.subplots(1, 1 if spans is None else 2, squeeze=False, sharey=True)[0]
-    whole = np.array([max(facts.seconds or 0.0, w.accounted_s) for w in workers])
-    whole = np.where(np.isfinite(whole), whole, [w.accounted_s for w in workers])
-    parts = np.array([[getattr(w, part) for part in _PARTS] for w in workers]) / whole[:, None]
-    _bars(grid[0], np.array([float(w.index) for w in workers]), parts)
+    if spans is not None:  # of the same time as on the right, so that the two agree
+        index = np.arange(float(spans.done.shape[1]))
+        parts = spans.done.sum(axis=0) / (spans.edges_s[-1] - spans.edges_s[0])
+    else:
+        index = np.array([float(w.index) for w in workers])
+        run_s = facts.seconds if math.isfinite(facts.seconds) else 0.0
+        whole = np.array([max(run_s, w.accounted_s) for w in workers])
+        parts = np.array([[getattr(w, part) for part in _PARTS] for w in workers])
+        parts /= whole[:, None]
+    _bars(grid[0], index, parts)
     if spans is not None:
         _areas(grid[1], spans)
     grid[0].set_ylabel("share of the time")
@@ -191,7 +163,7 @@ def _bars(axes: Any, index: Floats, parts: Floats) -> None:
         bottom = bottom + height
     axes.set_xlabel(label)
     axes.grid(visible=False)
-    room = 1.2 if len(parts) < 4 else 0.6  # a single bar as wide as the figure is no bar
+    room = 1.6 if len(parts) == 1 else 0.6  # a single bar as wide as the figure is no bar
     axes.set_xlim(x.min() - room, x.max() + room)
     if many or len(parts) <= 16:
         names = [f"{i:.0f}" for i in index]
@@ -200,12 +172,10 @@ def _bars(axes: Any, index: Floats, parts: Floats) -> None:
         canvas.plain_axis(axes.xaxis, integer=True)
 
 
-def _areas(axes: Any, spans: _Spans) -> None:
-    unit, scale = _unit(spans.edges_s[-1])
+def _areas(axes: Any, spans: Spans) -> None:
+    scale, label = canvas.time_scale(spans.edges_s[-1])
     workers = spans.done.shape[1]
-    available = np.diff(spans.edges_s) * workers
-    parts = spans.done[:, :, _FIRST_PART:].sum(axis=1) / available[:, None]
-    parts /= np.maximum(parts.sum(axis=1), 1.0)[:, None]
+    parts = spans.done.sum(axis=1) / (spans.lengths_s * workers)[:, None]
     heights = [*parts.T, np.maximum(1 - parts.sum(axis=1), 0.0)]
     x, bottom = np.repeat(spans.edges_s / scale, 2)[1:-1], np.zeros(2 * len(parts))
     for height, (_, colour) in zip(heights, [*_NAMES.values(), _OTHER], strict=True):
@@ -213,44 +183,42 @@ def _areas(axes: Any, spans: _Spans) -> None:
         axes.fill_between(x, bottom, top, color=colour, lw=0)
         bottom = top
     axes.set_title("The worker, over time" if workers == 1 else "All workers, over time")
-    axes.set_xlabel(f"time ({unit})")
+    axes.set_xlabel(label)
     axes.set_xlim(x[0], x[-1])
+    canvas.plain_axis(axes.xaxis)
     axes.grid(visible=False)
 
 
 def heat(run: Run, facts: Facts) -> Any | None:
     """Draw each worker's rate and waiting over time as heat maps; None for a few workers."""
-    spans = _spans(run.timeline)
+    spans, waits = spans_of_work(run.timeline), spans_of_times(run.timeline)
     if spans is None or spans.done.shape[1] < _HEAT_MIN or not spans.done.any():
         return None
     workers = spans.done.shape[1]
-    lengths = np.diff(spans.edges_s)[:, None]
-    maps: list[tuple[Floats, str, float | None]] = [(spans.rates, "Samples per second", None)]
+    maps = [(spans, spans.rates, "Samples per second", True)]
     for part, title in (("servers_s", "Waiting for servers"), ("data_s", "Waiting for data")):
-        share = np.minimum(spans.done[:, :, COUNTS.index(part)] / lengths, 1.0)
-        maps.append((share, title, max(float(share.max()), _HEAT_SHARE_MIN)))
+        if waits is not None:
+            share = waits.done[:, :, _PARTS.index(part)] / waits.lengths_s[:, None]
+            maps.append((waits, share, title, False))
     figure = canvas.new_figure(11, min(3.4 + 0.02 * workers, 6.5))
-    unit, scale = _unit(spans.edges_s[-1])
-    extent = (spans.edges_s[0] / scale, spans.edges_s[-1] / scale, workers - 0.5, -0.5)
-    for axes, (values, title, top) in zip(figure.subplots(1, 3, sharey=True), maps, strict=True):
+    scale, label = canvas.time_scale(spans.edges_s[-1])
+    grid = figure.subplots(1, len(maps), sharey=True)
+    for axes, (of, values, title, is_rate) in zip(grid, maps, strict=True):
         image = axes.imshow(
-            _pooled(values, lowest=top is None).T,
+            _pooled(values, lowest=is_rate).T,
             aspect="auto",
-            extent=extent,
+            extent=(of.edges_s[0] / scale, of.edges_s[-1] / scale, workers - 0.5, -0.5),
             interpolation="nearest",
             cmap="cividis",
             vmin=0,
-            vmax=top,
+            vmax=None if is_rate else max(float(values.max()), _HEAT_SHARE_MIN),
         )
         axes.set_title(title)
-        axes.set_xlabel(f"time ({unit})")
+        axes.set_xlabel(label)
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.9, aspect=28, pad=0.02)
         bar.outline.set_visible(False)
-        if top is None:
-            canvas.plain_axis(bar.ax.xaxis)
-        else:
-            canvas.percent_axis(bar.ax.xaxis)
+        (canvas.plain_axis if is_rate else canvas.percent_axis)(bar.ax.xaxis)
         bar.ax.xaxis.get_major_locator().set_params(nbins=5)
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("worker")
@@ -267,15 +235,27 @@ def _pooled(values: Floats, lowest: bool) -> Floats:
     return np.asarray((np.minimum if lowest else np.maximum).reduceat(values, starts, axis=1))
 
 
-def _unit(longest_s: float) -> tuple[str, float]:
-    return ("h", 3600.0) if longest_s > 10800 else ("min", 60.0) if longest_s > 300 else ("s", 1.0)
+def times_caption(run: Run) -> str:
+    """Say what the figure of times counts as what."""
+    other = "Other: evaluating, and whatever else was not measured."
+    if spans_of_times(run.timeline) is None:
+        return "Shares of the whole run. " + other.replace("evaluating", "starting, evaluating")
+    return f"Shares of the time from the first push to the last{_after(run)}. {other}"
 
 
-def caption(facts: Facts) -> str:
-    """Name the slowest worker under the figure of rates."""
+def rates_caption(run: Run, facts: Facts) -> str:
+    """Say what the figure of rates leaves out, and name the slowest worker."""
+    start = f"From the first push to the last{_after(run)}. " if run.timeline is not None else ""
     if facts.slowest is None:
-        return ""
+        return start.strip()
     worker = facts.workers[facts.slowest]
     if math.isnan(worker.samples_per_s):
-        return f"Worker {worker.index} was the slowest."
-    return f"Worker {worker.index} was the slowest, at {count(worker.samples_per_s)} samples/s."
+        return f"{start}Worker {worker.index} was the slowest."
+    return (
+        f"{start}Worker {worker.index} was the slowest, at {count(worker.samples_per_s)} samples/s."
+    )
+
+
+def _after(run: Run) -> str:
+    start_s = started_s(run.timeline)
+    return "" if math.isnan(start_s) else f", after {seconds(start_s)} of start-up"

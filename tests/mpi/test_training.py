@@ -53,6 +53,14 @@ def test_predictions_are_gathered_in_order(servers: int) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+def test_that_workers_are_ignored_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    train, test = blobs()
+    trainer = Trainer(Softmax((2,), 3), optimizer=optim.SGD(0.1), epochs=1, workers=2)
+    trainer.fit(train, test)
+    assert caplog.text.count("workers=2 is ignored") == ROOT
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("servers", SERVERS)
 @pytest.mark.parametrize("mode", [psframe.Async(), psframe.BSP()], ids=repr)
 def test_the_best_parameters_are_kept_on_every_server(servers: int, mode: Any) -> None:
@@ -137,3 +145,25 @@ def test_a_timeline_has_a_track_a_rank(tmp_path: Path, servers: int) -> None:
     assert busy, names
     assert all({"compute", "push_pull", "lease"} <= found for found in busy)
     assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in spans)
+
+
+class BrokenAtTheEnd(Softmax):
+    """Learns, and cannot be used."""
+
+    def probabilities(self, params: Any, x: Any) -> Any:
+        raise ZeroDivisionError("mine")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_failed_evaluation_does_not_lose_the_training(tmp_path: Path) -> None:
+    train, test = blobs()
+    folder = Path(WORLD.bcast(str(tmp_path)))
+    trainer = Trainer(BrokenAtTheEnd((2,), 3), optimizer=optim.SGD(0.1), run_dir=folder)
+    trained = trainer.fit(train, test)
+    assert trained.failure is not None, "on every rank"
+    assert trained.evaluation is None
+    if ROOT:
+        assert trained.result.params is not None
+        assert trained.accuracy == trained.history[-1].test_accuracy
+        assert (folder / "checkpoints" / "final.safetensors").exists()
+        assert json.loads((folder / "status.json").read_text())["state"] == "failed"

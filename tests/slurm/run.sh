@@ -2,7 +2,8 @@
 # Runs the Slurm examples on a Slurm of one node: tests/slurm/run.sh (make test-slurm).
 #
 # As a batch job with the Open MPI wheel's mpirun, with srun and the MPICH wheel, and with srun and a
-# PMI that the library does not understand, which must be refused and not train four times over.
+# PMI that the library does not understand, which must be refused and not train four times over. Then
+# the first two again, with the signal that Slurm sends before the time is up.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -41,9 +42,38 @@ PYTHON
     echo "tests/slurm: $name: $(grep -c '' "$logs/$name.out") lines, $(cat "$logs/$name/status.json")"
 }
 
+# Tries a command each second until it succeeds; false if it does not within the limit.
+within_limit() {
+    for _ in $(seq "$limit_s"); do
+        "$@" && return 0
+        timeout 1 tail -f /dev/null || true
+    done
+    return 1
+}
+
+is_over() { [ -z "$(squeue --noheader --job="$1" 2>/dev/null)" ]; }
+
+# Submits a batch script that would train for hours, sends it SIGTERM as its --signal would (scancel's
+# options are in $2), and sees that the run is interrupted and its status shown.
+warned() {
+    local name=$1 how=$2 job
+    shift 2
+    job=$(sbatch --parsable --nodes=1 --ntasks-per-node=4 --output="$logs/$name.out" \
+        --export=ALL,RUN_DIR="$logs/$name" "$@" --epochs 1000000) || fail "$name"
+    within_limit test -s "$logs/$name/metrics.jsonl" || fail "$name"
+    scancel --signal=TERM $how "$job" || fail "$name"
+    within_limit is_over "$job" || fail "$name"
+    grep -q '"state": "interrupted"' "$logs/$name/status.json" || fail "$name"
+    grep -q '"state": "interrupted"' "$logs/$name.out" || fail "$name"
+    echo "tests/slurm: $name: $(cat "$logs/$name/status.json")"
+}
+
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 VENV=$PWD/.venv batch mpirun examples/slurm/train.sbatch --epochs 15
 VENV=$PWD/.venv-mpich PMI=pmi2 batch srun examples/slurm/train-srun.sbatch --epochs 15
+
+VENV=$PWD/.venv warned mpirun-warned --batch examples/slurm/train.sbatch
+VENV=$PWD/.venv-mpich PMI=pmi2 warned srun-warned "" examples/slurm/train-srun.sbatch
 
 # The Open MPI wheel does not speak PMI-2: each of the four tasks is alone.
 name=wrong-pmi

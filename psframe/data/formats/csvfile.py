@@ -59,9 +59,8 @@ def pick_label(names: list[str], label: str | None, where: str) -> int:
 
         near = difflib.get_close_matches(label, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{where}: has no column {label!r}; its columns are {', '.join(names[:20])}{hint}"
-        )
+        listed = ", ".join(map(repr, names[:20]))
+        raise ValueError(f"{where}: has no column {label!r}; its columns are {listed}{hint}")
     return names.index(label)
 
 

@@ -18,11 +18,15 @@ import numpy.typing as npt
 
 from psframe.data.checks import check_file, checked_labels, checked_samples
 from psframe.data.dataset import Dataset, Parts
+from psframe.data.formats.npy import read_header
 
 __all__ = ["channels_first", "load_npz", "load_npz_samples", "unlabelled"]
 
 _PARTS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 _SAMPLES = {"x"} | {f"x_{suffix}" for names in _PARTS.values() for suffix in names}
+# A member larger than the first and packed to less than a part of the second is no data: it would
+# fill the memory of every rank.
+_UNPACKED_MIN, _RATIO_MAX = 64 << 20, 500
 _MEMBERS = _SAMPLES | {name.replace("x", "y", 1) for name in _SAMPLES}
 
 
@@ -150,20 +154,14 @@ def _member(
     name = info.filename.removesuffix(".npy")
     if name not in wanted:
         return np.empty(0)
+    if info.file_size > max(_UNPACKED_MIN, _RATIO_MAX * info.compress_size):
+        raise ValueError(
+            f"{where}: {name!r} has {info.compress_size:,} bytes that unpack to "
+            f"{info.file_size:,}, more than {_RATIO_MAX} times as many; if that is right, save it "
+            "with numpy.savez, not packed"
+        )
     with members.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read_header is None:
-            raise ValueError(f"{where}: {name!r} is of the unknown version {version}")
-        shape, _, dtype = read_header(stream)
-        if dtype.hasobject:
-            raise ValueError(
-                f"{where}: {name!r} holds an array of Python objects, which is never unpickled; "
-                "save numbers"
-            )
+        shape, dtype = read_header(stream, f"{where}: {name!r}")
         held = info.file_size - stream.tell()
         if math.prod(shape) * dtype.itemsize != held:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ def load_parquet(path: Path, name: str, label: str | None, features: int | None 
             f"{where}: reading Parquet needs pyarrow: pip install 'psframe[parquet]'"
         ) from error
     try:
+        named, count = Counter(pq.read_schema(path).names).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{where}: has {count} columns named {named!r}; rename all but one")
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{where}: is not a Parquet file, or a damaged one: {error}") from error
+        reason = (str(error).splitlines() or ["it ends early"])[0]
+        raise ValueError(f"{where}: is not a Parquet file, or a damaged one: {reason}") from error
     names = list(table.column_names)
     bare = label is None and table.num_rows > 0 and _width(table) == features
     if (len(names) < 2 and not bare) or table.num_rows == 0:

@@ -13,14 +13,16 @@ with x of (n, *input_shape), the same shape and dtype in all of them, and y (n,)
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from psframe.data.checks import check_file
+from psframe.data.checks import check_classes, check_file
 from psframe.data.dataset import Dataset, Parts
+from psframe.data.formats.npy import load_npy
 
 __all__ = ["INDEX", "ShardedArray", "is_shards", "load_shards"]
 
@@ -82,7 +84,7 @@ def load_shards(folder: Path, name: str, *, labelled: bool = True) -> Parts:
         index = json.loads((folder / INDEX).read_bytes())
         if index["format"] != _FORMAT or index["version"] != _VERSION:
             raise ValueError(f"expected {_FORMAT} of version {_VERSION}")
-        classes = tuple(str(c) for c in index["classes"])
+        classes = _class_names(index["classes"])
         listed = {part: [_entry(e) for e in entries] for part, entries in index["parts"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {INDEX} is no index of shards: {error!r}") from error
@@ -99,12 +101,20 @@ def load_shards(folder: Path, name: str, *, labelled: bool = True) -> Parts:
     return Parts(parts["train"], parts.get("validation"), parts.get("test"))
 
 
+def _class_names(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(c, (str, int)) for c in found):
+        raise ValueError(f"expected a list of classes' names, got {reprlib.repr(found)}")
+    names = tuple(map(str, found))
+    check_classes(names)
+    return names
+
+
 def _entry(entry: Any) -> tuple[str, str, int]:
     x, y, n = entry["x"], entry["y"], entry["n"]
     for file in (x, y):
         if not isinstance(file, str) or file != Path(file).name:
             raise ValueError(f"expected names of files in this folder, got {file!r}")
-    if not isinstance(n, int) or n < 1:
+    if type(n) is not int or n < 1:
         raise ValueError(f"expected a count of samples, got {n!r}")
     return x, y, n
 
@@ -129,6 +139,10 @@ def _part(
             raise ValueError(
                 f"{where}: {x_file} has shape {x.shape} of {x.dtype}, expected numbers"
             )
+        if 0 in x.shape[1:]:
+            raise ValueError(
+                f"{where}: {x_file} has shape {x.shape}, expected at least one feature"
+            )
         if shards and (x.shape[1:], x.dtype) != (shards[0].shape[1:], shards[0].dtype):
             raise ValueError(f"{where}: {x_file} differs in shape or dtype from the first shard")
         if y.ndim != 1 or y.dtype.kind not in "iu":
@@ -147,11 +161,7 @@ def _part(
 
 
 def _open(file: Path, where: str) -> npt.NDArray[Any]:
-    check_file(file, where)
-    try:
-        array: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
-        raise ValueError(f"{where}: {file.name}: is truncated or no .npy file: {error}") from error
+    array = load_npy(file, f"{where}: {file.name}", mapped=True)
     if array.ndim < 1:
         raise ValueError(f"{where}: {file.name}: expected an array")
     return array
