@@ -40,7 +40,7 @@ def _look(folder: str | Path) -> bool:
         )
     accuracy = status.get("test_accuracy")
     known = "" if accuracy is None else f", test accuracy {accuracy:.2%}"
-    print(f"{folder}: already completed{known}", flush=True)
+    print(f"{folder}: already completed{known}; nothing is changed", flush=True)
     return True
 
 

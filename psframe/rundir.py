@@ -204,8 +204,9 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         found.extend(sorted((folder / CHECKPOINTS).glob(pattern)))
     if found and not overwrite:
         raise RunDirError(
-            f"run directory {str(folder)!r}: holds another run's {found[0].name}; continue that "
-            "run with --resume, replace it with --overwrite, or choose another folder"
+            f"run directory {str(folder)!r}: holds another run's {found[0].name}; leave a "
+            "completed run as it is with --resume, replace it with --overwrite, or choose another "
+            "folder with --run-dir"
         )
     for file in found:
         file.unlink()

@@ -35,4 +35,4 @@ def test_whether_a_run_is_completed_rank_0_decides(
     elif status:
         assert "the run in 'r' is interrupted after 5 updates" in err
     else:
-        assert out == "r: already completed, test accuracy 50.00%\n"
+        assert out == "r: already completed, test accuracy 50.00%; nothing is changed\n"
