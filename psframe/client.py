@@ -27,7 +27,7 @@ __all__ = ["Worker"]
 
 # A gradient of more is announced before it is written, and applied behind the worker; of less, the
 # copying takes no longer than what it takes to follow it.
-_STREAM_BYTES = 256 << 10
+_STREAM_BYTES = 128 << 10
 
 
 class Worker:
@@ -143,7 +143,7 @@ class Worker:
         """
         request = self._push(grads, want_params=True)
         self._exchange.wait(request)
-        return self._take(request, request.receipt)
+        return self._take(request, request.answers[0])
 
     def gradients(self) -> Mapping[str, Any]:
         """Give writable arrays, on this device, that `push(None)` sends as they are.

@@ -106,7 +106,7 @@ class Leader(WorkServer):
     @property
     def finished(self) -> bool:
         """Whether every worker has left or is lost, and the followers have told all they had to."""
-        return self.all_gone and not self._unfinished
+        return self._n_gone == self.workers and not self._unfinished
 
     # ---- events --------------------------------------------------------------------------
 

@@ -58,7 +58,10 @@ class Params(Mapping[str, Any]):
     @property
     def versions(self) -> tuple[int, ...]:
         """The same, of every shard; each shard is one consistent version."""
-        return tuple([answer.version for answer in self._answers])
+        answers = self._answers
+        if len(answers) == 1:
+            return (answers[0].version,)
+        return tuple([answer.version for answer in answers])
 
     @property
     def receipt(self) -> Receipt | None:

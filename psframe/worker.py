@@ -65,12 +65,6 @@ class Request:
         """Whether it brought the parameters."""
         return self.wants_params and not self.waiting and not self.stopped
 
-    @property
-    def params(self) -> list[Answer]:
-        """By server, the answer that says where the parameters are and which version they have."""
-        assert self.has_params, "it brought none"
-        return self.answers  # type: ignore[return-value]  # each has answered
-
 
 class WorkerProtocol:
     """The worker's state in the protocol.
@@ -200,9 +194,11 @@ class WorkerProtocol:
         """Make the parameters of an answered request the present ones, and return them."""
         if self._using:
             self.drop_params()
-        present = self._present = request.params
+        assert request.wants_params, "it asked for none"
         self._using = True
-        return present
+        # Each server has answered.
+        present = self._present = request.answers  # type: ignore[assignment]
+        return present  # type: ignore[return-value]
 
     def receive(self, server: int, answer: Answer | Lease) -> None:
         """Take a server's answer.

@@ -372,6 +372,8 @@ def test_push_none_needs_gradients():
         worker.push(ones())  # a mind changed: these count, the others are forgotten
         with pytest.raises(ValueError, match="gradients"):
             worker.push_pull(None)
+        for grad in worker.gradients().values():
+            grad[...] = 2.0  # what they held before is undefined
         worker.push(worker.gradients())  # into themselves
         assert worker.pull().version == 2
 

@@ -113,8 +113,8 @@ class Tensors:
         Raises:
             WrongAnswer: a tensor that is looked at is not of its server's version, or not whole.
         """
-        check, stride = self._check, self._stride
-        for name, server in self._turns[number % len(self._turns)]:
+        check, stride, turns = self._check, self._stride, self._turns
+        for name, server in turns[number % len(turns)] if len(turns) > 1 else turns[0]:
             second = check(params[name], -versions[server], stride)
             if second != second:
                 raise _wrong(name, versions[server])

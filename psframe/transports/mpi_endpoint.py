@@ -90,6 +90,10 @@ class MpiEndpoint:
     def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
         """Take the next (server, answer); None after `timeout_s` seconds without one."""
         answers, patience = self._answers, self._patience
+        if not answers:
+            item = self._take()  # before all else: the answer to a small push is soon there
+            if item is not None:
+                return item
         patience.reset()
         deadline = 0.0
         while not answers:
