@@ -39,8 +39,8 @@ _SPINS = 500
 # Counted in time, since a yield takes as long as others like. A little longer than a large update.
 _YIELD_S, _YIELD_CROWDED_S = 10e-3, 1e-3
 _SLEEP_S = 100e-6
-# A sleep costs the kernel of a virtual machine some 29 us of a core, so short ones a sixth of it. Who
-# has slept for 50 ms is waiting for something slow; a message then comes to him 0.7 ms late at most.
+# A sleep costs the kernel of a virtual machine some 29 us of a core, so short ones a sixth of it.
+# Who has slept for 50 ms is waiting for something slow; a message then is 0.7 ms late at most.
 _SLEEPY_S, _LONG_SLEEP_S = 50e-3, 650e-6
 # Set-up and end need every rank; one that does not come within this has died or gone astray.
 SETUP_BOUND_S = 120.0
