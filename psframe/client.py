@@ -12,7 +12,7 @@ import numpy.typing as npt
 from psframe.devices import Device
 from psframe.errors import Stopped
 from psframe.events import Answer, Failure, Leave, SpanKind, Stop
-from psframe.exchange import Endpoint, Exchange, Progress
+from psframe.exchange import Endpoint, Exchange, Progress, PushPull
 from psframe.layout import Layout
 from psframe.leasing import Leasing
 from psframe.notes import Notes
@@ -66,6 +66,8 @@ class Worker:
         self._on_host = device.name == "cpu"
         # Whether pushes are copied at once, whole, in host memory that stays the slot's.
         self._plain = self._on_host and measured is None and all(endpoint.in_place)
+        plain = self._plain and not (streams or judges)
+        self._direct = endpoint.push_pull if plain else None
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
         self._notes = Notes(self._exchange)
@@ -141,6 +143,10 @@ class Worker:
         Raises:
             ValueError, TypeError, Stopped: as for `push`.
         """
+        if self._direct is not None:
+            params = self._push_pull_directly(self._direct, grads)
+            if params is not None:
+                return params
         request = self._push(grads, want_params=True)
         self._exchange.wait(request)
         return self._take(request, request.answers[0])
@@ -289,6 +295,37 @@ class Worker:
         if self._prefetch is not None:
             self._prefetch.wait()
 
+    def _push_pull_directly(
+        self, push_pull: PushPull, grads: Mapping[str, Any] | None
+    ) -> Params | None:
+        """Make a push_pull as most are, without a request of its own; None if it is another.
+
+        It comes to what the general way comes to.
+        """
+        protocol, slot = self._protocol, self._slots[0]
+        if (
+            slot is None
+            or self._filling is not None
+            or self._prefetch is not None
+            or self._leasing.abandoned is not None
+            or not protocol.quiet
+            or slot.pack_fitting(grads, False) is None
+        ):
+            return None
+        seq, version = protocol.begin_plain()
+        try:
+            answer = push_pull(seq, 0, version)
+        except BaseException:
+            protocol.request_of_plain(seq)  # its answer will still come
+            raise
+        if answer is None:
+            request = protocol.request_of_plain(seq)
+            self._exchange.wait(request)
+            return self._take(request, request.answers[0])
+        staleness, buffer, version = answer
+        present = protocol.end_plain(buffer, version)
+        return Params(self._snapshots.arrays(present), (version,), (version, staleness))
+
     def _push(self, grads: Mapping[str, Any] | None, *, want_params: bool) -> Request:
         protocol = self._protocol
         index = protocol.slot
@@ -414,4 +451,5 @@ class Worker:
             arrays, copied = self._device.params(arrays)
             if copied:
                 self._protocol.drop_params()
-        return Params(arrays, answers, push)
+        versions = tuple([answer.version for answer in answers])
+        return Params(arrays, versions, push)

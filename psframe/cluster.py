@@ -179,8 +179,11 @@ class _ClusterRun:
         leader = plan.build_server(0, port.workers, port.buffers, port.memory)
         plan.forget_initial()
         assert isinstance(leader, Leader)
+        if not (plan.trace or plan.spans):  # somebody wants to hear of each push
+            port.push_pull = leader.push_pull
         grace = Grace(leader, self.interrupts)
         serve_first(grace, port, self.host, spans=plan.spans)
+        port.push_pull = None  # a circle: it would hold the run's memory
         summary = _summarise(leader, interrupted=grace.interrupt is not None)
         error = self._outcome(summary, plan)
         if error is not None:

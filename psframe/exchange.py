@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from psframe.errors import Stopped, WaitTimeout
@@ -10,7 +10,10 @@ from psframe.events import Answer, FromWorker, Lease
 from psframe.layout import Array
 from psframe.worker import Request, WorkerProtocol
 
-__all__ = ["Endpoint", "Exchange", "Progress"]
+__all__ = ["Endpoint", "Exchange", "Progress", "PushPull"]
+
+# (seq, slot, version read) -> (staleness, buffer, version); see `Endpoint.push_pull`.
+PushPull = Callable[[int, int, int], "tuple[int, int, int] | None"]
 
 
 class Progress(Protocol):
@@ -41,6 +44,15 @@ class Endpoint(Protocol):
     workers: int
     servers: int
     in_place: Sequence[bool]
+
+    @property
+    def push_pull(self) -> PushPull | None:
+        """What sends a push_pull to the only server and waits, without making events of it.
+
+        Its gradient is finite and in the slot, and the worker gives back the snapshot that it
+        holds. It gives what the push was answered with, if it was applied; None if something else
+        came, which is then for `receive`. None where there is nothing of the kind.
+        """
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send; messages to one server arrive in order. The slot named in a push is not

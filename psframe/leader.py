@@ -8,6 +8,7 @@ from psframe.events import (
     NO_BUFFER,
     NOBODY,
     RELEASE_HOLD,
+    RELEASE_NONE,
     Answer,
     Arrived,
     Decision,
@@ -112,60 +113,74 @@ class Leader(WorkServer):
 
     def handle(self, event: ToServer) -> list[Output]:
         """Take one event and return what follows from it; see `Server.handle`."""
-        if self._plain and type(event) is Push:
-            out = self._handle_at_once(event)
+        if (
+            self._plain
+            and type(event) is Push
+            and event.want_params
+            and event.finite
+            and event.release == RELEASE_HOLD
+            and not (event.log or event.arriving)
+        ):
+            out = self.push_pull(event.worker, event.seq, event.slot, event.version)
             if out is not None:
-                return out
+                if isinstance(out, list):
+                    return out
+                staleness, index, version = out
+                worker, seq = event.worker, event.seq
+                return [Answer(worker, seq, False, True, _NONE, version, staleness, index, version)]
         return super().handle(event)
 
-    def _handle_at_once(self, push: Push) -> list[Output] | None:
+    def push_pull(
+        self, worker: int, seq: int, slot: int, version_read: int
+    ) -> tuple[int, int, int] | list[Output] | None:
         """Handle a push_pull as most are, in one go: Python is most of a small one's time.
 
-        It comes to what the steps of the general way come to, in an asynchronous run of one server
-        without leases, if the push is good, nothing of its worker waits, and it gives back the
-        snapshot that it had. Of any other: None, and nothing has happened.
+        Of a push whose gradient is finite and in its slot, and which gives back the snapshot that
+        its worker holds. It comes to what the steps of the general way come to, in an asynchronous
+        run of one server without leases, if nothing of its worker waits.
+
+        Returns:
+            If it was applied and nobody else is to hear of it, what it is answered with: its
+            staleness, the snapshot's buffer, and the version; else what `handle` gives. None if it
+            has to go the general way: then nothing has happened.
         """
-        worker, store, holds = push.worker, self.store, self._hold
-        version, held, clocks = store.version, holds[worker], self.policy.clocks
+        store, holds = self.store, self._hold
+        version, held = store.version, holds[worker]
         if (
-            self.gone[worker]
-            or self._leaving[worker]
+            held == NO_BUFFER  # also of one that has left, or is lost
             or self._inbox[worker]
-            or push.seq <= self._last_seq[worker]
-            or push.release != RELEASE_HOLD
-            or held == NO_BUFFER
-            or push.log
-            or push.arriving
-            or not (push.want_params and push.finite and 0 <= push.version <= version)
-            or not 0 <= push.slot < SLOTS
+            or seq <= self._last_seq[worker]
+            or not 0 <= version_read <= version
+            or not 0 <= slot < SLOTS
+            or not self._plain
             or version + 1 == self._max_updates
             or self.stopped
             or self._early is not None
             or self._book.opened
         ):
             return None
-        self._last_seq[worker] = push.seq
-        self.ledger.received += 1
-        store.release(held)
-        holds[worker] = NO_BUFFER
+        self._last_seq[worker] = seq
+        ledger, clocks = self.ledger, self.policy.clocks
+        ledger.received += 1
         clock = clocks[worker]
         clocks[worker] = clock + 1
-        if not store.update(self.memory.gradient(worker, push.slot)):
+        holds[worker] = index = store.replace(held, self.memory.gradient(worker, slot))
+        if index == NO_BUFFER:
+            push = Push(worker, seq, slot, version_read, True, 0.0, True, RELEASE_NONE)
             self._refuse(push, self._blame(push), clock)
             self._serve_wanted(push)
             return self._finish()
-        staleness = version - push.version
+        staleness = version - version_read
         version += 1
-        self.ledger.count(_NONE)
+        ledger.count(_NONE)
         self._refusals = 0
-        self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
-        index = store.hold()
-        assert index is not None, "a buffer a worker, two for updates and one for a pin"
-        holds[worker] = index
-        answer = Answer(worker, push.seq, False, True, _NONE, version, staleness, index, version)
-        if not self._trace:
-            return [answer]
-        return [PushHandled(worker, clock, push.version, version, staleness, True), answer]
+        counts = self.staleness
+        counts[staleness] = counts.get(staleness, 0) + 1
+        if self._trace:
+            handled = PushHandled(worker, clock, version_read, version, staleness, True)
+            answer = Answer(worker, seq, False, True, _NONE, version, staleness, index, version)
+            return [handled, answer]
+        return staleness, index, version
 
     def _number(self, out: list[Output]) -> list[Output]:
         for event in out:

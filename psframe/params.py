@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,32 +41,35 @@ class Params(Mapping[str, Any]):
     Valid until this worker's next pull or push_pull (with `pull_async`: until its `wait`).
     """
 
-    __slots__ = ("_answers", "_arrays", "_push")
+    __slots__ = ("_arrays", "_push", "_versions")
 
     def __init__(
-        self, arrays: Mapping[str, Any], answers: Sequence[Answer], push: Answer | None
+        self,
+        arrays: Mapping[str, Any],
+        versions: tuple[int, ...],
+        push: Answer | tuple[int, int] | None,
     ) -> None:
         self._arrays = arrays  # shared with other pulls of the same buffer: never given out
-        self._answers = answers
-        self._push = push
+        self._versions = versions
+        self._push = push  # the answer to one, or version and staleness of one that was applied
 
     @property
     def version(self) -> int:
         """Updates that server 0's shard had seen."""
-        return self._answers[0].version
+        return self._versions[0]
 
     @property
     def versions(self) -> tuple[int, ...]:
         """The same, of every shard; each shard is one consistent version."""
-        answers = self._answers
-        if len(answers) == 1:
-            return (answers[0].version,)
-        return tuple([answer.version for answer in answers])
+        return self._versions
 
     @property
     def receipt(self) -> Receipt | None:
         """What became of the push in a `push_pull`; None of a pull."""
-        return None if self._push is None else receipt_of(self._push)
+        push = self._push
+        if isinstance(push, tuple):
+            return Receipt(True, push[0], push[1], "")
+        return None if push is None else receipt_of(push)
 
     def __getitem__(self, name: str) -> Any:
         return self._arrays[name]

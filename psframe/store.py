@@ -180,6 +180,35 @@ class Store:
         self._publish(target)
         return True
 
+    def replace(self, held: int, grad: Array) -> int:
+        """Give one hold back, apply a gradient as `update`, and hold the result: all at once.
+
+        Returns:
+            The buffer held; -1 if a result is not finite: then only the hold has been given back.
+        """
+        holds, free, buffers, current = self._holds, self._free, self._buffers, self.current
+        if self._early is not None:
+            self.abandon()
+        count = holds[held]
+        assert count > 0, f"buffer {held} is not held"
+        holds[held] = count - 1
+        if count == 1:
+            self._n_held -= 1
+        if count == 1 and held != current:
+            target = heapq.heappushpop(free, held)
+        else:
+            target = heapq.heappop(free)
+        if not self._rule.update(self.version, buffers[current], grad, buffers[target]):
+            heapq.heappush(free, target)
+            return -1
+        if not holds[current]:
+            heapq.heappush(free, current)
+        self.current = target
+        self.version += 1
+        holds[target] = 1
+        self._n_held += 1
+        return target
+
     def _publish(self, target: int) -> None:
         if not self._holds[self.current]:
             heapq.heappush(self._free, self.current)

@@ -91,6 +91,7 @@ class WorkerProtocol:
         self.users: list[Request | None] = [None, None]
         # The answers that brought the present or, if `_using` is false, the last parameters.
         self._present = [Answer(index, 0) for _ in range(servers)]
+        self._plain = [Answer(index, 0)]  # what brought them, where that was no request
         self._using = False
         # By server, what the worker no longer uses and has still to say so.
         self._releases = [RELEASE_NONE] * servers
@@ -164,6 +165,41 @@ class WorkerProtocol:
             )
             releases[s] = RELEASE_NONE
         return request, messages
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is under way and one snapshot is held: a push_pull may be plain."""
+        return (
+            not self._requests
+            and self._using
+            and not self.stopped
+            and self._present[0].buffer >= 0
+            and not self._releases[0]
+        )
+
+    def begin_plain(self) -> tuple[int, int]:
+        """Begin a push_pull to the only server without a request: (seq, version read).
+
+        `quiet` holds. `end_plain` ends it, or `request_of_plain` makes it like others.
+        """
+        seq = self._seq
+        self._seq = seq + 1
+        self._using = False  # the message says so
+        return seq, self._present[0].version
+
+    def end_plain(self, buffer: int, version: int) -> Sequence[Answer]:
+        """Make the parameters in a snapshot buffer the present ones, and return them."""
+        present = self._present = self._plain
+        answer = present[0]
+        answer.buffer, answer.version = buffer, version
+        self._using = True
+        return present
+
+    def request_of_plain(self, seq: int) -> Request:
+        """Give the request for what `begin_plain` began: it has not been answered plainly."""
+        request = self._requests[seq] = Request(seq, 1, True)
+        self.users[0] = request
+        return request
 
     def pull(self, *, pinned: bool = False) -> tuple[Request, list[Pull]]:
         """Make a pull. Call `drop_params` before if the present parameters end with it."""

@@ -495,15 +495,15 @@ def test_what_is_handled_at_once_comes_to_the_same(seed: int) -> None:
     workers, at_once = 1 + seed % 3, 0
     desks = [Desk(workers, trace=seed % 2 == 0, max_updates=60) for _ in range(2)]
     desks[1].leader._plain = False
-    quick = desks[0].leader._handle_at_once
+    quick = desks[0].leader.push_pull
 
-    def counted(push: Push) -> list[Any] | None:
+    def counted(*push: int) -> Any:
         nonlocal at_once
-        out = quick(push)
+        out = quick(*push)
         at_once += out is not None
         return out
 
-    desks[0].leader._handle_at_once = counted  # type: ignore[method-assign]
+    desks[0].leader.push_pull = counted  # type: ignore[method-assign]
     for step in range(150):
         outcomes = []
         for desk in desks:

@@ -138,6 +138,7 @@ class Watcher:
 
     def _watch_store(self, server: int, store: Store) -> None:
         held, hold, release = self._held[server], store.hold, store.release
+        replace = store.replace
 
         def watched_hold() -> int | None:
             index = hold()
@@ -152,12 +153,23 @@ class Watcher:
             if not store._holds[index]:
                 del held[index]
 
+        def watched_replace(index: int, grad: Array) -> int:
+            assert held[index] == store.buffer(index).tobytes(), "a held buffer was written"
+            if store._holds[index] == 1:
+                del held[index]  # it may be the very one that is written next
+            target = replace(index, grad)
+            if target >= 0:
+                assert store.buffer(target).tobytes() == self.version(server, store.version)
+                held[target] = store.buffer(target).tobytes()
+            return target
+
         def guard(out: Array) -> None:
             for index in (*held, store.current):
                 assert not np.shares_memory(out, store.buffer(index)), f"buffer {index} is in use"
 
         store.hold = watched_hold  # type: ignore[method-assign]
         store.release = watched_release  # type: ignore[method-assign]
+        store.replace = watched_replace  # type: ignore[method-assign]
         self.optimizer.rules[server].guard = guard
 
     def _watch_leases(self) -> None:

@@ -131,7 +131,13 @@ class Updater:
         """
         if scale != self._scale:
             self.begin(step, params, scale)
-        if not self.extend(params, grad, out, 0, self.size):
+        if self._whole:  # as `extend`, in one call less
+            size = self.size
+            assert len(params) == len(grad) == len(out) == size, "arrays of another shard"
+            assert self._kernel is not None, "an update has begun"
+            if self._kernel(0, size, params, grad, out, self._decayed, *self._pairs[0]):
+                return False
+        elif not self.extend(params, grad, out, 0, self.size):
             return False
         if self._names:
             self._pairs = self._pairs[::-1]

@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from psframe.events import Answer, FromWorker, Lease, Push
+from psframe.events import RELEASE_HOLD, Answer, FromWorker, Lease, Push
 from psframe.layout import Array, Layout
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers, piece_elements
 from psframe.transports.mpi_post import Post, close, copy_inline
 from psframe.transports.streams import STORES_IN_ORDER, Progress
-from psframe.wire import Delivery, Limits, Link, decode
+from psframe.wire import (
+    Delivery,
+    Limits,
+    Link,
+    decode,
+    read_plain_answer,
+    write_plain_push,
+)
 
 __all__ = ["MpiEndpoint"]
 
@@ -112,6 +119,33 @@ class MpiEndpoint:
                     return None
         return answers.popleft()
 
+    def push_pull(self, seq: int, slot: int, version: int) -> tuple[int, int, int] | None:
+        """Send a plain push_pull to the only server and wait; see `Endpoint`."""
+        post, patience = self._post, self._patience
+        header = post.header(0)
+        if header is None:
+            push = Push(self.index, seq, slot, version, True, 0.0, True, RELEASE_HOLD)
+            post.send(0, push)
+        else:
+            write_plain_push(header, self.index, seq, slot, version)
+            post.start(0)
+        taken = post.take()  # before all else: it is soon there
+        patience.reset()
+        while not self._answers:
+            if taken is not None:
+                source, n_bytes, buffer = taken
+                answer = read_plain_answer(buffer, n_bytes, seq, self._limits[source])
+                if answer is not None:
+                    return answer
+                other = self._read(*taken)
+                if other is not None:
+                    self._answers.append(other)
+                    break
+            elif not self._transfers.progress():
+                patience.wait()
+            taken = post.take(once=patience.asleep)
+        return None
+
     def now(self) -> float:
         """Seconds of the monotonic clock."""
         return time.monotonic()
@@ -171,9 +205,11 @@ class MpiEndpoint:
     def _take(self) -> tuple[int, Answer | Lease] | None:
         """Take a message; give it if it is whole and the next in order."""
         taken = self._post.take(once=self._patience.asleep)
-        if taken is None:
-            return None
-        source, n_bytes, buffer = taken
+        return None if taken is None else self._read(*taken)
+
+    def _read(
+        self, source: int, n_bytes: int, buffer: bytearray
+    ) -> tuple[int, Answer | Lease] | None:
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         assert isinstance(answer, _ANSWERS), "the limits of the link allow no other"
         inbox = self._inbox

@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from psframe.errors import MessageError
-from psframe.events import NO_BUFFER, Answer, Arrived, Lease, Lost, Output, Push, Sent, ToServer
+from psframe.events import (
+    NO_BUFFER,
+    Answer,
+    Arrived,
+    Lease,
+    Lost,
+    Output,
+    Push,
+    Reason,
+    Sent,
+    ToServer,
+)
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
 from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
@@ -24,7 +36,16 @@ from psframe.transports.mpi import Mesh, Patience, Transfers
 from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
 from psframe.transports.shared_memory import SegmentBuffers
 from psframe.transports.streams import Progress
-from psframe.wire import HEADER_BYTES, Delivery, Limits, Link, decode, payload_limit
+from psframe.wire import (
+    HEADER_BYTES,
+    Delivery,
+    Limits,
+    Link,
+    decode,
+    payload_limit,
+    read_plain_push,
+    write_plain_answer,
+)
 
 __all__ = ["MpiServerPort"]
 
@@ -34,6 +55,11 @@ _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 # Who adds nothing for so long, several pieces' time, has paused.
 _PAUSE_S = 200e-6
 _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
+_NONE, _ANSWERS = Reason.NONE, (Answer, Lease)
+_ANSWERED = object()  # what is taken in place of an event that has been handled
+
+# Of a leader: (worker, seq, slot, version read) -> see `Leader.push_pull`.
+PushPull = Callable[[int, int, int, int], "tuple[int, int, int] | list[Output] | None"]
 
 _log = logging.getLogger("psframe")
 
@@ -56,6 +82,8 @@ class MpiServerPort:
     Attributes:
         workers: W.
         buffers: memory for the store.
+        push_pull: the leader's, for the pushes that it can handle in one go; they are then
+            answered within `receive`. None if there is nothing of the kind.
     """
 
     def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
@@ -76,6 +104,7 @@ class MpiServerPort:
         ]
         self._post: Post = Post(mesh.comm, HEADER_BYTES + payload_limit(self.workers))
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
+        self.push_pull: PushPull | None = None
         self._patience = Patience(neighbours.crowded)
         self._transfers = Transfers()
         self._inbox: InOrder[ToServer] = InOrder()
@@ -91,7 +120,10 @@ class MpiServerPort:
         return ServerMemory(self._gradient, self._landing, self._shared, self._progress_of)
 
     def receive(self, timeout_s: float) -> ToServer | None:
-        """Take the next event; None after `timeout_s` seconds without one."""
+        """Take the next event; None after `timeout_s` seconds without one.
+
+        None also when a push has been handled here.
+        """
         events, patience = self._events, self._patience
         deadline = 0.0
         while not events:
@@ -102,7 +134,7 @@ class MpiServerPort:
             event = self._take()
             if event is not None:
                 patience.reset()
-                return event
+                return None if event is _ANSWERED else event  # type: ignore[return-value]
             if self._transfers.progress() or (self._streams and self._follow()):
                 patience.reset()
             elif patience.wait():
@@ -142,15 +174,23 @@ class MpiServerPort:
         """Wait until everything has left, and take the receives back."""
         close(self._post, self._transfers, self._patience)
 
-    def _take(self) -> ToServer | None:
-        """Take a message; give it if it is whole and the next in order."""
+    def _take(self) -> object:
+        """Take a message; give its event if it is whole and the next in order.
+
+        _ANSWERED if it has been handled at once.
+        """
         source = 0
         try:
             taken = self._post.take(once=self._patience.asleep)
             if taken is None:
                 return None
             source, n_bytes, buffer = taken
-            event, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
+            limits = self._limits[source]
+            if self.push_pull is not None:
+                plain = read_plain_push(buffer, n_bytes, limits)
+                if plain is not None and self._answer(source, *plain):
+                    return _ANSWERED
+            event, delivery, payload_bytes = decode(buffer, n_bytes, limits)
         except MessageError as error:
             self._distrust(error.source if isinstance(error, TooLong) else source, error)
             return None
@@ -170,9 +210,33 @@ class MpiServerPort:
                 self._streams.pop(where, None)  # the youngest stands last
                 self._streams[where] = _Stream(source, *where, progress, time.monotonic())
         if not self._inbox.held:
-            return event  # type: ignore[return-value]  # the limits of the link allow no other
-        self._inbox.add(source, event)  # type: ignore[arg-type]
+            return event
+        self._inbox.add(source, event)  # type: ignore[arg-type]  # the limits of the link allow it
         return None
+
+    def _answer(self, source: int, worker: int, seq: int, slot: int, version: int) -> bool:
+        """Handle a plain push_pull at once, if the leader can; False if nothing has happened."""
+        assert self.push_pull is not None, "there is one"
+        if self._inbox.held:
+            return False
+        out = self.push_pull(worker, seq, slot, version)
+        if out is None:
+            return False
+        if not isinstance(out, tuple):
+            for one in out:
+                assert isinstance(one, _ANSWERS), "it was refused, and nobody else hears of it"
+                self.to_worker(one)
+            return True
+        staleness, index, version = out
+        buffer = self._post.header(source)
+        if buffer is None:
+            self.to_worker(
+                Answer(worker, seq, False, True, _NONE, version, staleness, index, version)
+            )
+            return True
+        write_plain_answer(buffer, worker, seq, staleness, index, version)
+        self._post.start(source)
+        return True
 
     def _receive_while_applied(self, source: int, push: Push) -> None:
         """Let the machine, which alone decides, have the push before its gradient."""

@@ -111,6 +111,18 @@ class Post:
         self._receives[self._head].Start()
         self._head = (self._head + 1) % _RECEIVES
 
+    def header(self, target: int) -> bytearray | None:
+        """Give a send buffer of HEADER_BYTES to a rank, to be filled and sent with `start`.
+
+        None if none is free, or messages to it are waiting: then `send` has to queue.
+        """
+        peer = self._peers.get(target)
+        return None if peer is None else peer.free_header()
+
+    def start(self, target: int) -> None:
+        """Send what has been written into the buffer that `header` gave."""
+        self._peers[target].start()
+
     def send(
         self,
         target: int,
@@ -188,6 +200,8 @@ class _Peer:
         self._target = target
         self._buffers = [bytearray(HEADER_BYTES) for _ in range(_SENDS)]
         self._sends = [comm.Send_init([b, MPI.BYTE], target, TAG_POST) for b in self._buffers]
+        self._tests = [request.Test for request in self._sends]
+        self._starts = [request.Start for request in self._sends]
         self._next = 0
         self._long: list[tuple[Any, bytes]] = []
         self.late: deque[bytes] = deque()
@@ -196,16 +210,26 @@ class _Peer:
         self, event: Event, delivery: Delivery = Delivery.IN_PLACE, payload_bytes: int = 0
     ) -> bool:
         """Send an event that is a header alone; False if it is more, or must wait its turn."""
-        if self.late or type(event) not in _HEADER_ONLY:
+        if type(event) not in _HEADER_ONLY:
             return False
-        which = self._next
-        request = self._sends[which]
-        if not request.Test():  # true of a request that is not started
+        buffer = self.free_header()
+        if buffer is None:
             return False
-        encode_into(event, self._buffers[which], delivery, payload_bytes)
-        request.Start()
-        self._next = 1 - which
+        encode_into(event, buffer, delivery, payload_bytes)
+        self.start()
         return True
+
+    def free_header(self) -> bytearray | None:
+        """Give the next send buffer, if it is free and no message waits."""
+        which = self._next
+        # True of a request that is not started.
+        return None if self.late or not self._tests[which]() else self._buffers[which]
+
+    def start(self) -> None:
+        """Send the buffer that is the next."""
+        which = self._next
+        self._next = 1 - which
+        self._starts[which]()
 
     def send(self, message: bytes) -> None:
         """Send a message, or queue it behind those that wait."""
@@ -221,12 +245,10 @@ class _Peer:
                 request = self._comm.Isend([message, MPI.BYTE], self._target, TAG_POST)
                 self._long.append((request, message))
             else:
-                request = self._sends[self._next]
-                if not request.Test():
+                if not self._tests[self._next]():
                     return False
                 self._buffers[self._next][:] = message
-                request.Start()
-                self._next = 1 - self._next
+                self.start()
             self.late.popleft()
         return True
 

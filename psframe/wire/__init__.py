@@ -46,6 +46,12 @@ from psframe.wire.decoding import Message, decode
 from psframe.wire.encoding import encode, encode_into
 from psframe.wire.header import HEADER_BYTES, Delivery, Event, Kind, Limits, Link, payload_limit
 from psframe.wire.payloads import NAME_BYTES_MAX, NAMES_MAX
+from psframe.wire.plain import (
+    read_plain_answer,
+    read_plain_push,
+    write_plain_answer,
+    write_plain_push,
+)
 
 __all__ = [
     "HEADER_BYTES",
@@ -61,4 +67,8 @@ __all__ = [
     "encode",
     "encode_into",
     "payload_limit",
+    "read_plain_answer",
+    "read_plain_push",
+    "write_plain_answer",
+    "write_plain_push",
 ]
