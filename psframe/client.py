@@ -12,7 +12,7 @@ import numpy.typing as npt
 from psframe.devices import Device
 from psframe.errors import Stopped
 from psframe.events import Answer, Failure, Leave, SpanKind, Stop
-from psframe.exchange import Endpoint, Exchange, Progress, PushPull
+from psframe.exchange import Direct, Endpoint, Exchange, Progress
 from psframe.layout import Layout
 from psframe.leasing import Leasing
 from psframe.notes import Notes
@@ -27,7 +27,7 @@ __all__ = ["Worker"]
 
 # A gradient of more is announced before it is written, and applied behind the worker; of less, the
 # copying takes no longer than what it takes to follow it.
-_STREAM_BYTES = 128 << 10
+_STREAM_BYTES = 32 << 10
 
 
 class Worker:
@@ -66,8 +66,8 @@ class Worker:
         self._on_host = device.name == "cpu"
         # Whether pushes are copied at once, whole, in host memory that stays the slot's.
         self._plain = self._on_host and measured is None and all(endpoint.in_place)
-        plain = self._plain and not (streams or judges)
-        self._direct = endpoint.push_pull if plain else None
+        plain = self._plain and not judges and endpoint.servers == 1
+        self._direct = endpoint.direct if plain else None
         self._filling: int | None = None  # the slot that `gradients` gave out
         self._prefetch: PendingPull | None = None
         self._notes = Notes(self._exchange)
@@ -295,9 +295,7 @@ class Worker:
         if self._prefetch is not None:
             self._prefetch.wait()
 
-    def _push_pull_directly(
-        self, push_pull: PushPull, grads: Mapping[str, Any] | None
-    ) -> Params | None:
+    def _push_pull_directly(self, direct: Direct, grads: Mapping[str, Any] | None) -> Params | None:
         """Make a push_pull as most are, without a request of its own; None if it is another.
 
         It comes to what the general way comes to.
@@ -309,12 +307,25 @@ class Worker:
             or self._prefetch is not None
             or self._leasing.abandoned is not None
             or not protocol.quiet
-            or slot.pack_fitting(grads, False) is None
         ):
+            return None
+        progress = self._progress[0]
+        if not (slot.pack_fitting(grads, False) if progress is None else slot.fits(grads)):
             return None
         seq, version = protocol.begin_plain()
         try:
-            answer = push_pull(seq, 0, version)
+            if progress is None:
+                direct.start(seq, 0, version, False)
+            else:
+                progress.open()
+                direct.start(seq, 0, version, True)
+                finite = False
+                try:
+                    slot.write(grads, progress.advance)  # type: ignore[arg-type]  # it fits
+                    finite = True
+                finally:  # if it could not be written: it is refused, and nobody waits for it
+                    progress.close(finite, 0.0)
+            answer = direct.finish(seq)
         except BaseException:
             protocol.request_of_plain(seq)  # its answer will still come
             raise
@@ -392,12 +403,18 @@ class Worker:
             index, True, 0.0, want_params, read=read, arriving=True
         )
         self._exchange.send_each(messages)
+        self._write(index, slot, grads, progress)
+        return request
+
+    def _write(
+        self, index: int, slot: GradientSlot, grads: Mapping[str, Any] | None, progress: Progress
+    ) -> None:
+        """Write a gradient whose push has been announced."""
         finite, norm = False, 0.0
         try:
             finite, norm = self._fill(index, slot, grads, progress.advance)
         finally:  # if it could not be written: it is refused, and nobody waits for it
             progress.close(finite, norm)
-        return request
 
     def _check_gradients(self, grads: Mapping[str, Any] | None) -> None:
         where = f"push from worker {self.index}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from psframe.errors import Stopped, WaitTimeout
@@ -10,10 +10,7 @@ from psframe.events import Answer, FromWorker, Lease
 from psframe.layout import Array
 from psframe.worker import Request, WorkerProtocol
 
-__all__ = ["Endpoint", "Exchange", "Progress", "PushPull"]
-
-# (seq, slot, version read) -> (staleness, buffer, version); see `Endpoint.push_pull`.
-PushPull = Callable[[int, int, int], "tuple[int, int, int] | None"]
+__all__ = ["Direct", "Endpoint", "Exchange", "Progress"]
 
 
 class Progress(Protocol):
@@ -27,6 +24,25 @@ class Progress(Protocol):
 
     def close(self, finite: bool, norm: float) -> None:
         """Say that all is there, and what it is: as in `Push`."""
+
+
+class Direct(Protocol):
+    """Sends a push_pull to the only server and waits for its answer, without making events of them.
+
+    Its gradient is in the slot, finite, or being written there (`arriving`), and the worker gives
+    back the snapshot that it holds.
+    """
+
+    def start(self, seq: int, slot: int, version: int, arriving: bool) -> None:
+        """Send it; `version` is of the parameters that the gradient was computed on."""
+
+    def finish(self, seq: int) -> tuple[int, int, int] | None:
+        """Wait until it has been answered.
+
+        Returns:
+            Its staleness, the buffer of the snapshot that came with the answer, and the version, if
+            it was applied; None if something else came, which `Endpoint.receive` gives.
+        """
 
 
 class Endpoint(Protocol):
@@ -46,13 +62,8 @@ class Endpoint(Protocol):
     in_place: Sequence[bool]
 
     @property
-    def push_pull(self) -> PushPull | None:
-        """What sends a push_pull to the only server and waits, without making events of it.
-
-        Its gradient is finite and in the slot, and the worker gives back the snapshot that it
-        holds. It gives what the push was answered with, if it was applied; None if something else
-        came, which is then for `receive`. None where there is nothing of the kind.
-        """
+    def direct(self) -> Direct | None:
+        """The direct way of a push_pull, if there is one."""
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send; messages to one server arrive in order. The slot named in a push is not

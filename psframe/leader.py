@@ -119,9 +119,9 @@ class Leader(WorkServer):
             and event.want_params
             and event.finite
             and event.release == RELEASE_HOLD
-            and not (event.log or event.arriving)
+            and not event.log
         ):
-            out = self.push_pull(event.worker, event.seq, event.slot, event.version)
+            out = self.push_pull(event.worker, event.seq, event.slot, event.version, event.arriving)
             if out is not None:
                 if isinstance(out, list):
                     return out
@@ -131,13 +131,14 @@ class Leader(WorkServer):
         return super().handle(event)
 
     def push_pull(
-        self, worker: int, seq: int, slot: int, version_read: int
+        self, worker: int, seq: int, slot: int, version_read: int, arriving: bool
     ) -> tuple[int, int, int] | list[Output] | None:
         """Handle a push_pull as most are, in one go: Python is most of a small one's time.
 
-        Of a push whose gradient is finite and in its slot, and which gives back the snapshot that
-        its worker holds. It comes to what the steps of the general way come to, in an asynchronous
-        run of one server without leases, if nothing of its worker waits.
+        Of a push whose gradient is finite and in its slot, or still `arriving` there, and which
+        gives back the snapshot that its worker holds. It comes to what the steps of the general way
+        come to, in an asynchronous run of one server without leases, if nothing of its worker
+        waits.
 
         Returns:
             If it was applied and nobody else is to hear of it, what it is answered with: its
@@ -159,12 +160,28 @@ class Leader(WorkServer):
             or self._book.opened
         ):
             return None
+        memory = self.memory
+        if not arriving:
+            index = store.replace(held, memory.gradient(worker, slot))
+        else:
+            there, grad = memory.progress(worker, slot), memory.gradient(worker, slot)
+            if there is None:
+                return None
+            store.release(held)
+            holds[worker] = NO_BUFFER
+            store.begin()
+            if store.follow(grad, there.words) < len(grad) or not there.good:
+                push = Push(worker, seq, slot, version_read, True, 0.0, True, RELEASE_NONE, 0, True)
+                self._early = push
+                return super().handle(push)
+            there.verdict()
+            index = store.commit_and_hold()
         self._last_seq[worker] = seq
-        ledger, clocks = self.ledger, self.policy.clocks
-        ledger.received += 1
+        self.ledger.received += 1
+        clocks = self.policy.clocks
         clock = clocks[worker]
         clocks[worker] = clock + 1
-        holds[worker] = index = store.replace(held, self.memory.gradient(worker, slot))
+        holds[worker] = index
         if index == NO_BUFFER:
             push = Push(worker, seq, slot, version_read, True, 0.0, True, RELEASE_NONE)
             self._refuse(push, self._blame(push), clock)
@@ -172,7 +189,7 @@ class Leader(WorkServer):
             return self._finish()
         staleness = version - version_read
         version += 1
-        ledger.count(_NONE)
+        self.ledger.count(_NONE)
         self._refusals = 0
         counts = self.staleness
         counts[staleness] = counts.get(staleness, 0) + 1

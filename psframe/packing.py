@@ -127,6 +127,34 @@ class GradientSlot:
         flat = self._flat
         return self._verdict(float(np.vdot(flat, flat)) if self._few else _sum_of_blocks(flat))
 
+    def write(self, grads: Mapping[str, Any], advance: Callable[[int], None]) -> None:
+        """Copy a gradient that `fits`, without a look at what is copied.
+
+        Args:
+            grads: names to arrays on the host; only read.
+            advance: called, some elements at a time, with how many are there from the start; not
+                with all.
+        """
+        flat, length, told = self._flat, self._piece, 0
+        for name, offset, size in self._places:
+            source = grads[name]
+            begin = 0
+            if size > length and source.flags.c_contiguous:
+                elements = source.reshape(-1)
+                while size - begin > length:
+                    end = begin + length
+                    told = offset + end
+                    flat[offset + begin : told] = elements[begin:end]
+                    advance(told)
+                    begin = end
+                flat[offset + begin : offset + size] = elements[begin:]
+            else:
+                self.arrays[name][...] = source
+            end = offset + size
+            if end - told >= length and end < flat.size:
+                told = end
+                advance(end)
+
     def pack(
         self,
         grads: Mapping[str, Any],

@@ -58,6 +58,10 @@ class Progress(Protocol):
 
     words: Array
 
+    @property
+    def good(self) -> bool:
+        """Whether `verdict`, once it is all there, says that it is finite."""
+
     def verdict(self) -> tuple[bool, float]:
         """Take (finite, norm) of a gradient that is all there; it is followed no longer.
 

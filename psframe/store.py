@@ -255,6 +255,14 @@ class Store:
         self._publish(target)
         return True
 
+    def commit_and_hold(self) -> int:
+        """Commit, and hold the result; as `replace`."""
+        if not self.commit():
+            return -1
+        index = self.hold()
+        assert index is not None, "a buffer a worker, two for updates and one for a pin"
+        return index
+
     def abandon(self) -> None:
         """Forget the update made in parts, if there is one; nothing of it has happened."""
         if self._early is not None:

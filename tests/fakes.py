@@ -14,6 +14,7 @@ from psframe.layout import Array, Layout
 from psframe.leader import Leader
 from psframe.server import Server, ServerMemory
 from psframe.store import HeapBuffers, Store, buffer_count
+from psframe.transports.streams import STREAM_BYTES, Progress
 
 # A gradient with this number in it makes an update that its shard refuses.
 POISON = 7777.0
@@ -69,6 +70,14 @@ class ExactRule:
         out[begin:end] = np.where(part == POISON, np.nan, params[begin:end] - self.lr * part)
         return bool(np.isfinite(out[begin:end]).all())
 
+    def follow(
+        self, params: Array, grad: Array, out: Array, begin: int, limit: int, words: Array
+    ) -> tuple[int, bool]:
+        end = min(int(words[0]), limit)
+        if end <= begin:
+            return begin, True
+        return end, self.extend(params, grad, out, begin, end)
+
     def finish(self) -> None:
         assert self.written is not None
         assert self.at == len(self.written), "a part is missing"
@@ -96,10 +105,13 @@ class Desk:
         self.store = Store(buffers, np.zeros(2), self.rule)
         self.slots = np.zeros((workers, 2, 2))
         self.landing = np.full((workers, 2), np.nan)
+        # How far gradients are that arrive, where that can be seen.
+        self.progress: dict[tuple[int, int], Progress] = {}
         memory = ServerMemory(
             gradient=lambda worker, slot: self.slots[worker, slot],
             landing=lambda worker: self.landing[worker],
             in_place=[True] * workers if in_place is None else in_place,
+            progress=lambda worker, slot: self.progress.get((worker, slot)),
         )
         policy = (mode or Async()).policy(workers)
         arguments = (workers, self.store, policy, memory)
@@ -157,6 +169,11 @@ class Desk:
         in_place = self.machine.memory.in_place[worker]
         release = self._take(worker) if in_place and not keep else 0
         return self.hears(Pull(worker, self.seq(worker), pinned, release, log))
+
+    def streams(self, worker: int, slot: int) -> Progress:
+        """Where the worker tells how far the gradient in a slot is; now nothing of it is there."""
+        progress = self.progress[worker, slot] = Progress(memoryview(bytearray(STREAM_BYTES)), 2)
+        return progress
 
     def _take(self, worker: int) -> int:
         release, self._release[worker] = self._release[worker], 0

@@ -862,7 +862,7 @@ class Wire:
 
     def __init__(self, layout):
         self.virtual_time = False
-        self.push_pull = None
+        self.direct = None
         self.index, self.workers, self.servers, self.in_place = 0, 1, 1, [True]
         self.sent, self.answers = [], []
         self.slots = [np.zeros(layout.size, layout.dtype) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from psframe import BSP, SSP
 from psframe.errors import MessageError
 from psframe.events import (
     Answer,
+    Arrived,
     Decision,
     EpochDone,
     Evaluated,
@@ -26,6 +28,7 @@ from psframe.events import (
     Logged,
     Lost,
     Pin,
+    Pull,
     Push,
     PushHandled,
     Reason,
@@ -456,10 +459,17 @@ def state(desk: Desk) -> dict[str, Any]:
         **{name: getattr(leader, name) for name in own},
         "ledger": leader.ledger.ledger(),
         "clocks": desk.policy.clocks,
-        "queues": [list(inbox) for inbox in leader._inbox],
+        "queues": [[told(event) for event in inbox] for inbox in leader._inbox],
         "store": (store.version, store.current, store.held, sorted(store._free), store._holds),
         "params": store.params.tolist(),
     }
+
+
+def told(event: Any) -> Any:
+    """A queued request without what it has said already, or does not know yet."""
+    if isinstance(event, Push):
+        return replace(event, release=0, norm=0.0 if event.arriving else event.norm)
+    return replace(event, release=0) if isinstance(event, Pull) else event
 
 
 def act(desk: Desk, rng: random.Random) -> list[Any]:
@@ -469,6 +479,9 @@ def act(desk: Desk, rng: random.Random) -> list[Any]:
         return desk.pull(worker, keep=rng.random() < 0.5)
     if rng.random() < 0.005:
         return desk.hears(Leave(worker))
+    if desk.leader._arriving and rng.random() < 0.5:
+        return arrive(desk, rng)
+    arriving = rng.random() < 0.3
     push = Push(
         worker,
         desk.seq(worker) if rng.random() < 0.97 else 0,
@@ -479,8 +492,17 @@ def act(desk: Desk, rng: random.Random) -> list[Any]:
         rng.random() < 0.8,
         desk._release[worker] if rng.random() < 0.97 else rng.randrange(4),
         rng.choice([0] * 20 + [1]),
+        arriving,
     )
+    if arriving and (worker, push.slot) in desk.leader._arriving:
+        return []  # who writes into a slot in use is no worker of ours
     desk.slots[worker] = rng.choice([1.0, 2.0, -1.0, POISON if rng.random() < 0.2 else 4.0])
+    if arriving:
+        push.finite = True
+        progress = desk.streams(worker, push.slot)
+        progress.advance(rng.randrange(2))
+        if rng.random() < 0.6:
+            progress.close(*rng.choice([(True, 0.0)] * 5 + [(False, 0.0)]))
     owed = desk._take(worker)
     try:
         return desk.hears(push)
@@ -489,18 +511,29 @@ def act(desk: Desk, rng: random.Random) -> list[Any]:
         raise
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_what_is_handled_at_once_comes_to_the_same(seed: int) -> None:
-    """Two leaders hear the same, one of them without its short cut."""
-    workers, at_once = 1 + seed % 3, 0
+def arrive(desk: Desk, rng: random.Random) -> list[Any]:
+    """More of a gradient arrives."""
+    worker, slot = rng.choice(sorted(desk.leader._arriving))
+    progress = desk.progress[worker, slot]
+    if rng.random() < 0.3:
+        progress.advance(1)
+        return desk.hears(Arrived(worker, slot, 1))
+    finite = rng.random() < 0.8
+    progress.close(finite, 0.0)
+    return desk.hears(Arrived(worker, slot, 2, True, finite, 0.0))
+
+
+def at_once(seed: int) -> int:
+    """Two leaders hear the same, one of them without its short cut; counts what took that."""
+    workers, taken = 1 + seed % 3, 0
     desks = [Desk(workers, trace=seed % 2 == 0, max_updates=60) for _ in range(2)]
     desks[1].leader._plain = False
     quick = desks[0].leader.push_pull
 
     def counted(*push: int) -> Any:
-        nonlocal at_once
+        nonlocal taken
         out = quick(*push)
-        at_once += out is not None
+        taken += out is not None
         return out
 
     desks[0].leader.push_pull = counted  # type: ignore[method-assign]
@@ -513,4 +546,9 @@ def test_what_is_handled_at_once_comes_to_the_same(seed: int) -> None:
                 outcomes.append([str(error)])
         assert outcomes[0] == outcomes[1], step
         assert state(desks[0]) == state(desks[1]), step
-    assert at_once >= 3 or desks[0].leader.stopped
+    return taken
+
+
+@pytest.mark.parametrize("seeds", [range(first, first + 10) for first in range(0, 80, 10)])
+def test_what_is_handled_at_once_comes_to_the_same(seeds: range) -> None:
+    assert sum(at_once(seed) for seed in seeds) > 60

@@ -24,16 +24,19 @@ from psframe.wire import (
 WORKERS, SHARD_BYTES = 5, 24
 TO_LEADER = Limits(Link.WORKER_TO_LEADER, WORKERS, 1, SHARD_BYTES, SHARD_BYTES)
 TO_WORKER = Limits(Link.SERVER_TO_WORKER, WORKERS, 1, SHARD_BYTES, SHARD_BYTES, worker=3, server=0)
+DELIVERIES = {False: Delivery.IN_PLACE, True: Delivery.STREAMED}
 COUNTS = st.integers(0, 2**62 - 1)
 
 
-@given(st.integers(0, WORKERS - 1), COUNTS, st.integers(0, 1), COUNTS)
-def test_a_plain_push_is_the_push(worker, seq, slot, version) -> None:
+@given(st.integers(0, WORKERS - 1), COUNTS, st.integers(0, 1), COUNTS, st.booleans())
+def test_a_plain_push_is_the_push(worker, seq, slot, version, arriving) -> None:
     buffer = bytearray(HEADER_BYTES)
-    write_plain_push(buffer, worker, seq, slot, version)
-    push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD)
-    assert bytes(buffer) == encode(push)
-    assert read_plain_push(buffer, HEADER_BYTES, TO_LEADER) == (worker, seq, slot, version)
+    n_bytes = SHARD_BYTES if arriving else 0
+    write_plain_push(buffer, worker, seq, slot, version, n_bytes)
+    push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
+    assert bytes(buffer) == encode(push, DELIVERIES[arriving], n_bytes)
+    plain = worker, seq, slot, version, arriving
+    assert read_plain_push(buffer, HEADER_BYTES, TO_LEADER) == plain
 
 
 @given(COUNTS, COUNTS, st.integers(0, WORKERS + 2), COUNTS)
@@ -53,7 +56,8 @@ OTHERS = [
     (Push(1, 4, 0, 2, True, 0.0, True, 0), Delivery.IN_PLACE),
     (Push(1, 4, 0, 2, True, 0.0, True, RELEASE_COPY), Delivery.IN_PLACE),
     (Push(1, 4, 0, 2, True, 0.0, True, RELEASE_HOLD, 9), Delivery.IN_PLACE),
-    (Push(1, 4, 0, 2, True, 0.0, True, RELEASE_HOLD, 0, True), Delivery.STREAMED),
+    (Push(1, 4, 0, 2, True, 0.0, False, RELEASE_HOLD, 0, True), Delivery.STREAMED),
+    (Push(1, 4, 0, 2, True, 0.0, True, RELEASE_HOLD), Delivery.RANGE),
     (Answer(3, 4, True, False, Reason.STOPPED), Delivery.IN_PLACE),
     (Answer(3, 4, False, False, Reason.NON_FINITE, 2, 0, 1, 2), Delivery.IN_PLACE),
     (Answer(3, 4, False, True, Reason.NONE, 2, 0, COPIED, 2), Delivery.IN_PLACE),
@@ -74,9 +78,10 @@ def test_of_a_worker_that_shares_no_memory_nothing_is_plain() -> None:
     far = Limits(
         Link.WORKER_TO_LEADER, WORKERS, 1, SHARD_BYTES, deliveries=frozenset({Delivery.RANGE})
     )
-    buffer = bytearray(HEADER_BYTES)
-    write_plain_push(buffer, 1, 4, 0, 2)
-    assert read_plain_push(buffer, HEADER_BYTES, far) is None
+    for n_bytes in (0, SHARD_BYTES):
+        buffer = bytearray(HEADER_BYTES)
+        write_plain_push(buffer, 1, 4, 0, 2, n_bytes)
+        assert read_plain_push(buffer, HEADER_BYTES, far) is None
 
 
 def test_another_length_is_not_plain() -> None:
@@ -90,12 +95,13 @@ def test_another_length_is_not_plain() -> None:
 
 def test_what_is_taken_of_mutated_bytes_is_what_decode_takes() -> None:
     """Every byte of both messages, with every value; and random changes of several."""
-    push, answer = bytearray(HEADER_BYTES), bytearray(HEADER_BYTES)
+    push, streamed, answer = (bytearray(HEADER_BYTES) for _ in range(3))
     write_plain_push(push, 1, 4, 0, 2)
+    write_plain_push(streamed, 1, 4, 0, 2, SHARD_BYTES)
     write_plain_answer(answer, 3, 4, 1, 2, 9)
     rng = random.Random(5)
     taken = 0
-    for data in (push, answer):
+    for data in (push, streamed, answer):
         mutated = [(at, value) for at in range(HEADER_BYTES) for value in range(256)]
         changes = [[one] for one in mutated]
         changes += [[rng.choice(mutated) for _ in range(rng.randrange(2, 5))] for _ in range(4000)]
@@ -111,8 +117,9 @@ def _agrees(data: bytearray) -> bool:
     plain = read_plain_push(data, HEADER_BYTES, TO_LEADER)
     if plain is not None:
         event, _, _ = decode(data, HEADER_BYTES, TO_LEADER)
-        worker, seq, slot, version = plain
-        assert event == Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD)
+        worker, seq, slot, version, arriving = plain
+        push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
+        assert event == push
     answer = read_plain_answer(data, HEADER_BYTES, 4, TO_WORKER)
     if answer is not None:
         event, _, _ = decode(data, HEADER_BYTES, TO_WORKER)

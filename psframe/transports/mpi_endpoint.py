@@ -119,16 +119,28 @@ class MpiEndpoint:
                     return None
         return answers.popleft()
 
-    def push_pull(self, seq: int, slot: int, version: int) -> tuple[int, int, int] | None:
-        """Send a plain push_pull to the only server and wait; see `Endpoint`."""
-        post, patience = self._post, self._patience
+    @property
+    def direct(self) -> MpiEndpoint:
+        """Itself; whether it may be used is the worker's to know."""
+        return self
+
+    def start(self, seq: int, slot: int, version: int, arriving: bool) -> None:
+        """Send a plain push_pull; see `Direct`."""
+        post = self._post
         header = post.header(0)
         if header is None:
-            push = Push(self.index, seq, slot, version, True, 0.0, True, RELEASE_HOLD)
-            post.send(0, push)
-        else:
-            write_plain_push(header, self.index, seq, slot, version)
-            post.start(0)
+            index = self.index
+            self.send(
+                0, Push(index, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
+            )
+            return
+        n_bytes = self._slots[slot].nbytes if arriving else 0
+        write_plain_push(header, self.index, seq, slot, version, n_bytes)
+        post.start(0)
+
+    def finish(self, seq: int) -> tuple[int, int, int] | None:
+        """Wait for its answer; see `Direct`."""
+        post, patience = self._post, self._patience
         taken = post.take()  # before all else: it is soon there
         patience.reset()
         while not self._answers:

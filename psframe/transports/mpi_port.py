@@ -58,8 +58,8 @@ _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 _NONE, _ANSWERS = Reason.NONE, (Answer, Lease)
 _ANSWERED = object()  # what is taken in place of an event that has been handled
 
-# Of a leader: (worker, seq, slot, version read) -> see `Leader.push_pull`.
-PushPull = Callable[[int, int, int, int], "tuple[int, int, int] | list[Output] | None"]
+# Of a leader: (worker, seq, slot, version read, arriving) -> see `Leader.push_pull`.
+PushPull = Callable[[int, int, int, int, bool], "tuple[int, int, int] | list[Output] | None"]
 
 _log = logging.getLogger("psframe")
 
@@ -203,30 +203,31 @@ class MpiServerPort:
             elif delivery is Delivery.INLINE:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
             else:
-                progress = self._progress_of(event.worker, event.slot)
-                assert progress is not None, "only who shares memory may stream"
-                progress.open_here = True
-                where = event.worker, event.slot
-                self._streams.pop(where, None)  # the youngest stands last
-                self._streams[where] = _Stream(source, *where, progress, time.monotonic())
+                self._open(source, event.worker, event.slot)
         if not self._inbox.held:
             return event
         self._inbox.add(source, event)  # type: ignore[arg-type]  # the limits of the link allow it
         return None
 
-    def _answer(self, source: int, worker: int, seq: int, slot: int, version: int) -> bool:
+    def _answer(
+        self, source: int, worker: int, seq: int, slot: int, version: int, arriving: bool
+    ) -> bool:
         """Handle a plain push_pull at once, if the leader can; False if nothing has happened."""
         assert self.push_pull is not None, "there is one"
         if self._inbox.held:
             return False
-        out = self.push_pull(worker, seq, slot, version)
+        if arriving:
+            self._open(source, worker, slot)
+        out = self.push_pull(worker, seq, slot, version, arriving)
         if out is None:
             return False
         if not isinstance(out, tuple):
             for one in out:
-                assert isinstance(one, _ANSWERS), "it was refused, and nobody else hears of it"
+                assert isinstance(one, _ANSWERS), "nobody else hears of it"
                 self.to_worker(one)
             return True
+        if arriving:
+            del self._streams[worker, slot]
         staleness, index, version = out
         buffer = self._post.header(source)
         if buffer is None:
@@ -288,6 +289,15 @@ class MpiServerPort:
                 del self._streams[where]
             return True
         return False
+
+    def _open(self, source: int, worker: int, slot: int) -> None:
+        """Note a gradient that is being written."""
+        progress = self._progress_of(worker, slot)
+        assert progress is not None, "only who shares memory may stream"
+        progress.open_here = True
+        where = worker, slot
+        self._streams.pop(where, None)  # the youngest stands last
+        self._streams[where] = _Stream(source, worker, slot, progress, time.monotonic())
 
     def _progress_of(self, worker: int, slot: int) -> Progress | None:
         """Where the worker says how far it is, if it shares memory with this server."""

@@ -255,7 +255,7 @@ class SimulatedEndpoint:
         self.workers = virtual.workers
         self.servers = virtual.servers
         self.virtual_time = True
-        self.push_pull = None
+        self.direct = None
         self.in_place: Sequence[bool] = [True] * virtual.servers
         self._inbox: deque[tuple[int, Answer | Lease]] = deque()
         self._slots: list[Array | None] = [None, None]

@@ -44,7 +44,7 @@ class Progress:
 
     def open(self) -> None:
         """Say that nothing of the next gradient is there; before its push is announced."""
-        self._counts[0] = 0
+        self._counts[0] = self._counts[1] = 0
 
     def advance(self, end: int) -> None:
         """Say that the elements [0, end) are there, not yet all."""
@@ -73,6 +73,11 @@ class Progress:
                 f"a gradient in shared memory has {end} elements, expected {seen} to {self._size}"
             )
         return end
+
+    @property
+    def good(self) -> bool:
+        """Whether the verdict is there and says that the gradient is finite."""
+        return self._counts[1] == 1 and self._norm[0] >= 0.0
 
     def verdict(self) -> tuple[bool, float]:
         """Take (finite, norm) of a gradient that is all there; it is followed no longer.

@@ -145,7 +145,7 @@ class ThreadEndpoint:
         self.workers = hub.workers
         self.servers = hub.servers
         self.virtual_time = False
-        self.push_pull = None
+        self.direct = None
         self.in_place: Sequence[bool] = [True] * hub.servers
         self.now = clock
 

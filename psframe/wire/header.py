@@ -150,6 +150,14 @@ def payload_limit(workers: int) -> int:
     return max(_PAYLOAD_BYTES_MIN, MEMBER.size * workers)
 
 
+def _plain_pushes(
+    deliveries: frozenset[Delivery], shard_bytes: int
+) -> Iterator[tuple[int, tuple[bool, int]]]:
+    for delivery, n_bytes in ((Delivery.IN_PLACE, 0), (Delivery.STREAMED, shard_bytes)):
+        if delivery in deliveries:
+            yield lead_of(Kind.PUSH, delivery | BIT2 | BIT3), (delivery != 0, n_bytes)
+
+
 def _hot_pushes(
     deliveries: frozenset[Delivery], shard_bytes: int
 ) -> Iterator[tuple[int, tuple[bool, bool, bool, int]]]:
@@ -192,6 +200,8 @@ class Limits:
     pushes: Mapping[int, tuple[bool, bool, bool, int]] = field(
         init=False, repr=False, compare=False
     )
+    # By the first bytes of a plain push_pull (see `wire.plain`): arriving, payload_bytes.
+    plain: Mapping[int, tuple[bool, int]] = field(init=False, repr=False, compare=False)
     buffers: int = field(init=False, repr=False, compare=False)
     payload_bytes_max: int = field(init=False, repr=False, compare=False)
 
@@ -202,6 +212,7 @@ class Limits:
         put(self, "worker_max", self.workers - 1 if self.worker is None else self.worker)
         put(self, "in_place", Delivery.IN_PLACE in self.deliveries)
         put(self, "pushes", dict(_hot_pushes(self.deliveries, self.shard_bytes)))
+        put(self, "plain", dict(_plain_pushes(self.deliveries, self.shard_bytes)))
         put(self, "hot", int(_HOT.get(self.link, 0)) if self.in_place else 0)
         put(self, "buffers", buffer_count(self.workers))
         put(self, "payload_bytes_max", payload_limit(self.workers))
