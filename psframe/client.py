@@ -25,10 +25,6 @@ from psframe.worker import Request
 
 __all__ = ["Worker"]
 
-# A gradient of more is announced before it is written, and applied behind the worker; of less, the
-# copying takes no longer than what it takes to follow it.
-_STREAM_BYTES = 32 << 10
-
 
 class Worker:
     """One worker's connection to the servers. Only the thread that runs `work` may use it.
@@ -58,9 +54,8 @@ class Worker:
         self._protocol = self._exchange.protocol
         self._snapshots = Snapshots(layout, endpoint.servers, endpoint.snapshot)
         self._slots: list[GradientSlot | None] = [None, None]
-        streams = layout.size * layout.dtype.itemsize > _STREAM_BYTES
         self._staging: list[Mapping[str, Any] | None] = [None, None]
-        self._progress = [endpoint.progress(k, judges=judges) if streams else None for k in (0, 1)]
+        self._progress = [endpoint.progress(k, judges=judges) for k in (0, 1)]
         self._judges = judges  # whether it says if gradients are finite, and their norms
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"

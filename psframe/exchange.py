@@ -83,7 +83,7 @@ class Endpoint(Protocol):
         """The worker's flat gradient slot 0 or 1, of P elements."""
 
     def progress(self, slot: int, *, judges: bool) -> Progress | None:
-        """Where to tell how far the gradient of an `arriving` push is; None if none may be.
+        """Where to tell how far the gradient of an `arriving` push is; None if none is to be.
 
         Args:
             slot: where it is.

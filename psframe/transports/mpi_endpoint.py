@@ -29,6 +29,10 @@ __all__ = ["MpiEndpoint"]
 _INLINE, _RANGE, _ANSWERS = Delivery.INLINE, Delivery.RANGE, (Answer, Lease)
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
+# A gradient of more is announced before it is written, and applied behind the worker; of less, the
+# copying takes no longer than what it takes to follow it. Following costs more where the server has
+# no core of its own, or is on another node.
+_STREAM_BYTES, _STREAM_FAR_BYTES = 32 << 10, 256 << 10
 
 
 class MpiEndpoint:
@@ -171,7 +175,10 @@ class MpiEndpoint:
 
     def progress(self, slot: int, *, judges: bool) -> Progress | _Sending | None:
         """Where to tell the only server how far the gradient in a slot is."""
-        if self.servers > 1:
+        n_bytes = self._slots[slot].nbytes
+        if self.servers > 1 or n_bytes <= _STREAM_BYTES:
+            return None
+        if n_bytes <= _STREAM_FAR_BYTES and (self._neighbours.crowded or not self.in_place[0]):
             return None
         own = self._neighbours.own
         if own is not None and self.in_place[0]:
