@@ -5,6 +5,7 @@ from psframe.client import Worker
 from psframe.consistency import BSP, SSP, Async
 from psframe.errors import (
     ArgumentError,
+    CheckpointError,
     Diverged,
     LaunchError,
     MessageError,
@@ -27,6 +28,7 @@ __all__ = [
     "SSP",
     "ArgumentError",
     "Async",
+    "CheckpointError",
     "Diverged",
     "LaunchError",
     "Ledger",

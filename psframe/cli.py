@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("psframe.data.__main__", "look at data, and convert it"),
     "report": ("psframe.report.__main__", "draw what a run did"),
     "launch": ("psframe.launch", "start any of them, or a program, on several ranks"),
+    "doctor": ("psframe.doctor.__main__", "say whether this machine and launch are fit"),
     "bench": ("psframe.bench", "measure pushes, pulls and updates on this machine"),
 }
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from psframe.devices import Device
 from psframe.errors import Stopped
-from psframe.events import Answer, Failure, Leave, SpanKind, Stop
+from psframe.events import Answer, Failure, Leave, RandomState, SpanKind, Stop
 from psframe.exchange import Direct, Endpoint, Exchange, Progress
 from psframe.layout import Layout
 from psframe.leasing import Leasing
@@ -29,6 +29,12 @@ __all__ = ["Worker"]
 class Worker:
     """One worker's connection to the servers. Only the thread that runs `work` may use it.
 
+    Args:
+        endpoint, layout, device, seed: of the run, and this worker's end of a transport.
+        judges, measured: as `Plan` has them.
+        tells_random: whether server 0 is to be told how far `rng` has got, with each push.
+        random_state: how far it had got in the run that this one goes on from; None for a new one.
+
     Attributes:
         index: 0..W-1.
         count: W.
@@ -45,6 +51,8 @@ class Worker:
         *,
         judges: bool = True,
         measured: Sequence[tuple[int, int]] | None = None,
+        tells_random: bool = False,
+        random_state: tuple[int, int, int, int] | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._layout = layout
@@ -72,14 +80,36 @@ class Worker:
         self.xp: ModuleType = device.xp
         self.device = device.name
         self._rng: np.random.Generator | None = None
+        self._tells_random = tells_random
+        self._random_state = random_state  # as server 0 knows it
 
     @property
     def rng(self) -> np.random.Generator:
         """This worker's own NumPy Generator, a function of (seed, index)."""
         if self._rng is None:  # made when first asked for: it costs more than the rest
             sequence = np.random.SeedSequence(self._seed, spawn_key=(0, self.index))
-            self._rng = np.random.Generator(np.random.PCG64(sequence))
+            bits = np.random.PCG64(sequence)
+            if self._random_state is not None:
+                state, increment, has_half, half = self._random_state
+                whole: Any = {
+                    "bit_generator": "PCG64",
+                    "state": {"state": state, "inc": increment},
+                    "has_uint32": has_half,
+                    "uinteger": half,
+                }
+                bits.state = whole
+            self._rng = np.random.Generator(bits)
+            if self._tells_random:  # with each push: none goes the short ways
+                self._plain, self._direct = False, None
         return self._rng
+
+    def _tell_random(self, rng: np.random.Generator) -> None:
+        """Tell server 0 how far `rng` has got, if that has changed; the next request is a push."""
+        now: Any = rng.bit_generator.state
+        numbers = now["state"]["state"], now["state"]["inc"], now["has_uint32"], now["uinteger"]
+        if numbers != self._random_state:
+            self._random_state = numbers
+            self._exchange.send(0, RandomState(self.index, self._protocol.next_seq, numbers))
 
     # ---- parameters ----------------------------------------------------------------------
 
@@ -376,6 +406,8 @@ class Worker:
         slot = self._slot(index)
         progress = self._progress[index]
         self._filling = None
+        if self._tells_random and self._rng is not None:
+            self._tell_random(self._rng)
         if progress is not None:
             return self._stream(index, slot, progress, grads, want_params, read)
         finite, norm = self._fill(index, slot, grads)

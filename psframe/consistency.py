@@ -16,8 +16,11 @@ A *clock* counts the steps that a worker has finished. "Live" workers are those 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from psframe.state import WORKERS_MAX, Fields
 
 __all__ = ["BSP", "SSP", "Async", "Mode", "Policy", "Verdict"]
 
@@ -47,6 +50,33 @@ class Policy:
     def __init__(self, workers: int) -> None:
         self.clocks = [0] * workers
         self.live = [True] * workers
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that have been closed; 0 where there are none."""
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint is to have of it."""
+        return {"clocks": list(self.clocks), "live": list(self.live), "round": self.rounds}
+
+    def restore(self, fields: Fields) -> None:
+        """Go on from a state, perhaps another policy's, with all workers live again.
+
+        Workers keep their clocks if they are as many as then and none was gone. Else all begin at
+        the least clock of those that were live.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        clocks, live = fields.counts("clocks", items=WORKERS_MAX), fields.flags("live")
+        if not clocks or len(live) != len(clocks):
+            raise fields.bad("live", f"as many as there are clocks, {len(clocks)}")
+        if len(clocks) == len(self.clocks) and all(live):
+            self.clocks[:] = clocks
+            return
+        least = min((c for c, alive in zip(clocks, live, strict=True) if alive), default=None)
+        self.clocks[:] = [min(clocks) if least is None else least] * len(self.clocks)
 
     def may_start(self, worker: int) -> bool:
         """Say whether the worker may start its next step (be answered a pull)."""
@@ -103,6 +133,13 @@ class _SSPPolicy(Policy):
         self._slowest = 0
         self._at_clock = {0: workers}  # live workers by clock: the minimum in O(1) a step
 
+    def restore(self, fields: Fields) -> None:
+        super().restore(fields)
+        clocks, self._slowest = self.clocks, min(self.clocks)
+        if max(clocks) > self._slowest + self._staleness + 1:  # of a mode that bounds them less
+            clocks[:] = [self._slowest] * len(clocks)
+        self._at_clock = dict(Counter(clocks))
+
     def may_start(self, worker: int) -> bool:
         return self.clocks[worker] - self._staleness <= self._slowest
 
@@ -149,6 +186,16 @@ class _BSPPolicy(Policy):
         self._parked: set[int] = set()
         self._sat_out: set[int] = set()  # parked while a round closed; no push since
         self._n_live = workers
+
+    @property
+    def rounds(self) -> int:
+        return self._round
+
+    def restore(self, fields: Fields) -> None:
+        super().restore(fields)
+        self._round = fields.count("round")
+        # What was pushed for earlier rounds has not been kept: all take part in the present one.
+        self.clocks[:] = [self._round] * len(self.clocks)
 
     def may_start(self, worker: int) -> bool:
         return self.clocks[worker] <= self._round

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArgumentError",
+    "CheckpointError",
     "Diverged",
     "LaunchError",
     "MessageError",
@@ -34,6 +35,13 @@ class LaunchError(PsframeError, RuntimeError):
 
 class RunDirError(PsframeError, RuntimeError):
     """Raised when a run directory cannot be used; nothing in it has been changed."""
+
+
+class CheckpointError(PsframeError, RuntimeError):
+    """Raised when a checkpoint cannot be written, or there is none that can be used.
+
+    Those that were committed before stay as they were.
+    """
 
 
 class MessageError(PsframeError):

@@ -6,8 +6,8 @@ snapshot buffer), never the bytes. They are slotted dataclasses, not frozen: bui
 one costs half a microsecond, and these are made for every message. Whoever receives an event
 owns it.
 
-What the leader tells its followers (Decision, Gone, Pin, End) is its *log*; a position in it is
-a count of records. Messages between two processes arrive in order, but a worker that the leader
+What the leader tells its followers (Decision, Gone, Pin, Mark, End) is its *log*; a position in it
+is a count of records. Messages between two processes arrive in order, but a worker that the leader
 has answered may reach a follower before the record that came before the answer. So answers say
 in `log` how many records came before them, the worker's later pulls repeat it, and a follower
 answers a pull only once it has handled so many.
@@ -16,7 +16,9 @@ answers a pull only once it has handled so many.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = [
     "ALL_REQUESTS",
@@ -42,18 +44,24 @@ __all__ = [
     "Log",
     "Logged",
     "Lost",
+    "Mark",
+    "Marked",
     "Output",
     "Pin",
     "Pull",
     "Push",
     "PushHandled",
+    "RandomState",
     "RELEASE_COPY",
     "RELEASE_HOLD",
     "RELEASE_NONE",
     "Reason",
     "Record",
     "Report",
+    "Saved",
     "Sent",
+    "ShardSaved",
+    "ShardsSaved",
     "SpanKind",
     "Spans",
     "Stop",
@@ -228,6 +236,20 @@ class Log:
     sums: dict[str, tuple[float, int]]
 
 
+@dataclass(slots=True)
+class RandomState:
+    """The state of the worker's random numbers when it made the push `seq`, which is to come.
+
+    Attributes:
+        numbers: of a PCG64: its state and increment, of 128 bits each; whether it has kept half of
+            a number of 64 bits, and that half.
+    """
+
+    worker: int
+    seq: int
+    numbers: tuple[int, int, int, int]
+
+
 class SpanKind(enum.IntEnum):
     """What a rank was at, for a timeline."""
 
@@ -269,7 +291,9 @@ class Leave:
     failure: Failure | None = None
 
 
-FromWorker = Push | Pull | LeaseRequest | GiveBack | Report | Log | Spans | Stop | Leave
+FromWorker = (
+    Push | Pull | LeaseRequest | GiveBack | Report | RandomState | Log | Spans | Stop | Leave
+)
 
 # ---- a transport to its server -----------------------------------------------------------
 
@@ -305,6 +329,19 @@ class Sent:
     """The bytes of the snapshot answered to this worker have left; its hold can go."""
 
     worker: int
+
+
+@dataclass(slots=True)
+class Saved:
+    """The driver has written what the machine had marked, or given it up; it can go.
+
+    Attributes:
+        number: the mark's.
+        entry: what a follower's driver has to tell the leader's of it.
+    """
+
+    number: int
+    entry: str = ""
 
 
 # ---- server to worker --------------------------------------------------------------------
@@ -383,11 +420,23 @@ class Pin:
 
 
 @dataclass(slots=True)
+class Mark:
+    """Keep, for a checkpoint, the snapshot in which is all that was decided before this."""
+
+    number: int
+
+
+@dataclass(slots=True)
 class End:
-    """The run is over; pushes that have no decision by now are not applied."""
+    """The run is over; pushes that have no decision by now are not applied.
+
+    With `mark`, a Mark comes after it, and is the last record.
+    """
+
+    mark: bool = False
 
 
-Record = Decision | Gone | Pin | End  # of the leader's log
+Record = Decision | Gone | Pin | Mark | End  # of the leader's log
 
 
 @dataclass(slots=True)
@@ -411,9 +460,44 @@ class Finished:
     server: int
 
 
-ToServer = FromWorker | Lost | Sent | Arrived | Record | Withheld | Finished  # Spans of followers
+@dataclass(slots=True)
+class ShardSaved:
+    """A follower's driver has written what it had marked; `number`, `entry` as in Saved."""
 
-# ---- the leader to its host --------------------------------------------------------------
+    server: int
+    number: int
+    entry: str
+
+
+# Spans are those of followers, too.
+ToServer = FromWorker | Lost | Sent | Arrived | Saved | Record | Withheld | ShardSaved | Finished
+
+# ---- a machine to its host ---------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Marked:
+    """A checkpoint of this server is to be written: `Server.marked` has the arrays.
+
+    They stay as they are until the machine is given `Saved`.
+
+    Attributes:
+        number: counted from 0 in a run; the same on all servers.
+        version: of this server's shard.
+        state: plain data, fit for JSON. The leader's is what a run goes on from.
+    """
+
+    number: int
+    version: int
+    state: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class ShardsSaved:
+    """All followers have saved; by server from the second on, what their drivers had to tell."""
+
+    number: int
+    entries: list[str]
 
 
 @dataclass(slots=True)
@@ -460,9 +544,9 @@ class PushHandled:
     applied: bool
 
 
-HostEvent = Logged | EpochDone | Evaluated | PushHandled | Spans
+HostEvent = Logged | EpochDone | Evaluated | PushHandled | Spans | Marked | ShardsSaved
 
 # What a server hands to its driver: answers go to the worker they name, decisions to every other
-# server (Withheld, Lost and Finished to the leader), host events to the process that the leader
-# runs in.
-Output = Answer | Lease | Record | Withheld | Lost | Finished | HostEvent
+# server (Withheld, Lost, ShardSaved and Finished to the leader), host events to the process that
+# the machine runs in.
+Output = Answer | Lease | Record | Withheld | Lost | ShardSaved | Finished | HostEvent

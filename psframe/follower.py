@@ -7,7 +7,9 @@ worker's own earlier pushes and for what the mode asks of this shard.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from psframe.consistency import Policy
 from psframe.errors import MessageError
@@ -16,17 +18,22 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    Gone,
     Leave,
     Lost,
+    Mark,
     Pin,
     Pull,
     Push,
     Reason,
     Record,
+    Saved,
+    ShardSaved,
     ToServer,
     Withheld,
 )
 from psframe.server import Queued, Server, ServerMemory
+from psframe.state import Arrays
 from psframe.store import Store
 
 __all__ = ["Follower"]
@@ -78,6 +85,12 @@ class Follower(Server):
         self._closed = 0  # rounds, here
         # What is to be carried out before the snapshot is pinned that the leader has pinned.
         self._pin_after: list[_Pending] | None = None
+        # As for a mark, with its number; and the records after it, which must not be in it: they
+        # wait for parts that are on their way, while each worker has two pushes under way at most.
+        self._mark_after: list[_Pending] | None = None
+        self._mark_number = 0
+        self._later: deque[Record] = deque()
+        self._awaits_mark = False  # the leader makes one more, after the end
         self._dead: set[int] = set()  # no part of theirs comes any more
         self._refusals = 0
         self._told = False  # that it has finished
@@ -85,7 +98,13 @@ class Follower(Server):
     @property
     def finished(self) -> bool:
         """Whether the run is over, every worker has left and every decision is carried out."""
-        return self.stopped and self.all_gone and not any(self._verdicts)
+        saved = self._keeper.number is None and not self._awaits_mark
+        return self.stopped and self.all_gone and not any(self._verdicts) and saved
+
+    def restore(self, state: Mapping[str, Any], arrays: Arrays, begin: int) -> None:
+        """Go on from a checkpoint; see `Server.restore`."""
+        super().restore(state, arrays, begin)
+        self._closed = self.policy.rounds
 
     # ---- events --------------------------------------------------------------------------
 
@@ -108,7 +127,16 @@ class Follower(Server):
                 self._out.append(event)  # the leader may not have noticed
                 self._mourn(event.worker)
         elif isinstance(event, Record):
-            self._record(event)
+            if self._mark_after is None:
+                self._record(event)
+                return
+            # As if it were still on its way, but that a worker counts as dead.
+            self._later.append(event)
+            if isinstance(event, Gone):
+                self._mourn(event.worker)
+        elif isinstance(event, Saved):
+            self._keeper.let_go(event.number)
+            self._out.append(ShardSaved(self.index, event.number, event.entry))
         else:
             raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
 
@@ -122,18 +150,22 @@ class Follower(Server):
             self._decide(event)
         elif isinstance(event, End):
             self.stopped = self._wake = True
+            self._awaits_mark = event.mark
             self._pin_after = None
             self._unpin()
         elif isinstance(event, Pin):
             self._pin_after = self._undone() if event.on else None
             if not event.on:
                 self._unpin(keep=event.keep)
+        elif isinstance(event, Mark):
+            self._mark_number = event.number
+            self._mark_after = self._undone()
         else:
             self._lose(event.worker)
 
     def _settle_all(self) -> None:
         super()._settle_all()
-        while self._give_up() or self._pin_now() or self._close_round():
+        while self._give_up() or self._pin_now() or self._mark_now() or self._close_round():
             super()._settle_all()
         if self.finished and not self._told:
             self._told = True
@@ -166,6 +198,20 @@ class Follower(Server):
             return False
         self._pin_after = None
         self._pin()
+        return True
+
+    def _mark_now(self) -> bool:
+        """Keep the shard once it has in it whatever the leader's mark has; then go on.
+
+        It has nothing else in it: what the leader decided later is not known here before.
+        """
+        if self._mark_after is None or any(pending.open for pending in self._mark_after):
+            return False
+        self._mark_after = None
+        self._awaits_mark = False
+        self._out.append(self._keep(self._mark_number, {"version": self.store.version}))
+        while self._later and self._mark_after is None:
+            self._record(self._later.popleft())
         return True
 
     # ---- pushes --------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from psframe.events import (
     Arrived,
     Decision,
     End,
-    Failure,
     Finished,
     GiveBack,
     Gone,
@@ -27,18 +26,21 @@ from psframe.events import (
     Pull,
     Push,
     PushHandled,
+    RandomState,
     Reason,
     Record,
     Report,
+    Saved,
+    ShardSaved,
     Spans,
     Stop,
     ToServer,
     Withheld,
 )
-from psframe.ledger import LedgerBook
+from psframe.marking import MarkingServer, Marks
 from psframe.server import SLOTS, Queued, ServerMemory
 from psframe.store import Store, is_finite
-from psframe.work import Score, WorkServer
+from psframe.work import Score
 
 __all__ = ["Leader", "Score"]
 
@@ -49,7 +51,7 @@ _NONE, _TAKE = Reason.NONE, Verdict.TAKE
 _REFUSALS_PER_WORKER = 10
 
 
-class Leader(WorkServer):
+class Leader(MarkingServer):
     """The first server.
 
     Args:
@@ -58,12 +60,7 @@ class Leader(WorkServer):
         max_updates: the run is over at this version.
         trace: make a `PushHandled` for every push.
         score: as for `WorkServer`.
-
-    Attributes:
-        ledger: the account of every push.
-        staleness: count of applied pushes by staleness.
-        diverged: whether 10 W pushes in a row were refused.
-        failure: (worker, failure) of the worker whose `work` raised first.
+        marks: as for `MarkingServer`.
     """
 
     def __init__(
@@ -78,15 +75,21 @@ class Leader(WorkServer):
         max_updates: int | None = None,
         trace: bool = False,
         score: Score | None = None,
+        marks: Marks | None = None,
     ) -> None:
-        super().__init__(workers, store, policy, memory, clip_norm, score, followers=servers > 1)
-        self.ledger = LedgerBook()
-        self.staleness: dict[int, int] = {}
-        self.diverged = False
-        self.failure: tuple[int, Failure] | None = None
+        super().__init__(
+            workers,
+            store,
+            policy,
+            memory,
+            clip_norm,
+            score,
+            servers=servers,
+            max_updates=max_updates,
+            marks=marks,
+        )
         self._numbers = servers > 1
         self._unfinished = set(range(1, servers))
-        self._max_updates = max_updates
         self._trace = trace
         self._round: dict[int, Push] = {}
         # Pushes whose gradients are still arriving, by worker and slot, and which of them is being
@@ -97,17 +100,17 @@ class Leader(WorkServer):
         self._in_parts = not policy.aggregates and clip_norm is None
         self._plain = type(policy) is Policy and servers == 1 and clip_norm is None
         self._log_max = 0
-        self._refusals = 0
         self._ended = False
         if max_updates == 0:
             self._stop()
 
-    _kinds = (Push, Pull, LeaseRequest, GiveBack, Report, Leave)
+    _kinds = (Push, Pull, LeaseRequest, GiveBack, Report, RandomState, Leave)
 
     @property
     def finished(self) -> bool:
-        """Whether every worker has left or is lost, and the followers have told all they had to."""
-        return self._n_gone == self.workers and not self._unfinished
+        """Whether every worker has left or is lost, the followers have told all they had to, and
+        no mark is under way."""
+        return self._n_gone == self.workers and not (self._unfinished or self._unsaved)
 
     # ---- events --------------------------------------------------------------------------
 
@@ -229,6 +232,9 @@ class Leader(WorkServer):
         if isinstance(event, Report):
             self._report(event.worker, event.sums)
             return True
+        if isinstance(event, RandomState):
+            self._tell(event)
+            return True
         if event.failure is not None and self.failure is None:
             self.failure = (event.worker, event.failure)
             self._stop()
@@ -252,6 +258,10 @@ class Leader(WorkServer):
         elif isinstance(event, Withheld):
             self.ledger.count_partial(event.worker, event.seq)
             self._diverge_at(event.in_a_row)
+        elif isinstance(event, Saved):
+            self._saved(event)
+        elif isinstance(event, ShardSaved):
+            self._shard_saved(event)
         elif isinstance(event, Finished):
             if not self._ended or event.server not in self._unfinished:
                 raise MessageError(f"server {event.server} has finished before the end, or twice")
@@ -275,8 +285,7 @@ class Leader(WorkServer):
         """End the run from outside, as if a worker had called stop."""
         self._stop()
         self._settle_all()
-        out, self._out = self._out, []
-        return self._number(out) if self._followers else out
+        return self._take_out()
 
     # ---- pushes --------------------------------------------------------------------------
 
@@ -377,6 +386,7 @@ class Leader(WorkServer):
             self._out.append(Decision([(worker, push.seq)]))
         self._wake |= self.policy.finish(worker)
         self._settle(push, _NONE, clock, staleness)
+        self._updated()
 
     def _blame(self, push: Push) -> Reason:
         """Say why an update is not finite: where workers do not judge, for its gradient perhaps."""
@@ -400,6 +410,8 @@ class Leader(WorkServer):
                 self._count_refusal(reason)
             self._settle(push, reason, clock, version - push.version)
         self._wake = True
+        if self.store.version != version:
+            self._updated()
 
     def _refuse(self, push: Push, reason: Reason, clock: int) -> None:
         """Settle a push alone that makes no update, and tell the followers."""
@@ -432,8 +444,6 @@ class Leader(WorkServer):
             self._out.append(PushHandled(worker, clock, push.version, version, staleness, applied))
         if self._book.opened and reason is not Reason.STOPPED:
             self._step_done(worker, staleness if applied else None)
-        if applied and version == self._max_updates:
-            self._stop()
 
     # ---- the end -------------------------------------------------------------------------
 
@@ -442,9 +452,10 @@ class Leader(WorkServer):
             return
         self._ended = self.stopped = self._wake = True
         self._forget_early()
+        owed = self._mark_end()
         self._unpin()
         if self._followers:
-            self._out.append(End())
+            self._out.append(End(owed))
 
     def _forget_early(self) -> None:
         self.store.abandon()
@@ -453,7 +464,8 @@ class Leader(WorkServer):
     def _depart(self, worker: int) -> None:
         self._give_back_leases(worker)
         super()._depart(worker)
-        self._abandon_evaluation()
+        if not self.stopped:
+            self._abandon_evaluation()
 
     def _lose(self, worker: int) -> None:
         if self.gone[worker]:
@@ -470,6 +482,7 @@ class Leader(WorkServer):
             self._forget_early()
         for key in [key for key in self._arriving if key[0] == worker]:
             del self._arriving[key]
+        self._draws.settle(worker)
         self._inbox[worker].clear()
         self._blocked.discard(worker)
         if self._followers:

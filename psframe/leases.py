@@ -15,9 +15,19 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+from psframe.blocks import (
+    Evaluation,
+    evaluation_state,
+    plan_state,
+    read_evaluation,
+    read_plans,
+    read_wanted,
+)
 from psframe.events import Evaluated, Lease, LeaseKind, TaskSpec
+from psframe.state import Fields
 from psframe.waves import PlanBook, Waves
 
 __all__ = ["LeaseBook"]
@@ -32,31 +42,6 @@ class _Hand:
     kind: LeaseKind
     block: int  # training: epoch * blocks an epoch + block; evaluation: block
     begun: bool = True  # False: leased ahead of time, and no push is about it yet
-
-
-@dataclass(slots=True)
-class _Evaluation:
-    """The evaluation under way: one snapshot is pinned for it."""
-
-    plan: int
-    epoch: int
-    version: int
-    blocks: int
-    next_block: int = 0
-    returned: list[int] = field(default_factory=list)  # a heap
-    results: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def has_blocks(self) -> bool:
-        return bool(self.returned) or self.next_block < self.blocks
-
-    def take(self) -> int | None:
-        if self.returned:
-            return heapq.heappop(self.returned)
-        if self.next_block < self.blocks:
-            self.next_block += 1
-            return self.next_block - 1
-        return None
 
 
 class LeaseBook:
@@ -78,8 +63,59 @@ class LeaseBook:
         self._ready: Counter[int] = Counter()
         # Oldest first: the one in work, and perhaps one whose data is being fetched.
         self._hands: list[list[_Hand]] = [[] for _ in range(workers)]
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: Evaluation | None = None
         self._wanted: deque[tuple[int, int]] = deque()  # (plan, epoch) to be evaluated
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def state(self, *, pinned: bool) -> dict[str, Any]:
+        """Give what a checkpoint is to have of it.
+
+        Args:
+            pinned: whether the snapshot of the evaluation under way is in it; if not, that
+                evaluation is to begin again.
+        """
+        in_hand: dict[int, list[int]] = {plan: [] for plan in self._plans}
+        evaluated: list[int] = []
+        for hand in (hand for hands in self._hands for hand in hands):
+            (in_hand[hand.plan] if hand.kind is LeaseKind.TRAIN else evaluated).append(hand.block)
+        for plan, block in self._waves.reserved() if self._waves is not None else ():
+            in_hand[plan].append(block)
+        wanted, evaluation = [list(task) for task in self._wanted], self._evaluation
+        if evaluation is not None and not pinned:
+            wanted.insert(0, [evaluation.plan, evaluation.epoch])
+            evaluation = None
+        return {
+            "plans": [plan_state(p, book, in_hand[p]) for p, book in self._plans.items()],
+            "wanted": wanted,
+            "evaluation": evaluation and evaluation_state(evaluation, evaluated),
+        }
+
+    def restore(self, fields: Fields, version: int) -> int | None:
+        """Go on from a state; no worker has asked for anything yet.
+
+        Args:
+            fields: the state.
+            version: the run's.
+
+        Returns:
+            The version that is pinned for an evaluation under way, if there is one.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        plans = read_plans(fields)
+        wanted = read_wanted(fields, plans)
+        evaluation = fields.part_or_none("evaluation")
+        if evaluation is not None:
+            self._evaluation = read_evaluation(evaluation, plans, version)
+            if (self._evaluation.plan, self._evaluation.epoch) in wanted:
+                raise evaluation.bad("epoch", "one that is not wanted as well")
+        self._plans.update(plans)  # which the waves know as well
+        self._wanted.extend(wanted)
+        return None if self._evaluation is None else self._evaluation.version
+
+    # ---- training --------------------------------------------------------------------------
 
     @property
     def opened(self) -> bool:
@@ -204,7 +240,7 @@ class LeaseBook:
         self._wanted.remove(task)
         spec = self._plans[plan].spec
         blocks = -(-spec.eval_samples // spec.eval_batch_size)
-        self._evaluation = _Evaluation(plan, epoch, pin(), blocks)
+        self._evaluation = Evaluation(plan, epoch, pin(), blocks)
         return True
 
     def report(self, worker: int, sums: dict[str, float]) -> Evaluated | None:
@@ -243,7 +279,7 @@ class LeaseBook:
         self._evaluation = None
         return True
 
-    def _end_evaluation(self, evaluation: _Evaluation) -> None:
+    def _end_evaluation(self, evaluation: Evaluation) -> None:
         self._plans[evaluation.plan].evaluations -= 1
         self._evaluation = None
 

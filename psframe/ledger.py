@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psframe.events import Reason
+from psframe.state import Fields
 
 __all__ = ["Ledger", "LedgerBook"]
 
@@ -50,6 +51,7 @@ class LedgerBook:
         self._by_reason = [0] * len(Reason)
         self._fenced = 0
         self._partial: set[tuple[int, int]] = set()
+        self._partial_before = 0  # in the run that this one goes on from
 
     def count(self, reason: Reason) -> None:
         """Count what became of one received push."""
@@ -64,6 +66,27 @@ class LedgerBook:
         """Note that a push is missing in some shard; twice the same push counts once."""
         self._partial.add((worker, seq))
 
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint is to have of it: pushes that have not been handled are not in it.
+
+        They are lost with the run, and would be received again.
+        """
+        by_reason = {reason.name.lower(): self._by_reason[reason] for reason in Reason}
+        partial = self._partial_before + len(self._partial)
+        return {"by_reason": by_reason, "fenced": self._fenced, "partial": partial}
+
+    def restore(self, fields: Fields) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        counts = fields.part("by_reason")
+        self._by_reason = [counts.count(reason.name.lower()) for reason in Reason]
+        self._fenced = fields.count("fenced")
+        self._partial_before = fields.count("partial")
+        self.received = sum(self._by_reason) + self._fenced
+
     def ledger(self) -> Ledger:
         """Close the account as it stands."""
         by_reason = self._by_reason
@@ -77,6 +100,6 @@ class LedgerBook:
             dropped=by_reason[Reason.LATE],
             lost=by_reason[Reason.LOST],
             stopped=by_reason[Reason.STOPPED],
-            partial=len(self._partial),
+            partial=self._partial_before + len(self._partial),
             reasons=reasons,
         )

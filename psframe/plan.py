@@ -19,15 +19,18 @@ import numpy as np
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import Device
+from psframe.draws import Numbers
 from psframe.events import HostEvent
 from psframe.exchange import Endpoint
 from psframe.follower import Follower
 from psframe.layout import Array, Layout
 from psframe.leader import Leader, Score
 from psframe.ledger import Ledger
+from psframe.marking import Marks
 from psframe.placement import Checked
 from psframe.server import Server, ServerMemory
-from psframe.store import Buffers, Store, UpdateRule
+from psframe.state import Resume
+from psframe.store import Buffers, MarkableRule, Store, UpdateRule
 
 __all__ = [
     "COUNT_MAX",
@@ -98,6 +101,7 @@ class Plan:
     spans: bool = False
     placement: Checked = 1  # what the user said of servers
     serving: tuple[int, ...] = ()  # which ranks serve, server 0 first; over MPI only
+    marks: Marks | None = None  # None: no checkpoints
 
     @classmethod
     def check(
@@ -116,10 +120,12 @@ class Plan:
         trace: bool = False,
         spans: bool = False,
         placement: Checked | None = None,
+        marks: Marks | None = None,
     ) -> Plan:
         """Check the arguments.
 
-        `placement` is what `check_servers` has returned; `servers` if it is None.
+        `placement` is what `check_servers` has returned; `servers` if it is None. With `marks`
+        there are checkpoints.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
@@ -164,6 +170,7 @@ class Plan:
             bool(trace),
             bool(spans),
             int(servers) if placement is None else placement,
+            marks=marks,
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
@@ -202,10 +209,19 @@ class Plan:
         aggregates = self.mode.policy(1).aggregates
         return self.servers > 1 or aggregates or self.clip_norm is not None
 
-    def build_worker(self, endpoint: Endpoint, device: Device) -> Worker:
-        """Make a worker of this run."""
+    def build_worker(
+        self, endpoint: Endpoint, device: Device, random_state: Numbers | None = None
+    ) -> Worker:
+        """Make a worker of this run, whose `rng` goes on from that state if there is one."""
         return Worker(
-            endpoint, self.layout, device, self.seed, judges=self.judges, measured=self.measured
+            endpoint,
+            self.layout,
+            device,
+            self.seed,
+            judges=self.judges,
+            measured=self.measured,
+            tells_random=self.marks is not None,
+            random_state=random_state,
         )
 
     def digests(self, **more: object) -> dict[str, bytes]:
@@ -222,6 +238,7 @@ class Plan:
             "score": self.score,
             "trace": self.trace,
             "spans": self.spans,
+            "marks": self.marks,
             **more,
         }
         return {name: _digest(value) for name, value in arguments.items()}
@@ -234,6 +251,7 @@ class Plan:
         memory: ServerMemory,
         *,
         trace: bool = False,
+        resume: Resume | None = None,
     ) -> Server:
         """Make server `index` of this run.
 
@@ -243,9 +261,20 @@ class Plan:
             buffers: memory for the snapshots of its shard.
             memory: where gradients lie and copied pulls go.
             trace: whether the leader tells of every push, if the plan does not say so.
+            resume: what to go on from.
+
+        Raises:
+            ValueError: `resume` is not what a run of these parameters and this optimizer has left.
+            TypeError: there are to be checkpoints, and the optimizer's state cannot be kept.
         """
         begin, end = self.layout.shards(self.servers)[index]
         rule = self.optimizer.updater(self.layout, begin, end)
+        kept = self.marks is not None or resume is not None
+        if kept and not isinstance(rule, MarkableRule):
+            raise TypeError(
+                f"optimizer: {self.optimizer!r} cannot be kept in checkpoints: its rule has no"
+                " mark, unmark, slots and load"
+            )
         unscaled = [
             (max(b, begin) - begin, min(e, end) - begin)
             for b, e in self.averaged
@@ -253,19 +282,25 @@ class Plan:
         ]
         store = Store(buffers, self.initial[begin:end], rule, unscaled)
         policy = self.mode.policy(workers)
+        machine: Server
         if index:
-            return Follower(index, workers, store, policy, memory, clip_norm=self.clip_norm)
-        return Leader(
-            workers,
-            store,
-            policy,
-            memory,
-            servers=self.servers,
-            clip_norm=self.clip_norm,
-            max_updates=self.max_updates,
-            trace=trace or self.trace,
-            score=self.score,
-        )
+            machine = Follower(index, workers, store, policy, memory, clip_norm=self.clip_norm)
+        else:
+            machine = Leader(
+                workers,
+                store,
+                policy,
+                memory,
+                servers=self.servers,
+                clip_norm=self.clip_norm,
+                max_updates=self.max_updates,
+                trace=trace or self.trace,
+                score=self.score,
+                marks=self.marks,
+            )
+        if resume is not None:
+            machine.restore(resume.state, resume.arrays, begin)
+        return machine
 
 
 def staleness_counts(counts: Mapping[int, int]) -> Array:

@@ -21,8 +21,11 @@ from psframe.events import (
     Leave,
     Logged,
     Lost,
+    Marked,
     Output,
     PushHandled,
+    ShardSaved,
+    ShardsSaved,
     SpanKind,
     Spans,
     ToServer,
@@ -67,7 +70,7 @@ _MESSAGE_CHARS_MAX = 1000
 _LINES_MAX = 300
 
 _ANSWERS = (Answer, Lease)
-_HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled, Spans)
+_HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled, Spans, Marked, ShardsSaved)
 
 
 class Outgoing(Protocol):
@@ -96,7 +99,7 @@ def route(out: Output, port: Outgoing, observe: Observer) -> None:
         port.to_worker(out)
     elif isinstance(out, _HOST_EVENTS):
         observe(out)
-    elif isinstance(out, (Withheld, Lost, Finished)):
+    elif isinstance(out, (Withheld, Lost, ShardSaved, Finished)):
         port.to_leader(out)
     else:
         port.to_followers(out)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from psframe import toml
-from psframe.errors import RunDirError
+from psframe.checkpoint import checkpoint_name, remove_all, versions
+from psframe.errors import CheckpointError, RunDirError
 
 __all__ = ["CHECKPOINTS", "STATES", "RunDir"]
 
@@ -24,7 +25,8 @@ STATES = ("running", "completed", "failed", "interrupted")
 CONFIG, METRICS, STATUS, CHECKPOINTS = "config.toml", "metrics.jsonl", "status.json", "checkpoints"
 # What a run may write beside them (`psframe.train` does).
 _OWN = (CONFIG, METRICS, STATUS, "timeline.jsonl", "summary.json", "trace.json")
-# What a run writes into checkpoints/. Overwriting removes these and nothing else.
+# What a run writes into checkpoints/ beside the folders of `psframe.checkpoint`. Overwriting
+# removes these and those, and nothing else.
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.tmp")
 # A run claims a fresh name for "{time}" in at most this many tries.
 _NAMES_MAX = 10_000
@@ -88,6 +90,8 @@ class RunDir:
             _replace(folder / STATUS, _status("running", 0, None, ""))
         except OSError as error:
             raise RunDirError(_explain(path, error)) from error
+        except CheckpointError as error:
+            raise RunDirError(f"run directory {str(path)!r}: {error}") from error
         return run_dir
 
     @staticmethod
@@ -202,12 +206,15 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     found = [folder / name for name in _OWN if (folder / name).exists()]
     for pattern in CHECKPOINT_PATTERNS:
         found.extend(sorted((folder / CHECKPOINTS).glob(pattern)))
-    if found and not overwrite:
+    names = [file.name for file in found]
+    names += map(checkpoint_name, versions(folder / CHECKPOINTS))
+    if names and not overwrite:
         raise RunDirError(
-            f"run directory {str(folder)!r}: holds another run's {found[0].name}; leave a "
+            f"run directory {str(folder)!r}: holds another run's {names[0]}; leave a "
             "completed run as it is with --resume, replace it with --overwrite, or choose another "
             "folder with --run-dir"
         )
+    remove_all(folder / CHECKPOINTS)
     for file in found:
         file.unlink()
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from psframe.consistency import Policy
 from psframe.errors import MessageError
@@ -25,27 +25,31 @@ from psframe.events import (
     GiveBack,
     LeaseRequest,
     Leave,
+    Marked,
     Output,
     Pull,
     Push,
+    RandomState,
     Reason,
     Report,
     Sent,
     ToServer,
 )
+from psframe.keeping import SLOT, Keeper
 from psframe.layout import Array
+from psframe.state import Arrays, Fields
 from psframe.store import Store
 
 __all__ = ["SLOTS", "Queued", "Server", "ServerMemory"]
 
-# A worker has at most two pushes, two pulls and a lease request under way; a report, a block that
-# it gives back, and its leave behind them; more is no worker of ours.
-_QUEUE_MAX = 8
+# A worker has at most two pushes, each with a random state, two pulls and a lease request under
+# way; a report, a block that it gives back, and its leave behind them; more is no worker of ours.
+_QUEUE_MAX = 10
 SLOTS = 2
 
-Queued = Push | Pull | LeaseRequest | GiveBack | Report | Leave
+Queued = Push | Pull | LeaseRequest | GiveBack | Report | RandomState | Leave
 # Tuples made once, for `isinstance`.
-_QUEUED = (Push, Pull, LeaseRequest, GiveBack, Report, Leave)
+_QUEUED = (Push, Pull, LeaseRequest, GiveBack, Report, RandomState, Leave)
 _NUMBERED, _RELEASING = (Push, Pull, LeaseRequest), (Push, Pull)
 
 
@@ -136,6 +140,7 @@ class Server(ABC):
         self._pinned = NO_BUFFER
         self._pinned_version = 0
         self.kept: Array | None = None
+        self._keeper = Keeper(store)
         # The leader's records: how many it has made, or this follower has handled.
         self.position = 0
         self._log_max: float = math.inf  # that a worker can have seen
@@ -161,6 +166,10 @@ class Server(ABC):
     @abstractmethod
     def finished(self) -> bool:
         """Whether nothing more is to come."""
+
+    def last_request(self, worker: int) -> int:
+        """The number of a worker's last request; -1 before any."""
+        return self._last_seq[worker]
 
     def handle(self, event: ToServer) -> list[Output]:
         """Take one event and return what follows from it, in order.
@@ -346,11 +355,61 @@ class Server(ABC):
         if keep:
             pinned = self._pinned != NO_BUFFER
             source = self.store.buffer(self._pinned) if pinned else self.store.params
-            self.kept = source.copy() if self.kept is None else self.kept
-            self.kept[:] = source
+            if self.kept is None or self._keeper.has(self.kept):
+                self.kept = source.copy()
+            else:
+                self.kept[:] = source
         if self._pinned != NO_BUFFER:
             self.store.release(self._pinned)
             self._pinned = NO_BUFFER
+
+    # ---- checkpoints ---------------------------------------------------------------------
+
+    @property
+    def marked(self) -> Mapping[str, Any]:
+        """The arrays of the mark that is to be saved, by name.
+
+        "params", "slot." and a name, "pinned", "kept": those that there are. All are as long as the
+        shard, and written by nobody before the machine is given `Saved`.
+        """
+        return self._keeper.arrays
+
+    def _keep(self, number: int, state: Mapping[str, Any]) -> Marked:
+        self._keeper.keep(number, self._pinned, self.kept)
+        return Marked(number, self.store.version, state)
+
+    def restore(self, state: Mapping[str, Any], arrays: Arrays, begin: int) -> None:
+        """Go on from a checkpoint, perhaps one of other numbers of servers and workers.
+
+        Args:
+            state: the leader's of then, whichever server this is.
+            arrays: of all shards, joined.
+            begin: where this shard begins.
+
+        Raises:
+            ValueError: a field is wrong, or an array is missing; this machine is of no use.
+        """
+        fields = Fields(state)
+        version, names, end = fields.count("version"), arrays.names, begin + len(self.store.params)
+        kept = fields.count_or_none("kept_version", version) is not None
+        evaluation = fields.part("leases").part_or_none("evaluation")
+        for name, there in (("params", True), ("kept", kept), ("pinned", evaluation is not None)):
+            if (name in names) != there:
+                which = "among them" if there else "not to be"
+                raise ValueError(f"arrays are {sorted(names)}, expected {name!r} {which}")
+        self.policy.restore(fields.part("policy"))
+
+        def fill(name: str, out: Array) -> None:
+            arrays.read(name if name == "params" else SLOT + name, begin, end, out)
+
+        slots = [name.removeprefix(SLOT) for name in names if name.startswith(SLOT)]
+        self.store.restore(version, slots, fill)
+        if kept:
+            self.kept = self.store.params.copy()
+            arrays.read("kept", begin, end, self.kept)
+        if evaluation is not None:
+            self._pinned_version = evaluation.count("version", version)
+            self._pinned = self.store.hold_copy(lambda out: arrays.read("pinned", begin, end, out))
 
     # ---- leaving -------------------------------------------------------------------------
 

@@ -13,13 +13,15 @@ import numpy.typing as npt
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import HostDevice
-from psframe.events import Answer, HostEvent, PushHandled, ToServer
+from psframe.draws import read_draws
+from psframe.events import Answer, HostEvent, Marked, Output, PushHandled, Saved, ToServer
 from psframe.host import Host
 from psframe.leader import Leader
 from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
 from psframe.results import diverged, make_result, summarise
 from psframe.roles import handle, keeping_errors, route, take_part
 from psframe.server import Server
+from psframe.state import Fields, Resume
 from psframe.transports.simulated import ComputeTime, Network, SimulatedPort, VirtualTime
 
 __all__ = ["TRACE_DTYPE", "Network", "SimResult", "Simulation", "simulate"]
@@ -118,6 +120,8 @@ class Simulation:
         observer: takes the leader's events.
         deaths: worker -> number of messages after which it dies (tests).
         inspect: called with (server index, its machine) after every event that it handled.
+        save: called with (its machine, mark) when a server has made one: seconds to write it.
+        resume: what to go on from.
     """
 
     def __init__(
@@ -131,10 +135,15 @@ class Simulation:
         observer: Observer | None = None,
         deaths: Mapping[int, int] | None = None,
         inspect: Callable[[int, Server], None] | None = None,
+        save: Callable[[Server, Marked], float] = lambda machine, mark: 0.0,
+        resume: Resume | None = None,
     ) -> None:
         self._plan = plan
         self._host = Host(None, observer)
         self._inspect = inspect
+        self._save = save
+        # By worker; checked by the leader's machine, too.
+        self._random_states = {} if resume is None else read_draws(Fields(resume.state))
         self._errors: list[BaseException | None] = [None] * workers
         self._work = keeping_errors(work, self._errors)
         self._rows = bytearray()  # of the trace, packed: 45 bytes a push
@@ -151,7 +160,12 @@ class Simulation:
         self._ports = [SimulatedPort(virtual, s) for s in range(plan.servers)]
         self.machines: list[Server] = [
             plan.build_server(
-                s, workers, virtual.memory.buffers[s], virtual.server_memory(s), trace=True
+                s,
+                workers,
+                virtual.memory.buffers[s],
+                virtual.server_memory(s),
+                trace=True,
+                resume=resume,
             )
             for s in range(plan.servers)
         ]
@@ -188,19 +202,33 @@ class Simulation:
         endpoint = self._virtual.endpoints[index]
 
         def body() -> None:
-            take_part(self._work, self._plan.build_worker(endpoint, HostDevice()))
+            random_state = self._random_states.get(index)
+            take_part(self._work, self._plan.build_worker(endpoint, HostDevice(), random_state))
 
         endpoint.start(body)
 
+    def mark(self) -> None:
+        """Have the run marked for a checkpoint, as a driver does on its own account."""
+        leader = self.machines[0]
+        assert isinstance(leader, Leader)
+        self._route(0, leader.mark())
+
+    def _route(self, index: int, outs: list[Output]) -> None:
+        port = self._ports[index]
+        for out in outs:
+            if type(out) is Answer:  # as route does, at less cost
+                port.to_worker(out)
+            elif type(out) is Marked:
+                time = self._virtual.now + self._save(self.machines[index], out)
+                self._virtual.at(time, -1, self._virtual.deliver[index], Saved(out.number))
+            else:
+                route(out, port, self._observe)
+
     def _deliverer(self, index: int) -> Callable[[ToServer], None]:
-        machine, port, inspect = self.machines[index], self._ports[index], self._inspect
+        machine, inspect, pass_on = self.machines[index], self._inspect, self._route
 
         def deliver(event: ToServer) -> None:
-            for out in handle(machine, event):
-                if type(out) is Answer:  # as route does, at less cost
-                    port.to_worker(out)
-                else:
-                    route(out, port, self._observe)
+            pass_on(index, handle(machine, event))
             if machine.stopped and index == 0 and self._stop_time is None:
                 self._stop_time = self._virtual.now
             if inspect is not None:

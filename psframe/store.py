@@ -4,30 +4,45 @@ The store keeps a few parameter buffers. An update reads the current one and wri
 then the current pointer moves. A pull answers from the current buffer and *holds* it; a held
 buffer is never written. With W + 2 buffers and one hold a worker, two buffers are always free
 of holds: the update's target is one that is neither held nor current. One buffer more is
-there for the pin of an evaluation. Buffers are taken lowest index first, so that no more of
+there for the pin of an evaluation, and two for a checkpoint that is being written: its own, and
+that of the evaluation that is in it. Buffers are taken lowest index first, so that no more of
 them are ever touched than were needed at once.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["Buffers", "STEP", "HeapBuffers", "Store", "UpdateRule", "buffer_count", "is_finite"]
+__all__ = [
+    "Buffers",
+    "Fill",
+    "HeapBuffers",
+    "MarkableRule",
+    "Marked",
+    "STEP",
+    "Store",
+    "UpdateRule",
+    "buffer_count",
+    "is_finite",
+]
 
-_PINS = 1
+Fill = Callable[[str, Array], None]  # writes the array of that name
+
+_PINS = 3
 # Elements of an arriving gradient that are applied at once, 2 MiB of float32: a pull that comes
 # meanwhile waits no longer than that takes.
 STEP = 512 << 10
 
 
 def buffer_count(workers: int) -> int:
-    """Count the buffers that a store needs: one a worker, two for updates, one for a pin."""
+    """Count the buffers that a store needs: one a worker, two for updates, three for pins."""
     return workers + 2 + _PINS
 
 
@@ -86,6 +101,43 @@ class UpdateRule(Protocol):
         """Make the parts, which cover the shard and are all finite, the rule's new state."""
 
 
+@runtime_checkable
+class MarkableRule(Protocol):
+    """A rule whose state can be kept for a checkpoint and taken up again."""
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The names of the arrays that it keeps, each as long as the shard; equal in all shards."""
+
+    @property
+    def slots(self) -> Mapping[str, Any]:
+        """Those arrays as they are now; none before the first update."""
+
+    def mark(self) -> None:
+        """Let nobody write the present `slots` until `unmark`; updates go on beside them."""
+
+    def unmark(self) -> None:
+        """Let them be written again."""
+
+    def load(self, params: Array, fill: Callable[[str, Array], None]) -> None:
+        """Have `fill` write into each slot, by its name, what it was when a mark was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A version of a shard that is not written until it is unmarked.
+
+    Attributes:
+        version: which.
+        params: the parameters.
+        slots: the rule's slots by name; none if there has been no update.
+    """
+
+    version: int
+    params: Array
+    slots: Mapping[str, Any]
+
+
 class Store:
     """The snapshots of one shard and the only way to change them.
 
@@ -117,6 +169,7 @@ class Store:
         self._done, self._finite = 0, True
         self.current = 0
         self.version = 0
+        self._marked: int | None = None
         buffers[0][:] = initial
 
     @property
@@ -158,6 +211,64 @@ class Store:
             self._n_held -= 1
             if index != self.current:
                 heapq.heappush(self._free, index)
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def mark(self) -> Marked:
+        """Keep the present version as it is until `unmark`, while updates go on."""
+        assert self._marked is None, "there is a mark already"
+        index = self.hold()
+        assert index is not None, "two buffers are there for a mark"
+        rule = self._markable()
+        rule.mark()
+        self._marked = index
+        return Marked(self.version, self._buffers[index], rule.slots)
+
+    def unmark(self) -> None:
+        """Let the marked version go."""
+        assert self._marked is not None, "there is no mark"
+        self.release(self._marked)
+        self._marked = None
+        self._markable().unmark()
+
+    def _markable(self) -> MarkableRule:
+        rule = self._rule
+        assert isinstance(rule, MarkableRule), "this rule's state cannot be kept"
+        return rule
+
+    def restore(self, version: int, names: Collection[str], fill: Fill) -> None:
+        """Go on from a version that was marked; nothing else has happened here.
+
+        Args:
+            version: which.
+            names: the slots that were marked.
+            fill: (name, array) -> writes the slot of that name, or "params", into the array.
+
+        Raises:
+            ValueError: the slots are not those of the rule; nothing has been changed.
+        """
+        assert not self.version, "there have been updates"
+        rule = self._markable()
+        expected = rule.slot_names
+        if set(names) != set(expected) and (version or names):
+            raise ValueError(
+                f"slots are {sorted(names)}, expected {sorted(expected)}; has the optimizer been"
+                " another one?"
+            )
+        fill("params", self.params)
+        if names:
+            rule.load(self.params, fill)
+        self.version = version
+
+    def hold_copy(self, fill: Callable[[Array], None]) -> int:
+        """Have `fill` write a buffer of an earlier version, and hold it."""
+        index = heapq.heappop(self._free)
+        fill(self._buffers[index])
+        self._holds[index] = 1
+        self._n_held += 1
+        return index
+
+    # ---- updates -----------------------------------------------------------------------------
 
     def update(self, grad: Array, scale: float = 1.0) -> bool:
         """Apply one gradient and publish the result as the next version.

@@ -7,7 +7,7 @@ worker then takes what is reserved for it; what is not claimed goes back.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from psframe.events import TaskSpec
@@ -107,6 +107,12 @@ class Waves:
         self._asks[worker] = ask
         self._plans[plan].reserved -= 1
         return mine.pop(found)
+
+    def reserved(self) -> Iterator[tuple[int, int]]:
+        """Give (plan, block) of all that are reserved."""
+        for mine in self._reserved:
+            for ask, block in mine.items():
+                yield ask[0], block
 
     def expire(self, worker: int, clock: int) -> bool:
         """Take back what was reserved for steps that the worker has finished otherwise."""

@@ -107,6 +107,11 @@ class WorkerProtocol:
         return self._present
 
     @property
+    def next_seq(self) -> int:
+        """The number of the next request."""
+        return self._seq
+
+    @property
     def slot(self) -> int:
         """The first gradient slot that is free or, if none is, the one that will be first.
 

@@ -43,6 +43,7 @@ class ExactRule:
         self.lr = lr
         self.history: list[bytes] = []
         self.guard: Callable[[Array], None] = lambda out: None
+        self.marks = 0
 
     def update(self, step: int, params: Array, grad: Array, out: Array, scale: float = 1.0) -> bool:
         self.guard(out)
@@ -82,6 +83,23 @@ class ExactRule:
         assert self.written is not None
         assert self.at == len(self.written), "a part is missing"
         self.history.append(self.written.tobytes())
+
+    slot_names: tuple[str, ...] = ()
+
+    @property
+    def slots(self) -> dict[str, Array]:
+        return {}
+
+    def mark(self) -> None:
+        self.marks += 1
+        assert self.marks == 1
+
+    def unmark(self) -> None:
+        self.marks -= 1
+        assert not self.marks
+
+    def load(self, params: Array, fill: Callable[[str, Array], None]) -> None:
+        raise AssertionError("it has no slots")
 
 
 class Desk:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from fakes import POISON, Desk, params_of
+from saving import Arrays
 
 from psframe import BSP, SSP
 from psframe.errors import MessageError
@@ -18,10 +19,14 @@ from psframe.events import (
     Gone,
     Leave,
     Lost,
+    Mark,
+    Marked,
     Pin,
     Pull,
     Push,
     Reason,
+    Saved,
+    ShardSaved,
     Withheld,
 )
 
@@ -377,3 +382,123 @@ def test_it_checks_like_any_server() -> None:
         desk.hears(Pull(0, 0, False, 3))
     with pytest.raises(MessageError, match="cannot take Withheld"):
         desk.hears(Withheld(1, 0, 0, 0))
+
+
+# ---- marks -------------------------------------------------------------------------------------
+
+
+def marked(out: list[Any]) -> list[Marked]:
+    return [event for event in out if isinstance(event, Marked)]
+
+
+def test_a_mark_has_in_it_what_was_decided_before_it_and_nothing_else() -> None:
+    desk = follower(3)
+    desk.hears(Decision([(0, 0)]))
+    assert marked(desk.hears(Mark(0))) == [], "a part is missing"
+    desk.hears(Decision([(1, 0)]))
+    assert answered(desk.push(1, 2.0)) == [], "decided later, it is held back"
+    desk.push(2, 4.0)
+    out = desk.hears(Decision([(2, 0)]))
+    assert answered(out) == []
+    out = desk.push(0, 1.0)
+    assert marked(out) == [Marked(0, 1, {"version": 1})]
+    assert answered(out) == [(0, 0, True), (1, 0, True), (2, 0, True)]
+    assert desk.store.params[0] == -7.0
+    assert desk.machine.marked["params"].tolist() == [-1.0, -2.0]
+    assert desk.machine.position == 4
+    assert desk.hears(Saved(0, "entry")) == [ShardSaved(1, 0, "entry")]
+    assert desk.machine.marked == {}
+    assert desk.store.held == 0
+
+
+def test_a_mark_falls_between_rounds() -> None:
+    desk = follower(2, BSP())
+    desk.hears(Decision([(0, 0), (1, 0)], round=True))
+    desk.hears(Mark(0))
+    desk.hears(Decision([(0, 1), (1, 1)], round=True))
+    desk.push(0, 1.0)
+    desk.push(0, 10.0)
+    (mark,) = marked(desk.push(1, 3.0))
+    assert mark.version == 1
+    desk.push(1, 10.0)
+    assert desk.store.version == 2
+    assert desk.machine.marked["params"].tolist() == [-2.0, -4.0]
+
+
+def test_a_mark_does_not_wait_for_the_dead() -> None:
+    """What tells of the death is behind the mark, and is not held back like the rest."""
+    desk = follower(2)
+    desk.hears(Decision([(0, 0)]))
+    desk.hears(Mark(0))
+    desk.push(1, 2.0)
+    desk.hears(Decision([(1, 0)]))
+    out = desk.hears(Gone(0))
+    assert Withheld(1, 0, 0, 0) in out
+    assert marked(out) == [Marked(0, 0, {"version": 0})]
+    assert desk.store.params[0] == -2.0, "what was held back"
+    assert desk.machine.gone[0]
+
+
+def test_a_mark_has_the_pin_that_is_before_it() -> None:
+    desk = follower(2)
+    desk.hears(Decision([(0, 0)]))
+    desk.hears(Pin(True))
+    desk.hears(Mark(0))
+    desk.hears(Pin(False, keep=True))
+    desk.hears(Decision([(1, 0)]))
+    desk.push(1, 2.0)
+    desk.push(0, 1.0)
+    assert desk.machine.marked["pinned"].tolist() == [-1.0, -2.0]
+    assert "kept" not in desk.machine.marked
+    desk.hears(Saved(0))
+    desk.hears(Mark(1))
+    kept = desk.machine.marked["kept"]
+    assert kept.tolist() == [-1.0, -2.0]
+    assert "pinned" not in desk.machine.marked
+    desk.hears(Pin(True))
+    desk.hears(Pin(False, keep=True))
+    assert kept.tolist() == [-1.0, -2.0], "it is being written"
+    assert desk.machine.outcome.tolist() == [-3.0, -6.0]
+    desk.hears(Saved(1))
+    assert desk.store.held == 0
+
+
+def test_the_end_waits_for_what_is_being_saved() -> None:
+    desk = follower(1)
+    desk.hears(Mark(0))
+    desk.hears(Leave(0))
+    assert desk.hears(End()) == []
+    assert not desk.machine.finished
+    assert desk.hears(Saved(0)) == [ShardSaved(1, 0, ""), Finished(1)]
+
+
+def test_the_end_waits_for_a_mark_that_is_to_come() -> None:
+    desk = follower(1)
+    desk.hears(Mark(0))
+    desk.hears(Leave(0))
+    assert desk.hears(End(mark=True)) == []
+    assert desk.hears(Saved(0)) == [ShardSaved(1, 0, "")]
+    assert not desk.machine.finished
+    assert len(marked(desk.hears(Mark(1)))) == 1
+    assert desk.hears(Saved(1)) == [ShardSaved(1, 1, ""), Finished(1)]
+
+
+def test_rounds_go_on_where_the_checkpoint_was() -> None:
+    first = Desk(2, BSP())
+    for _ in range(5):
+        first.push(0)
+        first.push(1)
+    leader = first.leader
+    desk = follower(2, BSP())
+    desk.rule.history = [b""] * 5
+    desk.machine.restore(leader.state(), Arrays({"params": first.store.params}), 0)
+    assert desk.store.version == 5
+    assert desk.store.params.tolist() == [-5.0, -10.0]
+    assert desk.policy.clocks == [5, 5]
+    desk.hears(Decision([(0, 0)], Reason.NON_FINITE))
+    desk.push(0)
+    assert desk.policy.clocks == [6, 5]
+    assert desk.pull(0) == [], "the round that it has no part in comes first"
+    desk.hears(Decision([(1, 0)], round=True))
+    assert answered(desk.push(1)) == [(0, 1, False), (1, 0, True)]
+    assert desk.store.version == 6

@@ -30,6 +30,11 @@ FLOORS = (
     ("errors", "layout", "packing", "snapshots", "optim", "stale", "codecs"),
     (
         "consistency",
+        "state",
+        "blocks",
+        "draws",
+        "keeping",
+        "marking",
         "leases",
         "work",
         "waves",

@@ -6,17 +6,20 @@ again by its id: ``pytest "tests/test_invariants.py::test_invariants[seed17]"``.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 from fakes import POISON, ExactSGD
+from saving import Saver
 from watching import Watcher, slow_down, write_slowly
 
 from psframe import BSP, SSP, Async, Diverged, Network, Pending, Stopped, Worker
 from psframe.events import Lost
 from psframe.layout import Array
+from psframe.marking import Marks
 from psframe.plan import Plan
 from psframe.simulation import Simulation
 
@@ -39,6 +42,7 @@ class Player:
         self.worker = worker
         self.index = worker.index
         self.rng = random.Random(f"{scenario.seed} {worker.index}")
+        self.drawing = random.Random(f"{scenario.seed} draws {worker.index}")
         self.version = 0
         self.pending: list[tuple[int, Pending]] = []
         self.plans = 0
@@ -57,7 +61,18 @@ class Player:
         if self.rng.random() < self.scenario.bad:
             flat[self.rng.randrange(SIZE)] = self.rng.choice([np.nan, np.inf, POISON])
         k = self.watch.pushes(self.index, flat, self.version)
+        self.watch.draws[self.index].append(self.draw())
         return k, self.watch.plan.layout.views(flat)
+
+    def draw(self) -> Any:
+        """How far the worker's random numbers have got; now and then a little farther."""
+        if self.drawing.random() < 0.3:
+            self.worker.rng.random(self.drawing.randrange(4), dtype=np.float32)
+        if self.worker._rng is None:
+            return None
+        state: Any = self.worker._rng.bit_generator.state
+        numbers = state["state"]["state"], state["state"]["inc"]
+        return (*numbers, state["has_uint32"], state["uinteger"])
 
     def push(self) -> None:
         self.watch.still(self.index)
@@ -238,7 +253,18 @@ class Scenario:
             seed=seed,
             max_updates=self.max_updates,
         )
+        self.add_marks(random.Random(f"{seed} marks"))
         self.watch = Watcher(self.plan, self.optimizer, self.workers)
+
+    def add_marks(self, rng: random.Random) -> None:
+        """Checkpoints of most runs: every few updates, at some times, at the end."""
+        marks = Marks(rng.choice([None, 1, 2, 5]), rng.random() < 0.5)
+        self.plan = dataclasses.replace(self.plan, marks=rng.choice([None, marks, marks]))
+        self.marks_at = [rng.uniform(0, 20) for _ in range(rng.choice([0, 0, 1, 4]))]
+        if self.plan.marks is None:
+            self.marks_at = []
+        times = rng.choice([[0.0], [1.0], [0.0, 0.5, 20.0]])
+        self.saver = Saver(self.servers, lambda: rng.choice(times))
 
     def acts(self, rng: random.Random) -> list[str]:
         return [rng.choice(self.repertoire) for _ in range(rng.randint(0, 4))]
@@ -259,13 +285,17 @@ class Scenario:
             observer=self.watch.observe,
             deaths=self.deaths,
             inspect=self.watch.inspect,
+            save=self.saver,
         )
+        self.watch.saver = self.saver
         self.watch.attach(simulation)
         virtual = simulation._virtual
         if self.streams:
             write_slowly(virtual, random.Random(f"{self.seed} streams"))
         if self.lag_s:
             slow_down(virtual, self.lag_s, random.Random(f"{self.seed} lag"))
+        for time_s in self.marks_at:
+            virtual.at(time_s, -1, simulation.mark)
         for worker, (time_s, which) in self.suspects.items():
             virtual.at(time_s, worker, virtual.deliver[int(which * self.servers)], Lost(worker))
         try:

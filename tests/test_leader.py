@@ -15,6 +15,7 @@ from psframe.events import (
     Answer,
     Arrived,
     Decision,
+    End,
     EpochDone,
     Evaluated,
     Failure,
@@ -27,16 +28,23 @@ from psframe.events import (
     Log,
     Logged,
     Lost,
+    Mark,
+    Marked,
     Pin,
     Pull,
     Push,
     PushHandled,
+    RandomState,
     Reason,
     Report,
+    Saved,
+    ShardSaved,
+    ShardsSaved,
     Stop,
     TaskSpec,
     Withheld,
 )
+from psframe.marking import Marks
 
 
 def kinds(out: list[Any]) -> list[str]:
@@ -552,3 +560,148 @@ def at_once(seed: int) -> int:
 @pytest.mark.parametrize("seeds", [range(first, first + 10) for first in range(0, 80, 10)])
 def test_what_is_handled_at_once_comes_to_the_same(seeds: range) -> None:
     assert sum(at_once(seed) for seed in seeds) > 60
+
+
+# ---- marks -------------------------------------------------------------------------------------
+
+
+def marks(out: list[Any]) -> list[tuple[int, int]]:
+    """(number, version) of every mark."""
+    return [(event.number, event.version) for event in out if isinstance(event, Marked)]
+
+
+def test_a_run_marks_itself_every_so_many_updates() -> None:
+    desk = Desk(2, marks=Marks(every=2), max_updates=6)
+    desk.pull(0)
+    made = []
+    for _ in range(6):
+        for out in (desk.push(0, want=True), desk.push(0, finite=False)):
+            made += marks(out)
+            if marks(out):
+                assert desk.machine.marked["params"][0] == -desk.store.version
+                assert desk.leader.marking
+                desk.hears(Saved(made[-1][0]))
+    assert made == [(0, 2), (1, 4), (2, 6)]
+    assert desk.machine.stopped
+    assert desk.leader.marks_skipped == 0
+
+
+def test_the_short_way_of_a_push_does_not_pass_a_mark_by() -> None:
+    desk = Desk(1, marks=Marks(every=3))
+    desk.pull(0)
+    quick = desk.leader.push_pull
+    ways = []
+
+    def counted(*push: int) -> Any:
+        out = quick(*push)
+        ways.append(out is not None)
+        return out
+
+    desk.leader.push_pull = counted  # type: ignore[method-assign]
+    made = [marks(desk.push(0, want=True)) for _ in range(7)]
+    assert made == [[], [], [(0, 3)], [], [], [], []]
+    assert ways == [True, True, False, True, True, False, True]
+    assert desk.leader.marks_skipped == 1, "the first one was not saved"
+
+
+def test_followers_are_told_and_tell_what_they_have_saved() -> None:
+    desk = Desk(2, servers=3, marks=Marks())
+    desk.push(0)
+    out = desk.leader.mark()
+    assert kinds(out) == ["Mark", "Marked"]
+    assert logs(desk.pull(1)) == [2], "the decision and the mark"
+    assert desk.leader.mark() == []
+    assert desk.leader.marks_skipped == 1
+    assert desk.hears(ShardSaved(2, 0, "two")) == []
+    assert desk.hears(Saved(0)) == []
+    with pytest.raises(MessageError, match="server 2 has saved mark 0"):
+        desk.hears(ShardSaved(2, 0, "two"))
+    with pytest.raises(MessageError, match="server 1 has saved mark 1"):
+        desk.hears(ShardSaved(1, 1, "one"))
+    assert desk.leader.marking
+    assert desk.hears(ShardSaved(1, 0, "one")) == [ShardsSaved(0, ["one", "two"])]
+    assert not desk.leader.marking
+    assert desk.leader.mark()[0] == Mark(1)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_run_that_ends_marks_itself_before(servers: int) -> None:
+    desk = Desk(1, servers=servers, marks=Marks(at_end=True))
+    desk.push(0)
+    out = desk.hears(Stop(0))
+    assert marks(out) == [(0, 1)]
+    assert kinds(out) == (["Marked"] if servers == 1 else ["Mark", "Marked", "End"])
+    assert desk.leader.mark() == [], "it is over"
+    desk.hears(Leave(0))
+    for server in range(1, servers):
+        desk.hears(ShardSaved(server, 0, ""))
+        desk.hears(Finished(server))
+    assert not desk.machine.finished
+    desk.hears(Saved(0))
+    assert desk.machine.finished
+
+
+def test_the_mark_at_the_end_is_made_when_another_is_saved() -> None:
+    desk = Desk(1, servers=2, marks=Marks(every=1, at_end=True), max_updates=2)
+    assert marks(desk.push(0)) == [(0, 1)]
+    out = desk.push(0)
+    assert one(out, End) == End(mark=True)
+    assert not marks(out)
+    desk.hears(Leave(0))
+    desk.hears(ShardSaved(1, 0, ""))
+    out = desk.hears(Saved(0))
+    assert kinds(out) == ["Mark", "Marked"]
+    assert marks(out) == [(1, 2)]
+    assert desk.leader.marks_skipped == 0
+
+
+def test_a_run_that_fails_or_diverges_does_not_mark_its_end() -> None:
+    for last in (Leave(0, Failure("E", "", "")), None):
+        desk = Desk(1, marks=Marks(at_end=True))
+        desk.push(0)
+        out = desk.hears(last) if last else []
+        for _ in range(0 if last else 10):
+            out += desk.push(0, finite=False)
+        assert desk.machine.stopped
+        assert not marks(out)
+
+
+def drawn(number: int) -> tuple[int, int, int, int]:
+    return number, 1, 0, 0
+
+
+def random_states(desk: Desk) -> dict[int, int]:
+    return {row[0]: int(row[1], 16) for row in desk.leader.state()["random"]}
+
+
+def test_random_states_are_those_of_the_last_push_that_was_handled() -> None:
+    desk = Desk(2, SSP(0))
+    desk.hears(RandomState(0, 0, drawn(1)))
+    assert random_states(desk) == {}, "its push has not come"
+    desk.push(0)
+    assert random_states(desk) == {0: 1}
+    desk.hears(RandomState(0, 1, drawn(2)))
+    assert desk.push(0) == [], "it waits for the other worker"
+    assert random_states(desk) == {0: 1}
+    desk.hears(RandomState(0, 2, drawn(3)))
+    desk.push(1)
+    assert random_states(desk) == {0: 2}
+    desk.hears(Lost(0))
+    assert random_states(desk) == {0: 2}
+
+
+def test_the_random_state_of_a_push_that_is_lost_is_not_kept() -> None:
+    desk = Desk(2, SSP(0))
+    desk.push(0)
+    desk.hears(RandomState(0, 1, drawn(2)))
+    desk.push(0)
+    desk.hears(Lost(0))
+    assert random_states(desk) == {}
+
+
+def test_a_round_that_was_refused_is_no_update() -> None:
+    desk = Desk(1, BSP(), marks=Marks(every=1))
+    desk.push(0)
+    desk.hears(Saved(0))
+    assert not marks(desk.push(0, POISON))
+    assert marks(desk.push(0)) == [(1, 2)]

@@ -17,7 +17,7 @@ import pytest
 
 from psframe import optim
 from psframe.layout import Layout
-from psframe.optim.updater import _slot_pairs
+from psframe.optim.updater import _slot_arrays
 
 CLASSES: list[Any] = [optim.SGD, optim.Adagrad, optim.RMSProp, optim.Adam, optim.AdamW]
 by_class = pytest.mark.parametrize("cls", CLASSES)
@@ -198,10 +198,12 @@ def test_a_changed_formula_is_not_found_in_the_cache() -> None:
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 1000])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_slots_begin_at_cache_lines_and_do_not_overlap(size: int, dtype: Any) -> None:
-    pairs = _slot_pairs(np, 2, size, np.dtype(dtype))
-    arrays: list[Any] = [array for pair in pairs for array in pair]
+    arrays: list[Any] = [
+        *_slot_arrays(np, 4, size, np.dtype(dtype)),
+        *_slot_arrays(np, 2, size, np.dtype(dtype), before=4),
+    ]
     addresses = [array.ctypes.data for array in arrays]
-    assert [array.size for array in arrays] == [size] * 4
+    assert [array.size for array in arrays] == [size] * 6
     assert all(address % 64 == 0 for address in addresses) or size == 0
     for k, array in enumerate(arrays):
         array[:] = k + 1

@@ -146,11 +146,11 @@ def test_an_illegal_request_changes_nothing(event: Any, what: str) -> None:
 def test_a_queue_has_a_bound() -> None:
     desk = Desk(2, SSP(0))
     desk.push(0)
-    for _ in range(8):
+    for _ in range(10):
         assert desk.push(0) == []
-    with pytest.raises(MessageError, match="more than 8"):
+    with pytest.raises(MessageError, match="more than 10"):
         desk.push(0)
-    assert desk.leader.ledger.received == 9
+    assert desk.leader.ledger.received == 11
 
 
 def test_nothing_comes_after_a_leave() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from fakes import POISON, ExactRule
 
+from psframe.layout import Array, Layout
+from psframe.optim import SGD, Adam
 from psframe.store import HeapBuffers, Store, buffer_count
 
 
@@ -52,14 +56,14 @@ def test_a_refused_update_publishes_nothing() -> None:
     assert store.version == 2
 
 
-def test_one_hold_a_worker_and_a_pin_leave_two_for_updates() -> None:
+def test_one_hold_a_worker_and_the_pins_leave_two_for_updates() -> None:
     workers = 3
     store = make(workers)
     held = []
-    for _ in range(workers + 1):  # the pin's is one more
+    for _ in range(workers + 3):  # the pins are three more
         held.append(store.hold())
         assert store.update(ones())
-    assert store.held == workers + 1
+    assert store.held == workers + 3
     assert store.hold() is None, "one more would leave updates one buffer"
     for _ in range(4):
         assert store.update(ones())
@@ -137,7 +141,7 @@ def test_random_holds(seed: int) -> None:
             index, value = held.pop(rng.randrange(len(held)))
             assert store.buffer(index)[0] == value
             store.release(index)
-        elif len(held) < workers + 1 and rng.random() < 0.5:
+        elif len(held) < workers + 3 and rng.random() < 0.5:
             index = store.hold()
             assert index is not None
             held.append((index, -float(store.version)))
@@ -145,3 +149,67 @@ def test_random_holds(seed: int) -> None:
             assert store.update(ones())
         assert store.params[0] == -store.version
         assert store.held == len({index for index, _ in held})
+
+
+# ---- marks -------------------------------------------------------------------------------------
+
+
+def real(rule: Any) -> Store:
+    layout = Layout.of({"w": np.zeros(3)})
+    buffers = HeapBuffers(buffer_count(1), 3, np.dtype(np.float64))
+    return Store(buffers, np.ones(3), rule.updater(layout, 0, 3))
+
+
+def test_a_marked_version_stays_as_it_is_while_updates_go_on() -> None:
+    store, plain = real(Adam(0.1)), real(Adam(0.1))
+    for turn in range(3):
+        marked = store.mark()
+        before = [marked.params.tobytes(), *(s.tobytes() for s in marked.slots.values())]
+        assert marked.version == store.version == 4 * turn
+        for step in range(4):
+            assert store.update(ones(1.0 + step))
+            assert plain.update(ones(1.0 + step))
+        assert [marked.params.tobytes(), *(s.tobytes() for s in marked.slots.values())] == before
+        assert store.held == 1
+        store.unmark()
+        assert store.held == 0
+    assert store.params.tobytes() == plain.params.tobytes()
+    with pytest.raises(AssertionError, match="no mark"):
+        store.unmark()
+
+
+def filler(arrays: dict[str, Array]) -> Callable[[str, Array], None]:
+    copies = {name: array.copy() for name, array in arrays.items()}
+
+    def fill(name: str, out: Array) -> None:
+        out[:] = copies[name]
+
+    return fill
+
+
+@pytest.mark.parametrize("rule", [SGD(0.1), SGD(0.1, momentum=0.9), Adam(0.1)], ids=repr)
+@pytest.mark.parametrize("version", [0, 1, 2, 5])
+def test_a_restored_store_goes_on_as_it_would_have(rule: Any, version: int) -> None:
+    store, again = real(rule), real(rule)
+    for step in range(version):
+        store.update(ones(1.0 + step))
+    marked = store.mark()
+    again.restore(version, marked.slots, filler({"params": marked.params, **marked.slots}))
+    index = again.hold_copy(lambda out: out.fill(7))
+    for step in range(3):
+        assert store.update(ones(1.0 + step))
+        assert again.update(ones(1.0 + step))
+        assert again.params.tobytes() == store.params.tobytes()
+    assert again.version == version + 3
+    assert again.buffer(index).tolist() == [7, 7, 7]
+    again.release(index)
+    assert again.held == 0
+    assert sorted([*again._free, again.current]) == list(range(buffer_count(1)))
+
+
+def test_slots_of_another_optimizer_are_refused() -> None:
+    store = real(Adam(0.1))
+    for version, names in ((1, ["momentum"]), (1, []), (0, ["momentum"])):
+        with pytest.raises(ValueError, match=r"slots are \[.*\], expected \['mean'"):
+            store.restore(version, names, filler({}))
+    assert store.version == 0

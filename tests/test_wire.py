@@ -29,12 +29,15 @@ from psframe.events import (
     Leave,
     Log,
     Lost,
+    Mark,
     Pin,
     Pull,
     Push,
+    RandomState,
     Reason,
     Report,
     Sent,
+    ShardSaved,
     Spans,
     Stop,
     TaskSpec,
@@ -121,6 +124,13 @@ PLAIN = [
         FROM_FOLLOWER,
         header(18, 0, 0, 0, 2, 0, 0, 0, 2.5, 17, 0) + struct.pack("<Bdd", 7, 1, 2),
     ),
+    (
+        RandomState(1, 9, (2**128 - 2, 2**64 + 1, 1, 5)),
+        TO_LEADER,
+        header(19, 0, 0, 1, 0, 9, 0, 0, 0.0, 37, 0)
+        + bytes.fromhex("fe ffffffffffffffffffffffffffffff 0100000000000000 0100000000000000")
+        + struct.pack("<BI", 1, 5),
+    ),
     (Stop(4), TO_LEADER, header(6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0)),
     (Leave(4), TO_LEADER, header(7, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0)),
     (
@@ -165,9 +175,16 @@ PLAIN = [
     (Pin(True), TO_FOLLOWER, header(12, 4, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Pin(False), TO_FOLLOWER, header(12, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Pin(False, True), TO_FOLLOWER, header(12, 8, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
+    (End(True), TO_FOLLOWER, header(13, 4, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
+    (Mark(7), TO_FOLLOWER, header(20, 0, 0, 0, 0, 7, 0, 0, 0.0, 0, 0)),
     (End(), TO_FOLLOWER, header(13, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Withheld(2, 4, 7, 3), FROM_FOLLOWER, header(14, 0, 0, 4, 2, 7, 0, 0, 0.0, 0, 3)),
     (Lost(3), FROM_FOLLOWER, header(15, 0, 0, 3, 0, 0, 0, 0, 0.0, 0, 0)),
+    (
+        ShardSaved(2, 7, '{"é": 1}'),
+        FROM_FOLLOWER,
+        header(21, 0, 0, 0, 2, 7, 0, 0, 0.0, 9, 0) + '{"é": 1}'.encode(),
+    ),
     (Finished(2), FROM_FOLLOWER, header(16, 0, 0, 0, 2, 0, 0, 0, 0.0, 0, 0)),
 ]
 ARRAY = bytes(range(SHARD_BYTES))
@@ -304,6 +321,12 @@ BLOCKS = st.builds(
 )
 DECIDED = st.sampled_from([r for r in Reason if r < Reason.STOPPED])
 MEMBERS = st.dictionaries(WORKER, COUNTS).map(lambda members: sorted(members.items()))
+NUMBERS = st.tuples(
+    st.integers(0, 2**128 - 1),
+    st.integers(0, 2**127 - 1).map(lambda i: 2 * i + 1),
+    st.integers(0, 1),
+    st.integers(0, 2**32 - 1),
+)
 TIMES = st.floats(0, 1e12).map(abs)
 SPANS = st.lists(
     st.tuples(st.integers(0, 7), TIMES, TIMES).map(lambda s: (s[0], *sorted(s[1:]))), max_size=5
@@ -317,6 +340,7 @@ EVENTS = {
         st.builds(Report, WORKER, st.dictionaries(NAMES, FLOATS, max_size=5)),
         st.builds(Log, WORKER, st.dictionaries(NAMES, st.tuples(FLOATS, POSITIVE), max_size=5)),
         st.builds(Spans, WORKER, TIMES, SPANS),
+        st.builds(RandomState, WORKER, COUNTS, NUMBERS),
         st.builds(Stop, WORKER),
         st.builds(Leave, WORKER, FAILURES),
     ),
@@ -326,9 +350,11 @@ EVENTS = {
         st.builds(Decision, MEMBERS, DECIDED, st.just(True)),
         st.builds(Gone, WORKER),
         st.builds(Pin, st.booleans()),
+        st.builds(Mark, COUNTS),
     ),
     FROM_FOLLOWER: st.one_of(
         st.builds(Withheld, st.integers(1, SERVERS - 1), WORKER, COUNTS, COUNTS),
+        st.builds(ShardSaved, st.integers(1, SERVERS - 1), COUNTS, TEXTS),
         st.builds(Finished, st.integers(1, SERVERS - 1)),
     ),
 }
@@ -482,9 +508,9 @@ STOP = [6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0, 0]
         (ANSWER, {AUX: -1}, "push_version is -1"),
         (ANSWER, {SEQ: -1}, "seq is -1"),
         (ANSWER, {SEQ: -2, FLAGS: 12}, "seq is -2"),
-        (ANSWER, {FLAGS: 12}, "buffer is 6, expected -2 to 7, -1 if stopped"),
-        (ANSWER, {SLOT: 8}, "buffer is 8, expected -2 to 7"),
-        (ANSWER, {SLOT: -3}, "buffer is -3, expected -2 to 7"),
+        (ANSWER, {FLAGS: 12}, "buffer is 6, expected -2 to 9, -1 if stopped"),
+        (ANSWER, {SLOT: 10}, "buffer is 10, expected -2 to 9"),
+        (ANSWER, {SLOT: -3}, "buffer is -3, expected -2 to 9"),
         (ANSWER, {SLOT: -1}, "buffer is -1, expected one, since parameters are announced"),
         (ANSWER, {SLOT: -2, FLAGS: 10, PAYLOAD: 24}, "the array has been copied"),
         (ANSWER, {VERSION: -1}, "version is -1"),

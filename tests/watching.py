@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -9,16 +11,19 @@ from typing import Any
 
 import numpy as np
 from fakes import POISON, ExactSGD
+from saving import Checkpoint, Saver
 
 from psframe import BSP, SSP, Params, Receipt
+from psframe.draws import read_draws
 from psframe.events import Arrived, EpochDone, Evaluated, Leave, PushHandled, Withheld
 from psframe.events import Push as PushEvent
 from psframe.layout import Array
 from psframe.leader import Leader
 from psframe.plan import Plan
-from psframe.server import Server
+from psframe.server import Server, ServerMemory
 from psframe.simulation import Simulation
-from psframe.store import Store, buffer_count
+from psframe.state import Fields
+from psframe.store import HeapBuffers, Store, buffer_count
 from psframe.transports.simulated import VirtualTime
 
 __all__ = ["Watcher", "slow_down", "write_slowly"]
@@ -96,6 +101,12 @@ class Watcher:
         self.epochs: list[EpochDone] = []
         self.evaluated: list[Evaluated] = []
         self.withheld: list[set[tuple[int, int]]] = [set() for _ in range(plan.servers)]
+        self.saver: Saver | None = None
+        # By mark: how many rows were handled before it, the blocks that were completed, and whether
+        # the run was over.
+        self.cuts: dict[int, tuple[int, set[tuple[int, int]], bool]] = {}
+        self.draws: list[list[Any]] = [[] for _ in range(workers)]  # with each push
+        self._seqs: list[list[int]] = [[] for _ in range(workers)]  # of pushes at server 0
         self.deaths = 0
         self.arrived = 0
         self._left = [False] * workers
@@ -120,6 +131,7 @@ class Watcher:
             if server:
                 self._watch_withheld(server, machine)
         self._watch_leases()
+        self._watch_marks()
         virtual = simulation._virtual
         for server, deliver in enumerate(virtual.deliver):
             virtual.deliver[server] = self._tap(server, deliver)
@@ -192,10 +204,22 @@ class Watcher:
 
         book.complete = watched_complete  # type: ignore[method-assign]
 
+    def _watch_marks(self) -> None:
+        leader, keep = self.leader, self.leader._keep
+
+        def watched(number: int, state: Any) -> Any:
+            # The rows of this very event have still to be told.
+            rows = len(self.rows) + sum(isinstance(out, PushHandled) for out in leader._out)
+            self.cuts[number] = (rows, set(self._blocks), leader.stopped)
+            return keep(number, state)
+
+        leader._keep = watched  # type: ignore[method-assign]
+
     def _tap(self, server: int, deliver: Callable[[Any], None]) -> Callable[[Any], None]:
         def tapped(event: Any) -> None:
             if server == 0 and isinstance(event, PushEvent):
                 self.arrived += 1
+                self._seqs[event.worker].append(event.seq)
             if server == 0 and isinstance(event, Leave):
                 self._left[event.worker] = True
             deliver(event)
@@ -269,7 +293,7 @@ class Watcher:
         assert store.params.tobytes() == self.version(server, store.version)
         for index, data in self._held[server].items():
             assert store.buffer(index).tobytes() == data, "a held buffer was written"
-        assert all(len(inbox) <= 8 for inbox in machine._inbox)
+        assert all(len(inbox) <= 10 for inbox in machine._inbox)
         if server == 0:
             self._check_ledger(queued=True)
             self._check_pace()
@@ -327,10 +351,11 @@ class Watcher:
         self._check_receipts()
         self._check_replay()
         self._check_epochs()
+        self._check_cuts()
 
     def _check_versions(self) -> None:
         version = self.leader.store.version
-        assert self.leader._max_updates is None or version <= self.leader._max_updates
+        assert self.plan.max_updates is None or version <= self.plan.max_updates
         partial = set().union(*self.withheld)
         assert self.leader.ledger.ledger().partial == len(partial)
         for server, machine in enumerate(self.machines[1:], 1):
@@ -387,6 +412,78 @@ class Watcher:
         if whole:
             for machine, (begin, end) in zip(self.machines, self.shards, strict=True):
                 assert machine.store.params.tobytes() == flat[begin:end].tobytes()
+
+    def _check_cuts(self) -> None:
+        """A mark has in it what the leader had handled before it, on every server the same."""
+        if self.saver is None:
+            return
+        assert len(self.saver.checkpoints) == len(self.cuts)
+        for one in self.saver.checkpoints.values():
+            self._check_round_trip(one)
+            assert len(one.shards) == self.plan.servers, "a server has not marked itself"
+            n_rows, blocks, stopped = self.cuts[one.number]
+            rows = self.rows[:n_rows]
+            assert one.version == one.state["version"] == (rows[-1].version_applied if rows else 0)
+            for server in range(self.plan.servers):
+                self._check_shard(one, server, rows)
+            plans = {plan["plan"]: plan for plan in one.state["leases"]["plans"]}
+            completed = {
+                (number, block)
+                for number, plan in plans.items()
+                for block in set(range(plan["next_block"])) - set(plan["returned"])
+            }
+            assert completed == blocks
+            if not stopped:
+                self._check_draws(one, rows)
+
+    def _check_round_trip(self, one: Checkpoint) -> None:
+        """A leader that goes on from a state has that state."""
+        whole = one.resume()
+        workers = len(one.state["policy"]["clocks"])
+        nothing = np.empty(0)
+        memory = ServerMemory(lambda *_: nothing, lambda _: nothing, [True] * workers)
+        buffers = HeapBuffers(buffer_count(workers), *self._shape(0))
+        plan = dataclasses.replace(self.plan, max_updates=None)  # or it would be over
+        leader = plan.build_server(0, workers, buffers, memory, resume=whole)
+        assert isinstance(leader, Leader)
+        again = json.loads(json.dumps(leader.state()))
+        policy, before = again.pop("policy"), dict(one.state)
+        assert policy["round"] == before.pop("policy")["round"]
+        before["refusals"] = min(before["refusals"], 9 * workers)
+        assert again == before
+
+    def _shape(self, server: int) -> tuple[int, Any]:
+        begin, end = self.shards[server]
+        return end - begin, self.plan.layout.dtype
+
+    def _check_shard(self, one: Checkpoint, server: int, rows: list[PushHandled]) -> None:
+        begin, end = self.shards[server]
+        flat = self.plan.initial[begin:end].copy()
+        kth: Counter[int] = Counter()
+        updates: dict[int, list[Array]] = defaultdict(list)
+        withheld = 0
+        for row in rows:
+            k = kth[row.worker]
+            kth[row.worker] += 1
+            if row.applied and (row.worker, self._seqs[row.worker][k]) in self.withheld[server]:
+                withheld += 1
+            elif row.applied:
+                updates[row.version_applied].append(self.grads[row.worker][k][begin:end])
+        if withheld and isinstance(self.plan.mode, BSP):
+            return  # its means are of fewer
+        for _, grads in sorted(updates.items()):
+            mean = grads[0]
+            for grad in grads[1:]:
+                mean = mean + grad
+            flat = flat - self.optimizer.lr * (mean / len(grads))
+        assert one.shards[server]["params"].tobytes() == flat.tobytes(), f"server {server}"
+        assert one.versions[server] == len(updates)
+
+    def _check_draws(self, one: Checkpoint, rows: list[PushHandled]) -> None:
+        steps = Counter(row.worker for row in rows)
+        expected = {w: self.draws[w][n - 1] for w, n in steps.items()}
+        found = read_draws(Fields(one.state))
+        assert found == {w: numbers for w, numbers in expected.items() if numbers is not None}
 
     def _check_epochs(self) -> None:
         book = self.leader._book

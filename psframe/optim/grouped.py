@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar
+
+import numpy as np
 
 from psframe.layout import Layout
 from psframe.optim import formulas
 from psframe.optim.base import Optimizer
 from psframe.optim.checks import as_float
-from psframe.optim.updater import Updater
+from psframe.optim.updater import Updater, load_slot
 
 __all__ = ["Average", "Grouped", "GroupedUpdater"]
 
@@ -120,11 +123,15 @@ class Grouped:
 class GroupedUpdater:
     """The state of a `Grouped` for one shard: an updater for each run of one rule.
 
-    As `Updater`; not thread-safe.
+    As `Updater`; not thread-safe. A slot is one array as long as the shard, of which a rule that
+    has it uses its runs; the rest is never touched, and takes no memory.
     """
 
     def __init__(self, grouped: Grouped, layout: Layout, begin: int, end: int) -> None:
         self.size = end - begin
+        self._dtype = layout.dtype
+        # By number of the set: the slots of that set.
+        self._sets: dict[int, dict[str, Any]] = {}
         runs: list[tuple[Optimizer, int, int]] = []
         for name, offset, size in zip(layout.names, layout.offsets, layout.sizes, strict=True):
             b, e = max(offset, begin), min(offset + size, end)
@@ -134,9 +141,42 @@ class GroupedUpdater:
             if runs and runs[-1][0] is rule:
                 b = runs.pop()[1]
             runs.append((rule, b, e))
-        self._parts: list[tuple[Updater, slice]] = [
-            (rule.updater(layout, b, e), slice(b - begin, e - begin)) for rule, b, e in runs
-        ]
+        self._parts: list[tuple[Updater, slice]] = []
+        for rule, b, e in runs:
+            part = slice(b - begin, e - begin)
+            make_set = partial(self._make_set, rule.slots, part)
+            self._parts.append((Updater(rule, layout, b, e, make_set), part))
+        # The same in every shard, whatever rules it has.
+        slots = {name for each in layout.names for name in grouped.rule_of(each).slots}
+        self.slot_names: tuple[str, ...] = tuple(sorted(slots))
+
+    def _make_set(self, names: tuple[str, ...], part: slice, xp: Any, k: int) -> tuple[Any, ...]:
+        """Give one rule its part of set `k` of the slots."""
+        if k not in self._sets:
+            self._sets[k] = {name: xp.zeros(self.size, self._dtype) for name in self.slot_names}
+        return tuple(self._sets[k][name][part] for name in names)
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        """The slots by name, as they are now; as `Updater`."""
+        current = next((u.current_set for u, _ in self._parts if u.slot_names), 0)
+        return self._sets.get(current, {}).copy()
+
+    def mark(self) -> None:
+        """Let nobody write the present `slots` until `unmark`; as `Updater`."""
+        for updater, _ in self._parts:
+            updater.mark()
+
+    def unmark(self) -> None:
+        """Let the marked slots be written again; as `Updater`."""
+        for updater, _ in self._parts:
+            updater.unmark()
+
+    def load(self, params: Any, fill: Callable[[str, Any], None]) -> None:
+        """Give the slots the values that an updater with as many updates had; as `Updater`."""
+        self.prepare(params)
+        for name, slot in self.slots.items():
+            load_slot(name, slot, fill)
 
     def update(self, step: int, params: Any, grad: Any, out: Any, scale: float = 1.0) -> bool:
         """Write the parameters after update number `step` to `out`, or refuse; as `Updater`."""
@@ -148,6 +188,8 @@ class GroupedUpdater:
 
     def begin(self, step: int, params: Any, scale: float = 1.0) -> None:
         """Begin an update that is made in parts; as `Updater`."""
+        if not self._parts and not self._sets:
+            self.prepare(params)
         for updater, part in self._parts:
             updater.begin(step, params[part], scale)
 
@@ -178,5 +220,7 @@ class GroupedUpdater:
 
     def prepare(self, params: Any) -> None:
         """Compile the kernels and allocate the slots; as `Updater`."""
+        if not self._parts:  # an empty shard: nobody else makes them
+            self._make_set((), slice(0), np, 0)
         for updater, part in self._parts:
             updater.prepare(params[part])

@@ -3,6 +3,9 @@
 The parameters are read from one buffer and written to another, and so is every slot (momentum,
 second moment): each has two buffers, the kernel reads the one and writes the other, and only an
 update whose every result is finite makes them change places. A refused one leaves no trace.
+
+Slots that are marked, for a checkpoint, are not written until they are unmarked. If two more
+updates come meanwhile, a third set of buffers takes their place; it is allocated then and kept.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from psframe.optim.formulas import SCALARS_MAX
 if TYPE_CHECKING:
     from psframe.optim.base import Optimizer
 
-__all__ = ["Updater", "decay_runs"]
+__all__ = ["Updater", "decay_runs", "load_slot"]
 
 _LINE_BYTES = 64
 _STAGGER_BYTES = 4096 + _LINE_BYTES  # a page and a line
@@ -54,20 +57,42 @@ def decay_runs(
     return tuple(runs)
 
 
-def _slot_pairs(xp: Any, count: int, size: int, dtype: np.dtype[Any]) -> list[tuple[Any, Any]]:
-    """Allocate two arrays of zeros for each slot, all in one block.
+def _slot_arrays(
+    xp: Any, count: int, size: int, dtype: np.dtype[Any], before: int = 0
+) -> tuple[Any, ...]:
+    """Allocate arrays of zeros for slots, all in one block.
 
-    Each begins at a cache line, and at another place in its page than the array before it: where
-    all streams of a large update share their low address bits it is slower by a tenth.
+    Each begins at a cache line, and at another place in its page than the arrays before it (and
+    than `before` of an earlier block): where all streams of a large update share their low address
+    bits it is slower by a tenth.
     """
     line = _LINE_BYTES // dtype.itemsize
     stride = -(-size // line) * line + _STAGGER_BYTES // dtype.itemsize
-    block = xp.zeros(2 * count * stride + line, dtype)
+    block = xp.zeros(count * stride + (1 + before) * line, dtype)
     address = block.ctypes.data if xp is np else block.data.ptr
-    first = -address % _LINE_BYTES // dtype.itemsize
-    begins = [first + k * stride for k in range(2 * count)]
-    arrays = [block[begin : begin + size] for begin in begins]
-    return list(zip(arrays[::2], arrays[1::2], strict=True))
+    first = -address % _LINE_BYTES // dtype.itemsize + before * line
+    begins = [first + k * stride for k in range(count)]
+    return tuple(block[begin : begin + size] for begin in begins)
+
+
+def _is_cupys(array: Any) -> bool:
+    return type(array).__module__.partition(".")[0] == "cupy"
+
+
+def load_slot(name: str, slot: Any, fill: Callable[[str, Any], None]) -> None:
+    """Fill a slot, by way of the host if it is not there; see `Updater.load`."""
+    if not _is_cupys(slot):
+        fill(name, slot)
+        return
+    import cupy
+
+    host = np.empty(slot.shape, slot.dtype)
+    fill(name, host)
+    slot[...] = cupy.asarray(host)
+
+
+# Gives set 0, 1 or 2 of the slots, for arrays of that module.
+_MakeSet = Callable[[Any, int], tuple[Any, ...]]
 
 
 class Updater:
@@ -75,9 +100,20 @@ class Updater:
 
     Kernels are compiled and slots allocated at the first update, on the device of its arrays.
     Not thread-safe.
+
+    Args:
+        optimizer, layout, begin, end: the rule, and the shard.
+        make_set: gives the memory of the slots; its own if None.
     """
 
-    def __init__(self, optimizer: Optimizer, layout: Layout, begin: int, end: int) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        layout: Layout,
+        begin: int,
+        end: int,
+        make_set: _MakeSet | None = None,
+    ) -> None:
         if not 0 <= begin <= end <= layout.size:
             raise ValueError(
                 f"updater: got the shard [{begin}, {end}), expected it within [0, {layout.size})"
@@ -96,6 +132,10 @@ class Updater:
         # The arrays (old, new) of each slot in turn, as the kernel takes them; [0] for the next
         # update, [1] for the one after it.
         self._pairs: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+        self._xp: Any = np
+        self._make_set = make_set
+        self._sets: list[tuple[Any, ...]] = []  # two, and the third once it is needed
+        self._marked: tuple[Any, ...] | None = None  # one of them
         self._scalars_for: tuple[int, float, float] | None = None
         # Whether the scalars depend on the gradient's scale alone, and the one they are for.
         self._constant = isinstance(optimizer.lr, float) and not optimizer.counts_steps
@@ -104,12 +144,45 @@ class Updater:
         self._plain = self._decayed.copy() if self._mixed else self._decayed
 
     @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The names of the slots, whether they are there yet or not."""
+        return self._names
+
+    @property
+    def current_set(self) -> int:
+        """Which of its sets the slots are in, if it has slots; 0 before the first update."""
+        now = self._pairs[0]
+        return next((k for k, one in enumerate(self._sets) if one and one[0] is now[0]), 0)
+
+    @property
     def slots(self) -> dict[str, Any]:
         """The slots by name, as they are now: arrays not to be written, good until the next update.
 
         Empty before the first update.
         """
         return dict(zip(self._names, self._pairs[0][::2], strict=False))
+
+    def mark(self) -> None:
+        """Let nobody write the present `slots` until `unmark`; updates go on beside them."""
+        assert self._marked is None, "there is a mark already"
+        self._marked = self._pairs[0][::2]
+        self._scale = None  # the next update begins with `begin`, which minds the mark
+
+    def unmark(self) -> None:
+        """Let the marked slots be written again."""
+        assert self._marked is not None, "there is no mark"
+        self._marked = None
+
+    def load(self, params: Any, fill: Callable[[str, Any], None]) -> None:
+        """Give the slots the values that an updater with as many updates had.
+
+        Args:
+            params: parameters of the shard, as for `update`.
+            fill: (name, array on the host) -> writes the slot of that name into the array.
+        """
+        self.prepare(params)
+        for name, slot in self.slots.items():
+            load_slot(name, slot, fill)
 
     def update(self, step: int, params: Any, grad: Any, out: Any, scale: float = 1.0) -> bool:
         """Write the parameters after update number `step` to `out`, or refuse.
@@ -134,8 +207,7 @@ class Updater:
         if self._whole:  # as `extend`, in one call less
             size = self.size
             assert len(params) == len(grad) == len(out) == size, "arrays of another shard"
-            assert self._kernel is not None, "an update has begun"
-            if self._kernel(0, size, params, grad, out, self._decayed, *self._pairs[0]):
+            if self._kernel(0, size, params, grad, out, self._decayed, *self._pairs[0]):  # type: ignore[misc]
                 return False
         elif not self.extend(params, grad, out, 0, self.size):
             return False
@@ -153,6 +225,8 @@ class Updater:
             self.prepare(params)
         self._set_scalars(step, scale)
         self._scale = scale if self._constant else None
+        if self._marked:
+            self._spare_marked()
 
     def extend(self, params: Any, grad: Any, out: Any, begin: int, end: int) -> bool:
         """Write [begin, end) of the new parameters; False if some result is not finite.
@@ -218,23 +292,48 @@ class Updater:
         if self._kernel is not None:
             return
         rule, count, scalars = self.optimizer.formula, len(self._names), self.optimizer.scalar_count
-        xp: Any
-        if type(params).__module__.partition(".")[0] == "cupy":
+        if _is_cupys(params):
             import cupy
 
             from psframe.optim.cuda import compile_kernel
 
-            xp, kernel = cupy, compile_kernel(rule, count, scalars, self.dtype)
+            self._xp, kernel = cupy, compile_kernel(rule, count, scalars, self.dtype)
         else:
             from psframe.optim.cpu import compile_loop
 
-            xp, kernel = np, compile_loop(rule, count, scalars, self.dtype)
-        slots = _slot_pairs(xp, len(self._names), self.size, self.dtype)
-        self._pairs = (
-            tuple(array for old, new in slots for array in (old, new)),
-            tuple(array for old, new in slots for array in (new, old)),
-        )
+            kernel = compile_loop(rule, count, scalars, self.dtype)
+        if self._make_set is None:
+            arrays = _slot_arrays(self._xp, 2 * len(self._names), self.size, self.dtype)
+            self._sets = [arrays[::2], arrays[1::2]]
+        else:
+            self._sets = [self._make_set(self._xp, 0), self._make_set(self._xp, 1)]
+        self._pair(*self._sets)
         self._kernel = kernel
+
+    def _pair(self, old: tuple[Any, ...], new: tuple[Any, ...]) -> None:
+        """Let the next update read the one set and write the other."""
+        self._pairs = (
+            tuple(array for pair in zip(old, new, strict=True) for array in pair),
+            tuple(array for pair in zip(new, old, strict=True) for array in pair),
+        )
+
+    def _spare_marked(self) -> None:
+        """Have the update that begins write another set than the marked one."""
+        old, new = self._pairs[0][::2], self._pairs[0][1::2]
+        assert self._marked, "slots are marked"
+        if old[0] is self._marked[0]:
+            self._scale = None  # the update after this one would write it
+        elif new[0] is self._marked[0]:
+            if len(self._sets) < 3:
+                self._sets.append(self._third_set())
+            third = next(s for s in self._sets if s[0] is not old[0] and s[0] is not new[0])
+            self._pair(old, third)
+
+    def _third_set(self) -> tuple[Any, ...]:
+        if self._make_set is not None:
+            return self._make_set(self._xp, 2)
+        count = len(self._names)
+        return _slot_arrays(self._xp, count, self.size, self.dtype, before=2 * count)
 
     def _set_scalars(self, step: int, scale: float) -> None:
         """Compute the rule's scalars in float64 and round them to the arrays' dtype."""

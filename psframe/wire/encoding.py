@@ -17,10 +17,13 @@ from psframe.events import (
     Leave,
     Log,
     Lost,
+    Mark,
     Pin,
     Pull,
     Push,
+    RandomState,
     Report,
+    ShardSaved,
     Spans,
     Stop,
     Withheld,
@@ -39,8 +42,10 @@ from psframe.wire.header import (
 from psframe.wire.payloads import (
     SUM,
     SUM_AND_COUNT,
+    pack_entry,
     pack_failure,
     pack_members,
+    pack_numbers,
     pack_spans,
     pack_sums,
     pack_task,
@@ -215,6 +220,16 @@ def _encode_decision(event: Decision) -> bytes:
     return _message(Kind.DECISION, flags=flags, reason=event.reason, payload=payload)
 
 
+def _encode_random_state(event: RandomState) -> bytes:
+    payload = pack_numbers(event.numbers)
+    return _message(Kind.RANDOM_STATE, event.worker, event.seq, payload=payload)
+
+
+def _encode_shard_saved(event: ShardSaved) -> bytes:
+    number, payload = event.number, pack_entry(event.entry)
+    return _message(Kind.SHARD_SAVED, slot=event.server, seq=number, payload=payload)
+
+
 def _encode_withheld(event: Withheld) -> bytes:
     server, in_a_row = event.server, event.in_a_row
     return _message(Kind.WITHHELD, event.worker, event.seq, slot=server, aux=in_a_row)
@@ -225,6 +240,7 @@ _WHOLE: Mapping[type, Callable[[Any], bytes]] = {
     LeaseRequest: _encode_lease_request,
     GiveBack: lambda event: _message(Kind.GIVE_BACK, event.worker, event.seq),
     Report: _encode_report,
+    RandomState: _encode_random_state,
     Log: _encode_log,
     Spans: _encode_spans,
     Stop: lambda event: _message(Kind.STOP, event.worker),
@@ -233,8 +249,10 @@ _WHOLE: Mapping[type, Callable[[Any], bytes]] = {
     Decision: _encode_decision,
     Gone: lambda event: _message(Kind.GONE, event.worker),
     Pin: lambda event: _message(Kind.PIN, flags=BIT2 * event.on | BIT3 * event.keep),
-    End: lambda event: _message(Kind.END),
+    Mark: lambda event: _message(Kind.MARK, seq=event.number),
+    End: lambda event: _message(Kind.END, flags=BIT2 * event.mark),
     Withheld: _encode_withheld,
     Lost: lambda event: _message(Kind.LOST, event.worker),
+    ShardSaved: _encode_shard_saved,
     Finished: lambda event: _message(Kind.FINISHED, slot=event.server),
 }

@@ -18,6 +18,7 @@ from psframe.events import (
     Lease,
     Lost,
     Record,
+    ShardSaved,
     Withheld,
 )
 from psframe.store import buffer_count
@@ -81,14 +82,14 @@ COUNT_MAX = 2**62
 # Above the longest Log, 4 + 64 (2 + 256 + 16) bytes; a failure's texts are 15 KiB at most.
 _PAYLOAD_BYTES_MIN = 18 << 10
 
-Event = FromWorker | Answer | Lease | Record | Withheld | Lost | Finished
+Event = FromWorker | Answer | Lease | Record | Withheld | Lost | ShardSaved | Finished
 WriteBuffer = bytearray | memoryview
 ReadBuffer = bytes | WriteBuffer
 Fields = tuple[Any, ...]  # of a header, as FIELDS names them
 
 
 class Kind(enum.IntEnum):
-    """What a message is. `Sent` and the host's events never leave their process."""
+    """What a message is. `Sent`, `Saved` and the host's events never leave their process."""
 
     PUSH = 1
     PULL = 2
@@ -108,6 +109,9 @@ class Kind(enum.IntEnum):
     FINISHED = 16
     GIVE_BACK = 17
     SPANS = 18
+    RANDOM_STATE = 19
+    MARK = 20
+    SHARD_SAVED = 21
 
 
 class Delivery(enum.IntEnum):
@@ -130,11 +134,13 @@ class Link(enum.Enum):
 
 
 _LEGAL: Mapping[Link, str] = {
-    Link.WORKER_TO_LEADER: "PUSH PULL LEASE_REQUEST GIVE_BACK REPORT LOG SPANS STOP LEAVE",
+    Link.WORKER_TO_LEADER: (
+        "PUSH PULL LEASE_REQUEST GIVE_BACK REPORT RANDOM_STATE LOG SPANS STOP LEAVE"
+    ),
     Link.WORKER_TO_FOLLOWER: "PUSH PULL LEAVE",  # all else is the leader's business
     Link.SERVER_TO_WORKER: "ANSWER LEASE",
-    Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN END",
-    Link.FOLLOWER_TO_LEADER: "WITHHELD LOST FINISHED SPANS",
+    Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN MARK END",
+    Link.FOLLOWER_TO_LEADER: "WITHHELD LOST SHARD_SAVED FINISHED SPANS",
 }
 
 

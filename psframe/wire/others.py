@@ -21,9 +21,12 @@ from psframe.events import (
     Leave,
     Log,
     Lost,
+    Mark,
     Pin,
+    RandomState,
     Reason,
     Report,
+    ShardSaved,
     Spans,
     Stop,
     Withheld,
@@ -50,8 +53,10 @@ from psframe.wire.payloads import (
     SUM,
     SUM_AND_COUNT,
     TIME_MAX_S,
+    read_entry,
     read_failure,
     read_members,
+    read_numbers,
     read_spans,
     read_sums,
     read_task,
@@ -186,6 +191,14 @@ def _read_withheld(fields: Fields, payload: memoryview, limits: Limits) -> Withh
     return Withheld(_follower(fields, limits), fields[4], fields[6], in_a_row)
 
 
+def _read_random_state(fields: Fields, payload: memoryview, limits: Limits) -> RandomState:
+    return RandomState(fields[4], fields[6], read_numbers(fields, payload))
+
+
+def _read_shard_saved(fields: Fields, payload: memoryview, limits: Limits) -> ShardSaved:
+    return ShardSaved(_follower(fields, limits), fields[6], read_entry(fields, payload))
+
+
 def _follower(fields: Fields, limits: Limits) -> int:
     """Check which follower it comes from."""
     server: int = fields[5]
@@ -202,6 +215,7 @@ _RULES: Mapping[int, _Rule] = {
     ),
     Kind.SPANS: _rule(_read_spans, "worker slot norm payload_bytes"),
     Kind.REPORT: _rule(_read_report, "worker payload_bytes"),
+    Kind.RANDOM_STATE: _rule(_read_random_state, "worker seq payload_bytes"),
     Kind.LOG: _rule(_read_log, "worker payload_bytes"),
     Kind.STOP: _rule(lambda fields, payload, limits: Stop(fields[4]), "worker"),
     Kind.LEAVE: _rule(_read_leave, "worker payload_bytes", flags=BIT2),
@@ -209,9 +223,11 @@ _RULES: Mapping[int, _Rule] = {
     Kind.DECISION: _rule(_read_decision, "reason payload_bytes", flags=BIT2),
     Kind.GONE: _rule(lambda fields, payload, limits: Gone(fields[4]), "worker"),
     Kind.PIN: _rule(_read_pin, flags=BIT2 | BIT3),
-    Kind.END: _rule(lambda fields, payload, limits: End()),
+    Kind.MARK: _rule(lambda fields, payload, limits: Mark(fields[6]), "seq"),
+    Kind.END: _rule(lambda fields, payload, limits: End(fields[2] != 0), flags=BIT2),
     Kind.WITHHELD: _rule(_read_withheld, "worker seq slot aux"),
     Kind.LOST: _rule(lambda fields, payload, limits: Lost(fields[4]), "worker"),
+    Kind.SHARD_SAVED: _rule(_read_shard_saved, "slot seq payload_bytes"),
     Kind.FINISHED: _rule(
         lambda fields, payload, limits: Finished(_follower(fields, limits)), "slot"
     ),

@@ -16,13 +16,17 @@ __all__ = [
     "SUM",
     "SUM_AND_COUNT",
     "TIME_MAX_S",
+    "pack_entry",
     "pack_failure",
     "pack_members",
+    "pack_numbers",
     "pack_spans",
     "pack_sums",
     "pack_task",
+    "read_entry",
     "read_failure",
     "read_members",
+    "read_numbers",
     "read_spans",
     "read_sums",
     "read_task",
@@ -34,6 +38,7 @@ SUM, SUM_AND_COUNT = struct.Struct("<d"), struct.Struct("<dq")
 
 _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 _TASK = struct.Struct("<7q")
+_NUMBERS = struct.Struct("<16s16sBI")
 _SPAN = struct.Struct("<Bdd")
 SPANS_MAX = 512  # in one message: 8.5 KiB
 TIME_MAX_S = 1e12
@@ -47,6 +52,7 @@ _TASK_RANGES = (
     ("eval_batch_size", 1, COUNT_MAX),
 )
 # Of the texts of a failure: its type, the head of its message, the tail of its traceback.
+_ENTRY_BYTES_MAX = 4 << 10
 _TYPE_BYTES_MAX, _MESSAGE_BYTES_MAX, _TRACEBACK_BYTES_MAX = 256, 4 << 10, 11 << 10
 
 
@@ -208,6 +214,50 @@ def _read_text(fields: Fields, payload: memoryview, at: int, bytes_max: int) -> 
         return str(payload[begin:end], "utf-8"), end
     except UnicodeDecodeError as error:
         raise bad(fields, "a text", error.reason, "UTF-8") from None
+
+
+def pack_entry(entry: str) -> bytes:
+    """Pack what a driver has to tell another.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    text = entry.encode()
+    if len(text) > _ENTRY_BYTES_MAX:
+        raise ValueError(f"expected an entry of at most {_ENTRY_BYTES_MAX} bytes, got {len(text)}")
+    return text
+
+
+def read_entry(fields: Fields, payload: memoryview) -> str:
+    """Read what a driver has to tell another."""
+    if len(payload) > _ENTRY_BYTES_MAX:
+        raise bad(fields, "payload_bytes", len(payload), f"at most {_ENTRY_BYTES_MAX}")
+    try:
+        return str(payload, "utf-8")
+    except UnicodeDecodeError as error:
+        raise bad(fields, "a text", error.reason, "UTF-8") from None
+
+
+# ---- random numbers ----------------------------------------------------------------------
+
+
+def pack_numbers(numbers: tuple[int, int, int, int]) -> bytes:
+    """Pack the state of a PCG64."""
+    state, increment, has_half, half = numbers
+    wide = state.to_bytes(16, "little"), increment.to_bytes(16, "little")
+    return _NUMBERS.pack(*wide, has_half, half)
+
+
+def read_numbers(fields: Fields, payload: memoryview) -> tuple[int, int, int, int]:
+    """Read the state of a PCG64."""
+    if len(payload) != _NUMBERS.size:
+        raise bad(fields, "payload_bytes", len(payload), str(_NUMBERS.size))
+    state, increment, has_half, half = _NUMBERS.unpack(payload)
+    if has_half > 1:
+        raise bad(fields, "has_uint32", has_half, "0 or 1")
+    if not increment[0] & 1:
+        raise bad(fields, "the increment", "even", "an odd one")
+    return int.from_bytes(state, "little"), int.from_bytes(increment, "little"), has_half, half
 
 
 # ---- members -----------------------------------------------------------------------------

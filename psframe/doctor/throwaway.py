@@ -1,0 +1,112 @@
+"""Questions to processes that can be thrown away: they may hang, crash, or never start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from psframe.doctor.case import Unknown
+
+__all__ = ["alone", "answer", "ask"]
+
+# What a library prints besides is told apart by this.
+_MARK = "psframe-doctor: "
+# A process that a dead file system holds does not die of SIGKILL; it is left behind.
+_DEATH_BOUND_S = 2.0
+_REASON_CHARS_MAX = 400
+
+
+def answer(value: Any) -> None:
+    """Print an answer; the asked process does so once."""
+    print(f"\n{_MARK}{json.dumps(value)}", flush=True)
+
+
+def ask(
+    command: Sequence[str],
+    *,
+    timeout_s: float,
+    given: Any = None,
+    environ: Mapping[str, str] | None = None,
+) -> Any:
+    """Start a process and give its answer.
+
+    Args:
+        command: its program and arguments.
+        timeout_s: how long it may take.
+        given: JSON for its standard input.
+        environ: its environment; else this process's.
+
+    Raises:
+        Unknown: there was no answer; the message says why.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=None if environ is None else dict(environ),
+            close_fds=False,  # MPICH's launcher is spoken to through an inherited descriptor
+        )
+    except OSError as error:
+        raise Unknown(f"{command[0]} could not be started: {error.strerror}") from error
+    ended = True
+    try:
+        out, err = process.communicate(json.dumps(given), timeout_s)
+    except subprocess.TimeoutExpired as error:
+        ended = False  # perhaps it has answered, and hangs at its end
+        out, err = _text(error.output), _text(error.stderr)
+    finally:
+        _end(process)
+    marked = [line for line in out.splitlines() if line.startswith(_MARK)]
+    if not marked:
+        how = _how_it_ended(process.returncode) if ended else f"no answer within {timeout_s:g} s"
+        raise Unknown(f"{how}: {_last_words(err or out)}")
+    try:
+        return json.loads(marked[-1][len(_MARK) :])
+    except ValueError as error:
+        raise Unknown(f"the answer is no JSON: {error}") from error
+
+
+def _text(output: bytes | str | None) -> str:
+    """Read what had come before a bound; communicate gives bytes then."""
+    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_DEATH_BOUND_S)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # its reader has gone
+                stream.close()
+
+
+def _how_it_ended(status: int) -> str:
+    if status >= 0:
+        return f"the process that was asked ended with status {status}"
+    try:
+        return f"the process that was asked died of {signal.Signals(-status).name}"
+    except ValueError:
+        return f"the process that was asked died of signal {-status}"
+
+
+def _last_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip(" \t-=*")]
+    return " ".join(lines[-3:])[-_REASON_CHARS_MAX:] or "it said nothing"
+
+
+def alone(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Give an environment without what a launcher has set, for a process that is no rank."""
+    launchers = ("OMPI_COMM", "OMPI_MCA_", "PMI_", "PMIX_", "PMI2_", "PRTE_", "SLURM_", "HYDRA_")
+    return {name: value for name, value in environ.items() if not name.startswith(launchers)}
