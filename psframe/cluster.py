@@ -21,7 +21,7 @@ from psframe.agreement import agree, tell
 from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.devices import choose_device, make_device
-from psframe.errors import Diverged, RankLost, WorkerFailed
+from psframe.errors import CheckpointError, Diverged, Interrupted, RankLost, WorkerFailed
 from psframe.events import Failure
 from psframe.host import Host
 from psframe.interrupts import Interrupts
@@ -30,7 +30,8 @@ from psframe.layout import Array
 from psframe.leader import Leader
 from psframe.placement import line_of
 from psframe.plan import Plan, Result
-from psframe.results import diverged, make_result, summarise
+from psframe.restoring import Restart, explained_state
+from psframe.results import diverged, interrupted_by, make_result, summarise
 from psframe.roles import (
     Grace,
     Overdue,
@@ -41,8 +42,10 @@ from psframe.roles import (
     serve_first,
     take_part,
 )
+from psframe.saving import ShardSaver
+from psframe.server import Server
 from psframe.transports.meeting import Neighbours, meet
-from psframe.transports.mpi import Mesh, open_mesh
+from psframe.transports.mpi import SETUP_BOUND_S, Mesh, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.transports.mpi_port import MpiServerPort
 
@@ -131,6 +134,7 @@ class _ClusterRun:
         self._work = work
         self._shared_memory = shared_memory
         self._error: BaseException | None = None  # what this rank's own `work` raised
+        self.restart = Restart()
 
     # ---- the run -------------------------------------------------------------------------
 
@@ -139,8 +143,10 @@ class _ClusterRun:
         with self.interrupts.held():  # or it might say "running" for ever
             self.host = make_host(plan)
         self.interrupts.check()
+        reader = self.host.resume(plan.layout, plan.seed) if plan.resumes else None
+        self.restart = Restart.of(self.host.path, reader)
 
-    def run(self, plan: Plan) -> tuple[Result, BaseException | None]:
+    def run(self, plan: Plan) -> tuple[Result | None, BaseException | None]:
         """Take part until the end.
 
         Returns:
@@ -148,6 +154,9 @@ class _ClusterRun:
         """
         mesh = self.mesh
         mesh.arrange(line_of(plan.serving, mesh.size))
+        wrong = self._share_restart(plan)
+        if wrong is not None:
+            return None, wrong
         self._share_initial(plan)
         if mesh.rank >= plan.servers:
             plan.forget_initial()
@@ -165,6 +174,28 @@ class _ClusterRun:
             self._meet_again(error)
         return make_result(plan, summary, None, None), error
 
+    def _share_restart(self, plan: Plan) -> Exception | None:
+        """Tell every rank of the checkpoints; the error, on all, if one cannot be read."""
+        if plan.marks is None:
+            return None
+        mesh = self.mesh
+        told = self.restart.encode() if mesh.rank == 0 else None
+        data = mesh.broadcast(told, "the checkpoint to go on from", SETUP_BOUND_S)
+        if mesh.rank:
+            self.restart = Restart.decode(data)
+        if self.restart.version is None:
+            return None
+        error: Exception | None = None
+        if mesh.rank < plan.servers:
+            try:
+                self.restart.open(plan.layout, *plan.layout.shards(plan.servers)[mesh.rank])
+            except CheckpointError as raised:
+                error = raised
+        wrong = tell(mesh, error)
+        if wrong is not None:
+            self.verdict_of(wrong)
+        return wrong
+
     def _share_initial(self, plan: Plan) -> None:
         """Give every server its part of rank 0's values."""
         mesh = self.mesh
@@ -176,15 +207,14 @@ class _ClusterRun:
 
     def _lead(self, plan: Plan, neighbours: Neighbours) -> tuple[Result, BaseException | None]:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
-        leader = plan.build_server(0, port.workers, port.buffers, port.memory)
-        plan.forget_initial()
+        leader = self._build_server(plan, port)
         assert isinstance(leader, Leader)
         if not (plan.trace or plan.spans):  # somebody wants to hear of each push
             port.push_pull = leader.push_pull
         grace = Grace(leader, self.interrupts)
-        serve_first(grace, port, self.host, spans=plan.spans)
+        serve_first(grace, port, self.host, plan)
         port.push_pull = None  # a circle: it would hold the run's memory
-        summary = _summarise(leader, interrupted=grace.interrupt is not None)
+        summary = _summarise(leader, grace)
         error = self._outcome(summary, plan)
         if error is not None:
             self.verdict_of(error, updates=summary["version"])
@@ -204,12 +234,24 @@ class _ClusterRun:
 
     def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
-        follower = plan.build_server(self.mesh.rank, port.workers, port.buffers, port.memory)
-        plan.forget_initial()
+        follower = self._build_server(plan, port)
         spans = port.to_leader if plan.spans else None
-        serve(follower, port, no_host_event, spans=spans)
+        folder = self.restart.folder  # None, too, if there can be no checkpoints
+        saver = ShardSaver(folder, follower, plan.layout, plan.servers) if folder else None
+        observe = no_host_event if saver is None else saver.observe
+        serve(follower, port, observe, spans=spans, saver=saver)
         port.close()
         self.mesh.send(follower.outcome, 0, "this server's parameters", None)
+
+    def _build_server(self, plan: Plan, port: MpiServerPort) -> Server:
+        restart = self.restart
+        with explained_state(restart.reader):
+            machine = plan.build_server(
+                self.mesh.rank, port.workers, port.buffers, port.memory, resume=restart.resume
+            )
+        restart.close()
+        plan.forget_initial()
+        return machine
 
     def _take_part(self, plan: Plan, neighbours: Neighbours) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours)
@@ -218,7 +260,8 @@ class _ClusterRun:
             _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
         try:
             opened = make_device(device, plan.layout)
-            worker = plan.build_worker(endpoint, opened)
+            random_state = (self.restart.random or {}).get(endpoint.index)
+            worker = plan.build_worker(endpoint, opened, random_state)
         except Exception as error:  # CuPy's are many
             self._error = error
             decline(endpoint, error)
@@ -258,6 +301,8 @@ class _ClusterRun:
     def _outcome(self, summary: Mapping[str, Any], plan: Plan) -> BaseException | None:
         if summary["interrupted"]:
             return KeyboardInterrupt("the run was interrupted")
+        if summary["request"]:
+            return interrupted_by(summary["request"], summary["version"], summary["saved"])
         if summary["failure"] is not None:
             worker, *what = summary["failure"]
             place = plan.servers + worker
@@ -289,10 +334,10 @@ def _was_interrupted(error: BaseException) -> bool:
         return error.interrupted
     if isinstance(error, WorkerFailed):
         return error.type == KeyboardInterrupt.__name__
-    return isinstance(error, KeyboardInterrupt)
+    return isinstance(error, (KeyboardInterrupt, Interrupted))
 
 
-def _summarise(leader: Leader, *, interrupted: bool) -> dict[str, Any]:
+def _summarise(leader: Leader, grace: Grace) -> dict[str, Any]:
     failure = None
     if leader.failure is not None:
         worker, what = leader.failure
@@ -301,5 +346,7 @@ def _summarise(leader: Leader, *, interrupted: bool) -> dict[str, Any]:
         **summarise(leader),
         "failure": failure,
         "diverged": str(diverged(leader)) if leader.diverged else "",
-        "interrupted": interrupted,
+        "interrupted": grace.interrupt is not None,
+        "request": grace.request,
+        "saved": grace.saved,
     }

@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentError",
     "CheckpointError",
     "Diverged",
+    "Interrupted",
     "LaunchError",
     "MessageError",
     "PsframeError",
@@ -41,6 +42,13 @@ class CheckpointError(PsframeError, RuntimeError):
     """Raised when a checkpoint cannot be written, or there is none that can be used.
 
     Those that were committed before stay as they were.
+    """
+
+
+class Interrupted(PsframeError):
+    """Raised on every rank when SIGUSR1 or SIGUSR2 has ended the run in good order.
+
+    What it had learned is in a checkpoint, if it has a run directory: `resume=True` goes on.
     """
 
 

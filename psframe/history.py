@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from psframe.events import EpochDone, Evaluated, HostEvent, Logged
+from psframe.state import Fields, plain_number
 
 __all__ = [
     "TIMES",
@@ -24,6 +25,11 @@ __all__ = [
 # for servers, and waiting for the batch.
 TIMES = ("compute_s", "servers_s", "data_s")
 _LOSSES = ("loss", "train_loss")
+# What an `EpochSummary` has in numbers that may not be known.
+_NUMBERS = (
+    *("train_loss", "staleness_mean", "test_loss", "test_accuracy", "validation_loss"),
+    *("validation_accuracy", "samples_per_s", *TIMES),
+)
 _PARTS = {"test": "", "validation": "validation_"}
 
 
@@ -99,6 +105,21 @@ class EpochSums:
         mean = self._loss / self._losses
         self._loss, self._losses = 0.0, 0
         return {"train_loss": mean}
+
+    def state(self) -> dict[str, Any]:
+        """Give what has been added and not been taken, as plain data."""
+        times = {key: plain_number(value) for key, value in self._times.items()}
+        return {"loss": plain_number(self._loss), "losses": self._losses, "times": times}
+
+    def restore(self, fields: Fields) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        self._loss, self._losses = fields.number("loss"), fields.count("losses")
+        times = fields.part("times")
+        self._times = {key: times.number(key) for key in TIMES if key in times}
 
     def take(self, event: EpochDone) -> dict[str, float]:
         """Take all that is known of an epoch that is done: fields of an `EpochSummary`."""
@@ -206,6 +227,27 @@ class History:
         for epoch in sorted(self._open):
             self._finish(epoch)
 
+    def state(self) -> dict[str, Any]:
+        """Give all that later events may depend on, as plain data."""
+        return {
+            "highest": plain_number(self._highest),
+            "worse": self._worse,
+            "epochs": [_plain(one) for one in self.epochs],
+            "open": [_plain(one) for _, one in sorted(self._open.items())],
+            "sums": self._sums.state(),
+        }
+
+    def restore(self, fields: Fields) -> None:
+        """Go on from a state; callbacks are not called again.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        self._highest, self._worse = fields.number("highest"), fields.count("worse")
+        self.epochs = [_summary(one) for one in fields.parts("epochs")]
+        self._open = {one.epoch: one for one in map(_summary, fields.parts("open"))}
+        self._sums.restore(fields.part("sums"))
+
     def _impatient(self, summary: EpochSummary) -> bool:
         accuracy = summary.validation_accuracy
         better = summary.best if accuracy is None else accuracy > self._highest
@@ -234,10 +276,35 @@ class Onlookers:
         self.tick: Callable[[], None] = getattr(other, "tick", lambda: None)
         self.opened: Callable[[Path], None] = getattr(other, "opened", lambda folder: None)
 
+    def state(self) -> dict[str, Any]:
+        """Give the history's state, for a checkpoint."""
+        return self._history.state()
+
+    def restore(self, fields: Fields) -> None:
+        """Let the history go on from a state."""
+        self._history.restore(fields)
+
     def __call__(self, event: HostEvent) -> bool:
         """Take one event; say whether either of them wants the run to end."""
         asked = self._other is not None and self._other(event) is True
         return self._history(event) or asked
+
+
+def _plain(summary: EpochSummary) -> dict[str, Any]:
+    values = {**vars(summary), "more": {k: plain_number(v) for k, v in summary.more.items()}}
+    return {k: plain_number(v) if isinstance(v, float) else v for k, v in values.items()}
+
+
+def _summary(fields: Fields) -> EpochSummary:
+    """Read what `_plain` gives."""
+    summary = EpochSummary(fields.count("epoch"), fields.count("version"), fields.count("samples"))
+    summary.best = fields.flag("best")
+    summary.evaluated_version = fields.count_or_none("evaluated_version")
+    for name in _NUMBERS:
+        setattr(summary, name, fields.number_or_none(name))
+    more = fields.part("more")
+    summary.more = {name: more.number(name) for name in more}
+    return summary
 
 
 def _fill(summary: EpochSummary, values: Mapping[str, float]) -> None:

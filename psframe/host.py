@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from psframe.checkpoint import Reader, newest
+from psframe.errors import ArgumentError, CheckpointError, RunDirError
 from psframe.events import HostEvent
-from psframe.plan import Observer
+from psframe.layout import Layout
+from psframe.plan import Observer, Plan
 from psframe.recorder import Recorder
-from psframe.rundir import RunDir
+from psframe.rundir import CHECKPOINTS, RunDir
+from psframe.saving import RunSaver
+from psframe.server import Server
+from psframe.state import Fields
 from psframe.witness import Witness
 
 __all__ = ["Host"]
 
 # A reason is for reading; an exception's message may be megabytes.
 _REASON_CHARS_MAX = 4000
+
+_log = logging.getLogger("psframe")
 
 
 class Host:
@@ -48,18 +57,78 @@ class Host:
         run_dir: str | Path | None,
         *,
         overwrite: bool,
+        resume: bool,
         config: Mapping[str, Any],
         observer: Observer | None,
     ) -> Host:
-        """Create the run directory and the host.
+        """Create the run directory, or go on in it, and the host.
 
         Raises:
             RunDirError: the directory cannot be used.
         """
         if run_dir is None:
             return cls(None, observer)
-        folder = RunDir.create(run_dir, overwrite=overwrite, config=config)
+        folder = RunDir.create(run_dir, overwrite=overwrite, resume=resume, config=config)
         return cls(folder, observer)
+
+    def resume(self, layout: Layout, seed: int) -> Reader | None:
+        """Find the checkpoint to go on from, and let records and observer go on from it.
+
+        Args:
+            layout, seed: of the run.
+
+        Returns:
+            The newest one that verifies, which the caller closes; None if there is none yet.
+
+        Raises:
+            CheckpointError: there are some, and none can be used.
+            ArgumentError: it is of a run with another seed.
+        """
+        assert self.run_dir is not None, "there is a folder to go on in"
+        folder = self.run_dir.path / CHECKPOINTS
+        reader = newest(folder, layout)
+        if reader is None:
+            _log.warning("%s: there is no checkpoint yet; the run begins anew", folder)
+            self.run_dir.cut_metrics(0)
+            return None
+        try:
+            fields = Fields(reader.state).part("run")
+            if fields.count("seed") != seed:
+                raise ArgumentError(
+                    f"seed: the run to go on with has seed {fields.count('seed')}, not {seed}"
+                )
+            assert self._recorder is not None, "it comes with the folder"
+            self._recorder.restore(fields.part("records"))
+            observed = fields.part_or_none("observer")
+            if observed is not None:
+                getattr(self._observer, "restore", lambda fields: None)(observed)
+        except (ArgumentError, RunDirError):
+            reader.close()
+            raise
+        except ValueError as error:
+            reader.close()
+            raise CheckpointError(f"{reader.path}: {error}") from error
+        _log.info("going on from %s", reader.path)
+        return reader
+
+    def saver(self, plan: Plan, machine: Server) -> RunSaver | None:
+        """Make what writes the checkpoints of the run; None if there can be none."""
+        if self.run_dir is None or plan.marks is None:
+            return None
+        return RunSaver(
+            self.run_dir.path / CHECKPOINTS,
+            machine,
+            plan.layout,
+            plan.servers,
+            more=lambda: self._state(plan.seed),
+            keep=plan.keep_checkpoints,
+            failed=self.run_dir.trouble,
+        )
+
+    def _state(self, seed: int) -> dict[str, Any]:
+        assert self._recorder is not None, "it comes with the folder"
+        state = getattr(self._observer, "state", lambda: None)
+        return {"seed": seed, "records": self._recorder.state(), "observer": state()}
 
     @property
     def path(self) -> Path | None:
@@ -97,5 +166,6 @@ class Host:
                 test_accuracy=self._recorder.test_accuracy,
                 reason=reason[:_REASON_CHARS_MAX],
             )
+        self.run_dir.unlock()
         if self._witness is not None:
             self._witness.dismiss()

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: first the verdict, then KeyboardInterrupt where it does no harm."""
+"""Signals: SIGTERM and SIGINT interrupt, SIGUSR1 and SIGUSR2 ask for a checkpoint and an end.
+
+Of the former, first the verdict, then KeyboardInterrupt where it does no harm.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from typing import Any
 __all__ = ["Interrupts"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_REQUESTS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupts:
-    """Handles both signals while it is entered; does nothing outside of the main thread.
+    """Handles the signals while it is entered; does nothing outside of the main thread.
 
     The verdict is written at once, because Open MPI leaves a rank 0.3 s between SIGTERM and
     SIGKILL. Then KeyboardInterrupt is raised where the program is; while the signals are `held`
@@ -25,8 +29,12 @@ class Interrupts:
     Args:
         verdict: called with the reason at the first signal.
 
+    SIGUSR1 and SIGUSR2 are noted, once, for who looks: schedulers send them before they take a
+    job's nodes away.
+
     Attributes:
         pending: the name of the signal that waits, or empty.
+        asked: the name of the first signal that asks for an end in good order, or empty.
     """
 
     def __init__(self, verdict: Callable[[str], None]) -> None:
@@ -34,10 +42,12 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
         self._held = False
         self.pending = ""
+        self.asked = ""
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
             self._before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
+            self._before |= {n: signal.signal(n, self._ask) for n in _REQUESTS}
         return self
 
     def __exit__(
@@ -66,6 +76,9 @@ class Interrupts:
         if self.pending:
             name, self.pending = self.pending, ""
             raise KeyboardInterrupt(name)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or signal.Signals(number).name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

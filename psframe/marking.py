@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psframe.consistency import Policy
@@ -136,6 +136,10 @@ class MarkingServer(WorkServer):
         if self._followers:
             self._out.append(Mark(number))
         self._out.append(self._keep(number, self.state()))
+
+    def mark_end(self) -> None:
+        """Have the end of the run marked, whatever was said before."""
+        self._marks = replace(self._marks, at_end=True)
 
     def _mark_end(self) -> bool:
         """Mark the end of the run, if that is wanted; True if it is to be made later."""

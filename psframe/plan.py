@@ -102,6 +102,9 @@ class Plan:
     placement: Checked = 1  # what the user said of servers
     serving: tuple[int, ...] = ()  # which ranks serve, server 0 first; over MPI only
     marks: Marks | None = None  # None: no checkpoints
+    every_s: float | None = None  # seconds between checkpoints, beside `marks`
+    keep_checkpoints: int = 3
+    resumes: bool = False  # goes on from the newest checkpoint
 
     @classmethod
     def check(
@@ -121,6 +124,9 @@ class Plan:
         spans: bool = False,
         placement: Checked | None = None,
         marks: Marks | None = None,
+        every_s: float | None = None,
+        keep_checkpoints: int = 3,
+        resumes: bool = False,
     ) -> Plan:
         """Check the arguments.
 
@@ -155,6 +161,13 @@ class Plan:
             _check_positive("clip_norm", clip_norm)
         if score is not None and not callable(score):
             raise TypeError(f"score: expected a function of an evaluation's sums, got {score!r}")
+        if marks is not None and not _can_be_kept(optimizer, layout):
+            if marks != Marks() or resumes or every_s is not None:
+                raise TypeError(
+                    f"optimizer: {optimizer!r} cannot be kept in checkpoints: its rule has no mark,"
+                    " unmark, slots and load"
+                )
+            marks = None  # nobody has asked for checkpoints
         host = {name: to_numpy(value) for name, value in params.items()}
         return cls(
             layout,
@@ -171,6 +184,9 @@ class Plan:
             bool(spans),
             int(servers) if placement is None else placement,
             marks=marks,
+            every_s=every_s,
+            keep_checkpoints=keep_checkpoints,
+            resumes=bool(resumes),
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
@@ -238,7 +254,9 @@ class Plan:
             "score": self.score,
             "trace": self.trace,
             "spans": self.spans,
-            "marks": self.marks,
+            "checkpoint_every": (self.marks, self.every_s),
+            "keep_checkpoints": self.keep_checkpoints,
+            "resume": self.resumes,
             **more,
         }
         return {name: _digest(value) for name, value in arguments.items()}
@@ -265,16 +283,9 @@ class Plan:
 
         Raises:
             ValueError: `resume` is not what a run of these parameters and this optimizer has left.
-            TypeError: there are to be checkpoints, and the optimizer's state cannot be kept.
         """
         begin, end = self.layout.shards(self.servers)[index]
         rule = self.optimizer.updater(self.layout, begin, end)
-        kept = self.marks is not None or resume is not None
-        if kept and not isinstance(rule, MarkableRule):
-            raise TypeError(
-                f"optimizer: {self.optimizer!r} cannot be kept in checkpoints: its rule has no"
-                " mark, unmark, slots and load"
-            )
         unscaled = [
             (max(b, begin) - begin, min(e, end) - begin)
             for b, e in self.averaged
@@ -330,6 +341,10 @@ def check_threads(name: str, value: object) -> None:
             f"{name}: expected at most {THREADS_MAX} in one process, where each is a thread, got"
             f" {value}; mpirun spreads more over nodes, and psframe.simulate tries them out"
         )
+
+
+def _can_be_kept(optimizer: OptimizerLike, layout: Layout) -> bool:
+    return isinstance(optimizer.updater(layout, 0, 0), MarkableRule)
 
 
 def _check_takes_worker(work: Callable[..., Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from psframe.events import EpochDone, Evaluated, Logged
 from psframe.history import EpochSums, evaluation_metrics
 from psframe.rundir import RunDir
+from psframe.state import Fields, plain_number
 
 __all__ = ["Recorder"]
 
@@ -20,6 +21,8 @@ __all__ = ["Recorder"]
 _HELD_MAX = 3
 # Between two writings of the status: each waits for the disk, and an epoch may take milliseconds.
 _STATUS_S = 1.0
+# Of a line's fields those that are integers.
+_COUNTS = ("epoch", "update", "evaluated_update")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -69,6 +72,37 @@ class Recorder:
             self._epoch_done(event)
         elif isinstance(event, Evaluated):
             self._evaluated(event)
+
+    def state(self) -> dict[str, Any]:
+        """Give all that later lines may depend on, as plain data."""
+        return {
+            "time_s": self._time_s(),
+            "updates": self.updates,
+            "test_accuracy": None
+            if self.test_accuracy is None
+            else plain_number(self.test_accuracy),
+            "epochs": self._epochs,
+            "waits": self._waits,
+            "fixed": self._fixed,
+            "held": [{k: _plain(v) for k, v in line.items()} for line in self._held],
+            "sums": self._sums.state(),
+            "metrics_bytes": self._run_dir.metrics_bytes,
+        }
+
+    def restore(self, fields: Fields) -> None:
+        """Go on from a state: lines that were written after it are taken back.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        self._start -= fields.number("time_s")
+        self.updates, self._epochs = fields.count("updates"), fields.count("epochs")
+        self.test_accuracy = fields.number_or_none("test_accuracy")
+        self._waits, self._fixed = fields.flag("waits"), fields.flag("fixed")
+        held = fields.parts("held", _HELD_MAX + 1)
+        self._held = [{name: _number(line, name) for name in line} for line in held]
+        self._sums.restore(fields.part("sums"))
+        self._run_dir.cut_metrics(fields.count("metrics_bytes"))
 
     def close(self) -> None:
         """Write the lines still held back; of a run without epochs, one line in all.
@@ -127,6 +161,14 @@ class Recorder:
 
     def _time_s(self) -> float:
         return round(self._clock() - self._start, 6)
+
+
+def _plain(value: Any) -> Any:
+    return plain_number(value) if isinstance(value, float) else value
+
+
+def _number(line: Fields, name: str) -> float | int:
+    return line.count(name) if name in _COUNTS else line.number(name)
 
 
 @contextlib.contextmanager

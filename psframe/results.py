@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from psframe.errors import Diverged
+from psframe.errors import Diverged, Interrupted
 from psframe.layout import Array
 from psframe.leader import Leader
 from psframe.ledger import Ledger
@@ -45,6 +45,14 @@ def make_result(
         run_dir=run_dir,
         kept_version=summary["kept_version"],
     )
+
+
+def interrupted_by(request: str, version: int, saved: int | None) -> Interrupted:
+    """Make the error of a run that a signal has ended in good order."""
+    kept = (
+        "there is no checkpoint of it" if saved is None else f"version {saved} is in a checkpoint"
+    )
+    return Interrupted(f"{request} has ended the run at version {version}; {kept}")
 
 
 def diverged(leader: Leader) -> Diverged:

@@ -1,4 +1,4 @@
-"""Whether a run that is to be resumed is completed already, which rank 0 decides for all."""
+"""Whether a run that is to go on is completed already, which rank 0 decides for all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from psframe.errors import ArgumentError
 from psframe.launcher import Launcher, starting_mpi
 from psframe.rundir import RunDir
 
@@ -14,12 +13,11 @@ __all__ = ["is_completed"]
 
 
 def is_completed(folder: str | Path, launched: Launcher | None) -> bool:
-    """Tell whether the run to resume is completed; a run that is not there yet can start.
+    """Tell whether the run to go on with is completed; one that is not there yet can start.
 
     Under a launcher every rank calls this and rank 0 decides: not every node need see its files.
 
     Raises:
-        ArgumentError: it was begun and not completed.
         RunDirError: there is a status.json, but it is not a run's; on rank 0.
         LaunchError, RankLost: as `psframe.run`.
     """
@@ -33,11 +31,7 @@ def _look(folder: str | Path) -> bool:
     if status is None:
         return False
     if status["state"] != "completed":
-        raise ArgumentError(
-            f"--resume: the run in {str(folder)!r} is {status['state']} after "
-            f"{status.get('updates', 0)} updates and left no checkpoint to continue from; start "
-            "it again with --overwrite"
-        )
+        return False
     accuracy = status.get("test_accuracy")
     known = "" if accuracy is None else f", test accuracy {accuracy:.2%}"
     print(f"{folder}: already completed{known}; nothing is changed", flush=True)

@@ -35,7 +35,8 @@ from psframe.exchange import Endpoint
 from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.leader import Leader
-from psframe.plan import Observer
+from psframe.plan import Observer, Plan
+from psframe.saving import Saver
 from psframe.server import Server
 
 __all__ = [
@@ -70,6 +71,7 @@ _MESSAGE_CHARS_MAX = 1000
 _LINES_MAX = 300
 
 _ANSWERS = (Answer, Lease)
+_MARKS = (Marked, ShardsSaved)
 _HOST_EVENTS = (Logged, EpochDone, Evaluated, PushHandled, Spans, Marked, ShardsSaved)
 
 
@@ -112,6 +114,7 @@ def serve(
     tick: Callable[[], None] | None = None,
     *,
     spans: Callable[[Spans], Any] | None = None,
+    saver: Saver | None = None,
 ) -> None:
     """Serve until every worker has left and, on every server, all is decided.
 
@@ -122,6 +125,7 @@ def serve(
         tick: called between events, some hundred times a second while there are any and at least
             every half second; may raise to end the loop.
         spans: takes this server's spans, each of one update, some at a time; None for none.
+        saver: writes what the machine marks.
 
     Raises:
         MessageError: a follower's or the leader's message made no sense (a worker's makes that
@@ -130,10 +134,16 @@ def serve(
     noted: list[tuple[int, float, float]] = []
     due = 0.0
     while not machine.finished:
-        if tick is not None and time.monotonic() >= due:
-            tick()
+        if time.monotonic() >= due:
+            if tick is not None:
+                tick()
+            saved = None if saver is None else saver.poll()
             due = time.monotonic() + _TICK_S
-        event = port.receive(_POLL_S)
+            if saved is not None:
+                for out in machine.handle(saved):
+                    route(out, port, observe)
+                continue
+        event = port.receive(_POLL_S if saver is None or not saver.busy else _TICK_S)
         if event is None:
             continue
         outs = handle(machine, event) if spans is None else _measured(machine, event, noted, spans)
@@ -201,12 +211,16 @@ class Grace:
     Attributes:
         leader, interrupts: as given.
         interrupt: what has interrupted the run, to be set by whoever catches it; else None.
+        request: the signal that asked for an end in good order, and got it; else empty.
+        saved: the version of the last checkpoint, or None.
     """
 
     def __init__(self, leader: Leader, interrupts: Interrupts) -> None:
         self.leader = leader
         self.interrupts = interrupts
         self.interrupt: KeyboardInterrupt | None = None
+        self.request = ""
+        self.saved: int | None = None
         self._deadline: float | None = None
 
     def check(self) -> None:
@@ -242,37 +256,65 @@ class Grace:
         return "it had diverged" if self.leader.diverged else "it was interrupted"
 
 
-def serve_first(grace: Grace, port: ServerPort, host: Host, *, spans: bool = False) -> None:
+def serve_first(grace: Grace, port: ServerPort, host: Host, plan: Plan) -> None:
     """Serve as server 0; once interrupted, to the end of what the workers are at.
 
     Args:
-        grace: of the leader; its `interrupt` says afterwards whether the run was interrupted.
+        grace: of the leader; it says afterwards how the run was ended before its time, if it was.
         port: the leader's end of the transport.
         host: takes its events, until an interrupt.
-        spans: whether it wants this server's spans too.
+        plan: of the run.
 
     Raises:
         Overdue, MessageError: as `Grace.check` and `serve`.
     """
     leader, interrupts = grace.leader, grace.interrupts
     host.watch(lambda: leader.store.version)
+    saver = host.saver(plan, leader)
+    marks = [time.monotonic() + plan.every_s] if plan.every_s is not None else []
+
+    def observe(event: HostEvent) -> None:
+        if not isinstance(event, _MARKS):
+            host(event)
+        elif saver is not None:
+            saver.observe(event)
+
+    def marks_only(event: HostEvent) -> None:
+        if isinstance(event, _MARKS) and saver is not None:
+            saver.observe(event)
+
+    def end(observe: Observer, *, mark: bool = False) -> None:
+        if mark and saver is not None and not leader.stopped:
+            leader.mark_end()
+        for out in leader.end():
+            route(out, port, observe)
 
     def tick() -> None:
         grace.check()
         host.tick()
-        if host.ending and not leader.stopped:
-            for out in leader.end():
-                route(out, port, host)
+        if leader.stopped:
+            return
+        if interrupts.asked:
+            grace.request = interrupts.asked
+            end(observe, mark=True)
+        elif host.ending:
+            end(observe)
+        elif marks and time.monotonic() >= marks[0] and not leader.marking:
+            assert plan.every_s is not None, "or there would be none"
+            marks[0] = time.monotonic() + plan.every_s
+            for out in leader.mark():
+                route(out, port, observe)
 
     with interrupts.held():
         try:
-            serve(leader, port, host, tick, spans=host if spans else None)
+            serve(leader, port, observe, tick, spans=host if plan.spans else None, saver=saver)
             interrupts.check()
         except KeyboardInterrupt as error:
             grace.interrupt = error
-            for out in leader.end():
-                route(out, port, no_host_event)
-            serve(leader, port, no_host_event, grace.check)
+            end(marks_only, mark=True)
+            serve(leader, port, marks_only, grace.check, saver=saver)
+    if saver is not None:
+        grace.saved = saver.version
 
 
 def keeping_errors(

@@ -6,12 +6,14 @@ Files only: no MPI. One process writes it, rank 0 or, should that be lost, the l
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ __all__ = ["CHECKPOINTS", "STATES", "RunDir"]
 STATES = ("running", "completed", "failed", "interrupted")
 CONFIG, METRICS, STATUS, CHECKPOINTS = "config.toml", "metrics.jsonl", "status.json", "checkpoints"
 # What a run may write beside them (`psframe.train` does).
-_OWN = (CONFIG, METRICS, STATUS, "timeline.jsonl", "summary.json", "trace.json")
+_OF_ONE_ATTEMPT = ("timeline.jsonl", "summary.json", "trace.json")
+_OWN = (CONFIG, METRICS, STATUS, *_OF_ONE_ATTEMPT)
 # What a run writes into checkpoints/ beside the folders of `psframe.checkpoint`. Overwriting
 # removes these and those, and nothing else.
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.tmp")
@@ -49,14 +52,17 @@ class RunDir:
     Attributes:
         path: the folder, with "{time}" replaced.
         metrics_lost: lines of metrics that could not be written, 0 in all but bad days.
+        unlock: to be called when the run is over: others may write here.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Attach to the folder of a run that exists (`create` makes one)."""
         self.path = Path(path)
         self.metrics_lost = 0
+        self.unlock: Callable[[], Any] = lambda: None
         self._metrics_error = ""
         self._metrics_fd = -1
+        self._troubles: list[str] = []
 
     @classmethod
     def create(
@@ -64,6 +70,7 @@ class RunDir:
         path: str | Path,
         *,
         overwrite: bool = False,
+        resume: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> RunDir:
         """Make the folder, write its configuration, and say in it that a run is running.
@@ -74,6 +81,8 @@ class RunDir:
             overwrite: remove what an earlier run wrote there (config.toml, metrics.jsonl,
                 status.json, timeline.jsonl, summary.json, trace.json and the checkpoints); other
                 files are never touched.
+            resume: leave what an earlier run wrote there, but for what tells of one attempt only
+                (timeline.jsonl, summary.json, trace.json).
             config: mapping for config.toml.
 
         Raises:
@@ -82,8 +91,12 @@ class RunDir:
         try:
             folder = _claim(str(path)) if "{time}" in str(path) else Path(path)
             folder.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, overwrite)
             run_dir = cls(folder)
+            run_dir._lock()
+            if resume:
+                _forget_attempt(folder)
+            else:
+                _make_room(folder, overwrite)
             (folder / CHECKPOINTS).mkdir(exist_ok=True)
             (folder / CONFIG).write_text(toml.dumps(config or {}), encoding="utf-8")
             run_dir._open_metrics()
@@ -127,7 +140,8 @@ class RunDir:
             state: one of `STATES`.
             updates: updates applied.
             test_accuracy: in [0, 1], where known.
-            reason: why it failed or was interrupted. Lost lines of metrics are added to it.
+            reason: why it failed or was interrupted. Lost lines of metrics are added to it, and the
+                first and the last trouble.
 
         Returns:
             True if it was written.
@@ -137,6 +151,8 @@ class RunDir:
         if self.metrics_lost:
             lost = f"{METRICS} lacks {self.metrics_lost} lines: {self._metrics_error}"
             reason = f"{reason}; {lost}" if reason else lost
+        if self._troubles and state != "running":
+            reason = "; ".join(filter(None, (reason, *self._troubles)))
         text = _status(state, updates, test_accuracy, reason)
         try:
             try:
@@ -175,11 +191,57 @@ class RunDir:
             return False
         return True
 
+    @property
+    def metrics_bytes(self) -> int:
+        """The present length of metrics.jsonl; 0 if that is not to be had."""
+        try:
+            return (self.path / METRICS).stat().st_size
+        except OSError:
+            return 0
+
+    def cut_metrics(self, n_bytes: int) -> None:
+        """Take back the lines behind the first `n_bytes` of metrics.jsonl; a line stays whole.
+
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        file = self.path / METRICS
+        try:
+            if self._metrics_fd < 0:
+                self._open_metrics()
+            content = file.read_bytes()[:n_bytes]
+            os.ftruncate(self._metrics_fd, content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise RunDirError(_explain(file, error)) from error
+
+    def trouble(self, what: str) -> None:
+        """Warn of something that went wrong and does not end the run; the last status says it."""
+        _log.warning("%s; the run goes on", what)
+        self._troubles = [what] if not self._troubles else [self._troubles[0], what]
+
     def close(self) -> None:
         """Close metrics.jsonl; a later line opens it again."""
         if self._metrics_fd >= 0:
             os.close(self._metrics_fd)
             self._metrics_fd = -1
+
+    def _lock(self) -> None:
+        """See that no other run writes here; the lock goes with `unlock`, or the process.
+
+        Raises:
+            RunDirError: another one does.
+        """
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.unlock = weakref.finalize(self, os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirError(
+                f"run directory {str(self.path)!r}: another run is writing there; wait for its end,"
+                " or choose another folder"
+            ) from None
+        except OSError as error:
+            _log.debug("%s cannot be locked: %s", self.path, error)  # some network file systems
 
     def _open_metrics(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -211,12 +273,17 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     if names and not overwrite:
         raise RunDirError(
             f"run directory {str(folder)!r}: holds another run's {names[0]}; leave a "
-            "completed run as it is with --resume, replace it with --overwrite, or choose another "
-            "folder with --run-dir"
+            "completed run as it is, or go on with another, with --resume; replace it with "
+            "--overwrite; or choose another folder with --run-dir"
         )
     remove_all(folder / CHECKPOINTS)
     for file in found:
         file.unlink()
+
+
+def _forget_attempt(folder: Path) -> None:
+    for name in _OF_ONE_ATTEMPT:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _status(state: str, updates: int, test_accuracy: float | None, reason: str) -> str:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from psframe.cadence import parse_cadence
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.host import Host
 from psframe.launcher import find_launcher, starting_mpi
 from psframe.leader import Score
+from psframe.marking import Marks
 from psframe.placement import Servers, check_servers, one_process
-from psframe.plan import Observer, OptimizerLike, Plan, Result, check_threads
+from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count, check_threads
 from psframe.threaded import run_threads
 
 __all__ = ["Result", "run"]
@@ -36,6 +38,9 @@ def run(
     comm: Any = None,
     clip_norm: float | None = None,
     overwrite: bool = False,
+    checkpoint_every: int | str | None = None,
+    keep_checkpoints: int = 3,
+    resume: bool = False,
     config: Mapping[str, Any] | None = None,
     observer: Observer | None = None,
     trace: bool = False,
@@ -67,6 +72,13 @@ def run(
         comm: an mpi4py communicator to run in, duplicated; default all ranks.
         clip_norm: scale a gradient whose Euclidean norm is larger down to it.
         overwrite: replace what an earlier run wrote into run_dir.
+        checkpoint_every: write a checkpoint into run_dir every so many updates, or every "30s",
+            "5min" or "2h", and at the end. One that is due while another is being written is left
+            out. Between servers on several nodes run_dir is on a file system that they share.
+        keep_checkpoints: how many of them stay, beside that of the best evaluation.
+        resume: go on in run_dir from the newest checkpoint that verifies, or begin if there is
+            none. The parameters, the optimizer and the seed are those of then; numbers of workers
+            and servers may be others.
         config: what to write to config.toml; default these arguments.
         observer: called on rank 0 with each `psframe.events.HostEvent`; one that returns True ends
             the run as `worker.stop()` does. It may have a method `tick`, which is called between
@@ -85,6 +97,8 @@ def run(
         ArgumentError: an argument differs between ranks, or there are too few ranks.
         LaunchError: the launcher and the MPI library do not belong together.
         RunDirError: run_dir cannot be used.
+        CheckpointError: there are checkpoints to go on from, and none can be used.
+        Interrupted: SIGUSR1 or SIGUSR2 has ended the run; with run_dir it has left a checkpoint.
         WorkerFailed: `work` raised on another rank (its own rank re-raises what it raised).
         Diverged: 10 W pushes in a row were refused.
         RankLost: a rank died, or did not come back in time.
@@ -96,6 +110,14 @@ def run(
 
     def plan() -> Plan:
         placement = check_servers(servers)
+        every = (None, None) if checkpoint_every is None else parse_cadence(checkpoint_every)
+        for name, asked in (("checkpoint_every", checkpoint_every), ("resume", resume or None)):
+            if asked is not None and run_dir is None:
+                raise ValueError(f"{name}: needs a run_dir for the checkpoints")
+        if resume and overwrite:
+            raise ValueError("resume: goes on with what overwrite would replace; give one of them")
+        check_count("keep_checkpoints", keep_checkpoints, 1)
+        marks = Marks(every[0], at_end=checkpoint_every is not None)
         return Plan.check(
             work,
             params,
@@ -110,6 +132,10 @@ def run(
             score=score,
             trace=trace,
             spans=spans,
+            marks=None if run_dir is None else marks,
+            every_s=every[1],
+            keep_checkpoints=int(keep_checkpoints),
+            resumes=resume,
         )
 
     def host(checked: Plan) -> Host:
@@ -121,10 +147,12 @@ def run(
             "seed": checked.seed,
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),
+            **({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}),
         }
         return Host.open(
             run_dir,
             overwrite=overwrite,
+            resume=resume,
             config=described if config is None else config,
             observer=observer,
         )

@@ -13,15 +13,25 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from psframe import optim, toml
+from psframe.cadence import parse_cadence
 from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 from psframe.placement import Checked, parse_servers
 from psframe.plan import COUNT_MAX, THREADS_MAX
 
-__all__ = ["INTERRUPTED", "THREADS", "Settings", "blamed", "check_choice", "from_file"]
+__all__ = [
+    "INTERRUPTED",
+    "PREEMPTED",
+    "THREADS",
+    "Settings",
+    "blamed",
+    "check_choice",
+    "from_file",
+]
 
 INTERRUPTED = 130  # the exit status that a shell reports of a program that SIGINT ended
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 THREADS = 3  # workers of a command without a launcher, if it is not told how many
 
 # Safe for stale gradients: Adagrad's steps shrink, which keeps it stable where SGD, at a rate that
@@ -49,6 +59,7 @@ _LIMITS = {
     "seed": 0,
     "split_seed": 0,
     "patience": 1,
+    "keep_checkpoints": 1,
 }
 # What is not here is an int of C's.
 _LIMITS_MAX = {"workers": THREADS_MAX, "seed": COUNT_MAX, "split_seed": COUNT_MAX}
@@ -151,8 +162,14 @@ class Settings:
     trace: bool = False
     """write trace.json, a timeline of all ranks for Perfetto or chrome://tracing"""
 
+    checkpoint_every: str = "60s"
+    """how often a checkpoint is written: 1000 (updates), 30s, 5min, 2h, or never"""
+
+    keep_checkpoints: int = 3
+    """how many of them stay, beside that of the best epoch"""
+
     resume: bool = False
-    """continue the run in --run-dir; if it is completed, do nothing"""
+    """go on in --run-dir from its newest checkpoint; if the run is completed, do nothing"""
 
     overwrite: bool = False
     """replace the run in --run-dir"""
@@ -255,6 +272,20 @@ class Settings:
         rise = optim.schedules.LinearWarmup(lr, self.warmup)
         return optim.schedules.Composed((rise, after), (self.warmup,))
 
+    def cadence(self) -> str | None:
+        """Give how often there are checkpoints, as `psframe.run` takes it.
+
+        Raises:
+            ArgumentError: it makes no sense.
+        """
+        if self.checkpoint_every == "never":
+            return None
+        try:
+            parse_cadence(self.checkpoint_every, "--checkpoint-every")
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
+        return self.checkpoint_every
+
     def as_config(self) -> dict[str, Any]:
         """Give what belongs into config.toml, which can be given back as --config."""
         config = dataclasses.asdict(self)
@@ -272,6 +303,7 @@ class Settings:
             if getattr(self, name) == "":
                 raise ArgumentError(f"{_flag(name)}: expected a name, got an empty one")
         self.placement()
+        self.cadence()
         if not 0.0 < self.test_fraction < 1.0:
             raise ArgumentError(
                 f"--test-fraction: expected a number between 0 and 1, got {self.test_fraction}"

@@ -7,7 +7,7 @@ comes from may have been touched by others, so each field is checked before it i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -75,6 +75,12 @@ class Fields:
         self._data = data
         self.where = where
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._data
+
     def bad(self, name: str, expected: str) -> ValueError:
         """Make the error of a field."""
         if name not in self._data:
@@ -113,6 +119,12 @@ class Fields:
         if (isinstance(value, int) and abs(value) > COUNT_MAX) or not math.isfinite(value):
             raise self.bad(name, "a finite number, or one of " + ", ".join(_NOT_FINITE))
         return float(value)
+
+    def number_or_none(self, name: str) -> float | None:
+        """Read such a number, or null."""
+        if name in self._data and self._data[name] is None:
+            return None
+        return self.number(name)
 
     def text(self, name: str, most: int) -> str:
         """Read a text of at most so many characters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from psframe.blas import limited_threads
+from psframe.checkpoint import Reader
 from psframe.client import Worker
 from psframe.devices import choose_device, make_device
-from psframe.errors import RankLost
+from psframe.draws import read_draws
+from psframe.errors import Interrupted, RankLost
 from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.leader import Leader
 from psframe.plan import Plan, Result
-from psframe.results import diverged, make_result, summarise
+from psframe.restoring import explained_state
+from psframe.results import diverged, interrupted_by, make_result, summarise
 from psframe.roles import (
     Grace,
     Overdue,
@@ -30,6 +34,9 @@ from psframe.roles import (
     serve_first,
     take_part,
 )
+from psframe.rundir import CHECKPOINTS
+from psframe.saving import ShardSaver
+from psframe.state import Fields, Resume
 from psframe.transports.threads import ThreadEndpoint, ThreadHub, ThreadPort
 
 __all__ = ["run_threads"]
@@ -51,12 +58,16 @@ def run_threads(
             with interrupts.held():  # or a run directory might say "running" for ever
                 host = make_host(plan)
             interrupts.check()
-            result = _ThreadRun(work, plan, workers, host, interrupts).run()
+            reader = host.resume(plan.layout, plan.seed) if plan.resumes else None
+            with contextlib.nullcontext() if reader is None else reader:
+                run = _ThreadRun(work, plan, workers, host, interrupts, reader)
+            result = run.run()
             with interrupts.held():  # it is complete, whatever comes now
                 host.verdict("completed", updates=result.version)
     except BaseException as error:
         what = describe(error)
-        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
+        state = "interrupted" if interrupted else "failed"
         host.verdict(state, reason=f"{what.type}: {what.message}")
         raise
     return result
@@ -72,6 +83,7 @@ class _ThreadRun:
         workers: int,
         host: Host,
         interrupts: Interrupts,
+        reader: Reader | None,
     ) -> None:
         self._interrupts = interrupts
         self._plan = plan
@@ -80,10 +92,13 @@ class _ThreadRun:
         self._work = keeping_errors(work, self._errors)
         self._hub = hub = ThreadHub(plan.layout, plan.servers, workers)
         self._ports = [ThreadPort(hub, s) for s in range(plan.servers)]
-        self._machines = [
-            plan.build_server(s, workers, port.buffers, port.memory)
-            for s, port in enumerate(self._ports)
-        ]
+        resume = None if reader is None else Resume(reader.state, reader)
+        with explained_state(reader):
+            self._machines = [
+                plan.build_server(s, workers, port.buffers, port.memory, resume=resume)
+                for s, port in enumerate(self._ports)
+            ]
+            self._random = {} if reader is None else read_draws(Fields(reader.state))
         devices = [choose_device(plan.device, w) for w in range(workers)]
         self._threads = [
             threading.Thread(
@@ -107,7 +122,7 @@ class _ThreadRun:
         for thread in self._threads:
             thread.start()
         try:
-            serve_first(grace, self._ports[0], self._host, spans=self._plan.spans)
+            serve_first(grace, self._ports[0], self._host, self._plan)
         except Overdue as error:
             # Nobody can end a thread; these are daemons, and end with the process.
             _log.warning("%s; they are left behind", error)
@@ -119,14 +134,22 @@ class _ThreadRun:
         if grace.interrupt is not None:
             raise grace.interrupt
         self._raise_failure(leader)
+        if grace.request:
+            raise interrupted_by(grace.request, leader.store.version, grace.saved)
         params = np.concatenate([machine.outcome for machine in self._machines])
         return make_result(self._plan, summarise(leader), params, self._host.path)
 
     def _follow(self, server: int) -> None:
         try:
             port = self._ports[server]
-            spans = port.to_leader if self._plan.spans else None
-            serve(self._machines[server], port, no_host_event, spans=spans)
+            plan, machine = self._plan, self._machines[server]
+            spans = port.to_leader if plan.spans else None
+            path = self._host.path
+            if path is None or plan.marks is None:
+                serve(machine, port, no_host_event, spans=spans)
+                return
+            saver = ShardSaver(path / CHECKPOINTS, machine, plan.layout, plan.servers)
+            serve(machine, port, saver.observe, spans=spans, saver=saver)
         except BaseException as error:  # a thread has nobody to raise to but those that wait
             self._hub.broken = error
 
@@ -135,7 +158,7 @@ class _ThreadRun:
         try:
             opened = make_device(device, self._plan.layout)
             plan = self._plan
-            worker = plan.build_worker(endpoint, opened)
+            worker = plan.build_worker(endpoint, opened, self._random.get(index))
         except Exception as error:  # CuPy's are many
             self._errors[index] = error
             decline(endpoint, error)

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # what follows takes a second to import, in which Ct
 from psframe.closing import print_summary
 from psframe.data import Augmentation, Parts, load, prepare
 from psframe.devices import choose_device
-from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost
+from psframe.errors import ArgumentError, Interrupted, LaunchError, PsframeError, RankLost
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.monitor import Monitor
@@ -33,7 +33,15 @@ from psframe.output import give_up_printing, parse_flags, prepare_output
 from psframe.placement import find_serving, one_process
 from psframe.resuming import is_completed
 from psframe.roles import describe
-from psframe.settings import INTERRUPTED, THREADS, Settings, blamed, check_choice, from_file
+from psframe.settings import (
+    INTERRUPTED,
+    PREEMPTED,
+    THREADS,
+    Settings,
+    blamed,
+    check_choice,
+    from_file,
+)
 from psframe.summary import summarise, write_summary
 from psframe.trainer import Trainer, TrainResult, initial_params
 from psframe.watching import Watching
@@ -100,7 +108,11 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0, 1 for an error, 2 for wrong flags, 130."""
+    """Run the command; return its exit status.
+
+    0; 1 for an error; 2 for wrong flags; 75 if SIGUSR1 or SIGUSR2 has ended it with a checkpoint,
+    so that --resume can go on; 130 if SIGINT or SIGTERM has.
+    """
     prepare_output()
     launched = find_launcher()
     rank = launched.rank if launched else 0
@@ -123,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print("psframe: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except Interrupted as error:
+        _fail(error, rank)
+        return PREEMPTED
     except (PsframeError, OSError) as error:
         return _fail(error, rank)
     except Exception as error:
@@ -218,6 +233,9 @@ def _prepare(
         workers=workers,
         run_dir=settings.run_dir,
         overwrite=settings.overwrite,
+        checkpoint_every=settings.cadence(),
+        keep_checkpoints=settings.keep_checkpoints,
+        resume=settings.resume,
         clip_norm=settings.clip_norm,
         config=settings.as_config(),
         callbacks=(watching.epoch,),

@@ -94,7 +94,8 @@ class Trainer:
         patience: stop after so many epochs without a better accuracy on the validation part; that
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
-        servers, workers, overwrite, clip_norm, comm, config: as for `psframe.run`.
+        servers, workers, overwrite, checkpoint_every, keep_checkpoints, resume, clip_norm, comm,
+            config: as for `psframe.run`.
         run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
             ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
@@ -124,6 +125,9 @@ class Trainer:
         workers: int | None = None,
         run_dir: str | Path | None = None,
         overwrite: bool = False,
+        checkpoint_every: int | str | None = None,
+        keep_checkpoints: int = 3,
+        resume: bool = False,
         clip_norm: float | None = None,
         comm: Any = None,
         config: Mapping[str, Any] | None = None,
@@ -162,6 +166,9 @@ class Trainer:
             "seed": seed,
             "run_dir": run_dir,
             "overwrite": overwrite,
+            "checkpoint_every": checkpoint_every,
+            "keep_checkpoints": keep_checkpoints,
+            "resume": resume,
             "clip_norm": clip_norm,
             "config": config,
         }

@@ -172,7 +172,7 @@ def test_diverged(tmp_path: Path) -> None:
 def test_a_runs_threads_end_with_it() -> None:
     before = threading.active_count()
     run(forever, workers=3, servers=2, max_updates=3)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # another test's may have ended meanwhile
 
 
 @pytest.mark.parametrize(

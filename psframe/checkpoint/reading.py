@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -69,6 +70,11 @@ class Reader:
         self.digest = manifest.digest
         self._files = files
         self._opened = opened
+
+    @property
+    def names(self) -> Collection[str]:
+        """The arrays' names."""
+        return self.arrays.keys()
 
     def read(self, name: str, begin: int, end: int, out: Array) -> None:
         """Fill `out` with the elements [begin, end) of a flat array, wherever they lie.
