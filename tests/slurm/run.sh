@@ -3,7 +3,8 @@
 #
 # As a batch job with the Open MPI wheel's mpirun, with srun and the MPICH wheel, and with srun and a
 # PMI that the library does not understand, which must be refused and not train four times over. Then
-# the first two again, with the signal that Slurm sends before the time is up.
+# the first two again, with the signal that Slurm sends before the time is up: they leave a checkpoint,
+# queue again, and go on to the end; and once with SIGTERM.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -68,12 +69,34 @@ warned() {
     echo "tests/slurm: $name: $(cat "$logs/$name/status.json")"
 }
 
+# Submits a batch script, sends it SIGUSR1 as its --signal would (scancel's options are in $2), and
+# sees that the job has queued again, gone on from its checkpoint, and come to the end.
+requeued() {
+    local name=$1 how=$2 job
+    shift 2
+    job=$(sbatch --parsable --nodes=1 --ntasks-per-node=4 --output="$logs/$name.out" \
+        --export=ALL,RUN_DIR="$logs/$name" "$@" --epochs 300) || fail "$name"
+    within_limit test -s "$logs/$name/metrics.jsonl" || fail "$name"
+    scancel --signal=USR1 $how "$job" || fail "$name"
+    within_limit grep -q '"reason": "Interrupted: SIGUSR1' "$logs/$name.out" || fail "$name"
+    # Slurm lets a job that queued again wait for a while, which nobody here needs.
+    within_limit is_pending "$job" || fail "$name"
+    scontrol update "JobId=$job" StartTime=now || fail "$name"
+    within_limit is_over "$job" || fail "$name"
+    grep -q '"state": "completed"' "$logs/$name/status.json" || fail "$name"
+    [ "$(grep -c '"epoch"' "$logs/$name/metrics.jsonl")" -eq 300 ] || fail "$name"
+    echo "tests/slurm: $name: $(cat "$logs/$name/status.json")"
+}
+
+is_pending() { squeue --noheader --format=%T --job="$1" | grep -q PENDING; }
+
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 VENV=$PWD/.venv batch mpirun examples/slurm/train.sbatch --epochs 15
 VENV=$PWD/.venv-mpich PMI=pmi2 batch srun examples/slurm/train-srun.sbatch --epochs 15
 
 VENV=$PWD/.venv warned mpirun-warned --batch examples/slurm/train.sbatch
-VENV=$PWD/.venv-mpich PMI=pmi2 warned srun-warned "" examples/slurm/train-srun.sbatch
+VENV=$PWD/.venv requeued mpirun-requeued --batch examples/slurm/train.sbatch
+VENV=$PWD/.venv-mpich PMI=pmi2 requeued srun-requeued "" examples/slurm/train-srun.sbatch
 
 # The Open MPI wheel does not speak PMI-2: each of the four tasks is alone.
 name=wrong-pmi
