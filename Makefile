@@ -35,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-slurm test-cluster laws check docs bench clean
+.PHONY: help train test test-slurm test-cluster test-faults laws check docs bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -70,6 +70,9 @@ check: .venv/.installed-dev ## Check format, lint and types, and run the docstri
 docs: .venv/.installed-dev ## Build the documentation into docs/_build; warnings are errors.
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+test-faults: .venv/.installed .venv-mpich/.installed ## Kill and stop ranks of a hundred trainings at random moments; ARGS: --scenes 100 --seed 0.
+	.venv/bin/python tests/faults/driver.py $(ARGS) </dev/null
 
 bench: $(VENV)/.installed ## Measure everything and remake the tables of benchmarks/RESULTS.md; ARGS are benchmarks/remake.py's.
 	$(VENV)/bin/python benchmarks/remake.py --mpi $(MPI) --venv $(VENV) --ranks $(BENCH_RANKS) \

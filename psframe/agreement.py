@@ -46,7 +46,10 @@ def agree(
     error: Exception | None = None
     try:
         plan = make_plan()
-        plan = plan.placed(serving_ranks(plan.placement, mesh.nodes))
+        serving = serving_ranks(plan.placement, mesh.nodes)
+        if isinstance(plan.placement, tuple):  # ranks as the user knows them
+            serving = tuple(_place_of(rank, mesh) for rank in serving)
+        plan = plan.placed(serving)
         if mesh.rank == 0:
             open_host(plan)
         elif mesh.rank not in plan.serving:
@@ -82,6 +85,11 @@ def tell(mesh: Mesh, error: Exception | None) -> Exception | None:
         if failed:
             return ArgumentError(f"rank {rank}: {content[:length].decode(errors='replace')}")
     return None
+
+
+def _place_of(rank: int, mesh: Mesh) -> int:
+    """Find a rank in the line; one that there is not stands behind it."""
+    return mesh.names.index(rank) if rank in mesh.names else max(rank, mesh.size)
 
 
 def _compare(mesh: Mesh, digests: Mapping[str, bytes]) -> ArgumentError | None:

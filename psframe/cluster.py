@@ -1,13 +1,14 @@
 """A run over MPI ranks: set-up, who serves and who works, the end, and never a hang.
 
-Set-up and end are made by all ranks together, with nonblocking collectives polled with a
-bound. What every rank must learn (an argument differs, a worker failed) is exchanged there, so
-that all of them raise; where that is no longer possible the job is aborted, with the verdict
-written first.
+Set-up is made by all ranks together, with nonblocking collectives polled with a bound; the end by
+each rank with the first, since some may have been lost meanwhile. What every rank must learn (an
+argument differs, a worker failed) is exchanged there, so that all of them raise; where that is no
+longer possible the job is aborted, with the verdict written first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -44,10 +45,14 @@ from psframe.roles import (
 )
 from psframe.saving import ShardSaver
 from psframe.server import Server
+from psframe.transports.leaving import part, part_alone
 from psframe.transports.meeting import Neighbours, meet
-from psframe.transports.mpi import SETUP_BOUND_S, Mesh, open_mesh
+from psframe.transports.mpi import SETUP_BOUND_S, Mesh, abort, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.transports.mpi_port import MpiServerPort
+from psframe.transports.parting import arrives, hear_end, tell_end
+from psframe.transports.vigil import keep_watch
+from psframe.transports.watch import CountedOut, Pulse, Watch
 
 __all__ = ["fail_together", "run_cluster"]
 
@@ -79,7 +84,11 @@ def run_cluster(
         shared_memory: whether to use it.
         same: further arguments that must be equal on every rank.
     """
-    mesh = open_mesh(comm, launcher, sys.prefix)
+    try:
+        mesh = open_mesh(comm, launcher, sys.prefix)
+    except RankLost as lost:
+        print(f"psframe: this rank ends the job: {lost}", file=sys.stderr, flush=True)
+        abort(1)
     run = _ClusterRun(mesh, work, shared_memory)
     result: Result | None = None
     error: BaseException | None = None
@@ -89,10 +98,13 @@ def run_cluster(
             if wrong is None:
                 assert plan is not None
                 result, error = run.run(plan)
+    except CountedOut:  # the others have ended well, and go on
+        part_alone(mesh)
+        raise
     except BaseException as broken:
         run.abort(broken)
         raise
-    mesh.close()
+    part(mesh, run.absent)
     if wrong is not None:
         run.verdict_of(wrong)
         raise wrong
@@ -130,9 +142,12 @@ class _ClusterRun:
     def __init__(self, mesh: Mesh, work: Callable[[Worker], Any], shared_memory: bool) -> None:
         self.mesh = mesh
         self.host = Host(None, None)
-        self.interrupts = Interrupts(lambda reason: self.host.verdict("interrupted", reason=reason))
+        self.interrupts = Interrupts(self._interrupted)
         self._work = work
         self._shared_memory = shared_memory
+        self._watch: Watch | None = None
+        # Lost, not known to be dead, and not come back when it was over.
+        self.absent: Mapping[int, Callable[[], bool]] = {}
         self._error: BaseException | None = None  # what this rank's own `work` raised
         self.restart = Restart()
 
@@ -161,17 +176,20 @@ class _ClusterRun:
         if mesh.rank >= plan.servers:
             plan.forget_initial()
         neighbours = meet(mesh, plan.layout, plan.servers, self._shared_memory)
-        if mesh.rank == 0:
-            return self._lead(plan, neighbours)
-        if mesh.rank < plan.servers:
-            self._follow(plan, neighbours)
-        else:
-            self._take_part(plan, neighbours)
-        # The others may be at it for long; should the run fail, rank 0 ends the job.
-        summary = json.loads(mesh.broadcast(None, "the summary", None))
+        watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
+        with contextlib.closing(Pulse(watch, self.abort)):
+            if mesh.rank == 0:
+                return self._lead(plan, neighbours, watch)
+            if mesh.rank < plan.servers:
+                self._follow(plan, neighbours, watch)
+            else:
+                self._take_part(plan, neighbours, watch)
+            summary = json.loads(hear_end(mesh))
+        why = summary["why"].get(str(mesh.rank))
+        if why is not None:
+            raise CountedOut(f"this rank ({mesh.name}) counts as lost: {why}")
+        self._count_out(summary, watch)
         error = self._outcome(summary, plan)
-        if error is not None:
-            self._meet_again(error)
         return make_result(plan, summary, None, None), error
 
     def _share_restart(self, plan: Plan) -> Exception | None:
@@ -205,16 +223,22 @@ class _ClusterRun:
             elif server and mesh.rank == server:
                 mesh.receive(plan.initial[begin:end], 0, "the first parameters")
 
-    def _lead(self, plan: Plan, neighbours: Neighbours) -> tuple[Result, BaseException | None]:
+    def _lead(
+        self, plan: Plan, neighbours: Neighbours, watch: Watch
+    ) -> tuple[Result, BaseException | None]:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         leader = self._build_server(plan, port)
         assert isinstance(leader, Leader)
+        watch.last_message = lambda rank: (
+            leader.last_request(rank - plan.servers) if rank >= plan.servers else -1
+        )
+        watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         if not (plan.trace or plan.spans):  # somebody wants to hear of each push
             port.push_pull = leader.push_pull
-        grace = Grace(leader, self.interrupts)
+        grace = Grace(leader, self.interrupts, watch.tick)
         serve_first(grace, port, self.host, plan)
         port.push_pull = None  # a circle: it would hold the run's memory
-        summary = _summarise(leader, grace)
+        summary = _summarise(leader, watch, grace)
         error = self._outcome(summary, plan)
         if error is not None:
             self.verdict_of(error, updates=summary["version"])
@@ -222,24 +246,46 @@ class _ClusterRun:
         try:
             port.close()
             params = self._collect(plan, leader, bound_s)
-            self.mesh.broadcast(json.dumps(summary).encode(), "the summary", bound_s)
-            if error is not None:
-                self._meet_again(error)
+            self.absent = tell_end(self.mesh, json.dumps(summary).encode(), bound_s)
         except RankLost as lost:
             raise lost from error
         if error is None:
             with self.interrupts.held():  # it is complete, whatever comes now
                 self.host.verdict("completed", updates=summary["version"])
+        self._count_out(summary, watch)
         return make_result(plan, summary, params, self.host.path), error
 
-    def _follow(self, plan: Plan, neighbours: Neighbours) -> None:
+    def _count_out(self, summary: Mapping[str, Any], watch: Watch) -> None:
+        """Do without those who are lost from now on, as everybody else does."""
+        lost = {int(rank) for rank in summary["why"]}
+        watch.lost |= lost
+        self.mesh.count_out(lost)
+
+    def _lose(self, rank: int, why: str, plan: Plan, port: MpiServerPort, watch: Watch) -> None:
+        """Go on without a worker, or not without a server."""
+        if rank < plan.servers:
+            watch.give_up(rank, f"server {rank}")
+        _log.log(
+            logging.DEBUG if self.mesh.rank else logging.ERROR,  # server 0 tells
+            "worker %d (rank %d) is lost: %s",
+            rank - plan.servers,
+            self.mesh.names[rank],
+            why,
+        )
+        port.lose(rank)
+
+    def _follow(self, plan: Plan, neighbours: Neighbours, watch: Watch) -> None:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         follower = self._build_server(plan, port)
+        watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         spans = port.to_leader if plan.spans else None
         folder = self.restart.folder  # None, too, if there can be no checkpoints
         saver = ShardSaver(folder, follower, plan.layout, plan.servers) if folder else None
         observe = no_host_event if saver is None else saver.observe
-        serve(follower, port, observe, spans=spans, saver=saver)
+        serve(follower, port, observe, watch.tick, spans=spans, saver=saver)
+        for worker, lost in enumerate(follower.lost):
+            if lost:  # which MPI need not know
+                watch.lose(plan.servers + worker, "server 0 says so")
         port.close()
         self.mesh.send(follower.outcome, 0, "this server's parameters", None)
 
@@ -253,7 +299,19 @@ class _ClusterRun:
         plan.forget_initial()
         return machine
 
-    def _take_part(self, plan: Plan, neighbours: Neighbours) -> None:
+    def _take_part(self, plan: Plan, neighbours: Neighbours, watch: Watch) -> None:
+        mesh = self.mesh
+        watch.tell(lambda rank, why: self._miss(rank, plan, watch))
+        watch.over = lambda: arrives(mesh)
+        self._work_as(plan, neighbours)
+        watch.over = None
+
+    def _miss(self, rank: int, plan: Plan, watch: Watch) -> None:
+        """End where a server is lost; of workers, the servers tell."""
+        if rank < plan.servers:
+            watch.give_up(rank, f"server {rank}")
+
+    def _work_as(self, plan: Plan, neighbours: Neighbours) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours)
         device = choose_device(plan.device, neighbours.local_worker)
         if plan.device == "auto" and device == "cpu":
@@ -283,22 +341,11 @@ class _ClusterRun:
                 params[begin:end] = leader.outcome
         return params
 
-    def _meet_again(self, error: BaseException) -> None:
-        """See that every rank of a run that has failed knows it.
-
-        One that was interrupted in the middle of a message may wait for what never comes, and
-        MPI_Finalize would wait for it.
-
-        Raises:
-            RankLost: some rank did not come; the job must be aborted.
-        """
-        try:
-            # One byte: a collective of none need not wait for anybody, and MPICH's does not.
-            self.mesh.all_gather(b".", "the end of the run", _END_BOUND_S)
-        except RankLost as lost:
-            raise lost from error
-
     def _outcome(self, summary: Mapping[str, Any], plan: Plan) -> BaseException | None:
+        why = summary["why"]
+        if len(summary["lost"]) == self.mesh.size - plan.servers:
+            reasons = "; ".join(f"rank {self.mesh.names[int(r)]}: {w}" for r, w in why.items())
+            return RankLost(f"every worker is lost: {reasons}")
         if summary["interrupted"]:
             return KeyboardInterrupt("the run was interrupted")
         if summary["request"]:
@@ -312,6 +359,19 @@ class _ClusterRun:
             rank = self.mesh.names[place]
             return WorkerFailed(worker, rank, failure.type, failure.message, failure.traceback)
         return Diverged(summary["diverged"]) if summary["diverged"] else None
+
+    def _interrupted(self, reason: str) -> None:
+        """Write the verdict; a launcher that ends the job may do so because a process has died."""
+        watch, ended = self._watch, list[int]()
+        if watch is not None:  # of what MPI has told, it is no reason
+            ended = [*sorted(watch.lost - watch.faults.dead), *watch.processes.ended()]
+        if watch is not None and watch.was_silent:  # and the others have ended the job for it
+            self.host.verdict("failed", reason=f"this server was silent; then {reason}")
+        elif ended:
+            name = self.mesh.names[ended[0]]
+            self.host.verdict("failed", reason=f"rank {name} is lost; then {reason}")
+        else:
+            self.host.verdict("interrupted", reason=reason)
 
     def verdict_of(self, error: BaseException, updates: int | None = None) -> None:
         """Write to the run directory how the run ended; only the first verdict counts."""
@@ -337,7 +397,7 @@ def _was_interrupted(error: BaseException) -> bool:
     return isinstance(error, (KeyboardInterrupt, Interrupted))
 
 
-def _summarise(leader: Leader, grace: Grace) -> dict[str, Any]:
+def _summarise(leader: Leader, watch: Watch, grace: Grace) -> dict[str, Any]:
     failure = None
     if leader.failure is not None:
         worker, what = leader.failure
@@ -349,4 +409,5 @@ def _summarise(leader: Leader, grace: Grace) -> dict[str, Any]:
         "interrupted": grace.interrupt is not None,
         "request": grace.request,
         "saved": grace.saved,
+        "why": {str(rank): why for rank, why in watch.why.items()},
     }

@@ -11,6 +11,7 @@ __all__ = ["Draws", "Numbers", "read_draws"]
 
 # The state of a PCG64, as `RandomState` has it.
 Numbers = tuple[int, int, int, int]
+IsHandled = Callable[[int, int], bool]
 
 _HEX_DIGITS = 32  # of 128 bits
 
@@ -18,29 +19,27 @@ _HEX_DIGITS = 32  # of 128 bits
 class Draws:
     """The states of workers' random numbers, each as of the last push that has been handled.
 
-    Args:
-        is_handled: (worker, seq) -> whether that push has been handled.
+    Its methods are given a function (worker, seq) -> whether that push has been handled.
     """
 
-    def __init__(self, is_handled: Callable[[int, int], bool]) -> None:
-        self._is_handled = is_handled
+    def __init__(self) -> None:
         self._states: dict[int, Numbers] = {}
         self._next: dict[int, tuple[int, Numbers]] = {}  # told for a push that is perhaps to come
 
-    def tell(self, worker: int, seq: int, numbers: Numbers) -> None:
+    def tell(self, worker: int, seq: int, numbers: Numbers, is_handled: IsHandled) -> None:
         """Note the state that goes with a push which comes next."""
-        self.settle(worker)
+        self.settle(worker, is_handled)
         self._next[worker] = seq, numbers
 
-    def settle(self, worker: int) -> None:
+    def settle(self, worker: int, is_handled: IsHandled) -> None:
         """Decide now what becomes of what was told last: its push is handled, or never will be."""
         told = self._next.pop(worker, None)
-        if told is not None and self._is_handled(worker, told[0]):
+        if told is not None and is_handled(worker, told[0]):
             self._states[worker] = told[1]
 
-    def state(self) -> list[list[Any]]:
+    def state(self, is_handled: IsHandled) -> list[list[Any]]:
         """Give what a checkpoint is to have of it."""
-        handled = {w: n for w, (seq, n) in self._next.items() if self._is_handled(w, seq)}
+        handled = {w: n for w, (seq, n) in self._next.items() if is_handled(w, seq)}
         states = sorted({**self._states, **handled}.items())
         return [
             [worker, f"{state:0{_HEX_DIGITS}x}", f"{increment:0{_HEX_DIGITS}x}", has_half, half]

@@ -57,7 +57,7 @@ class Host:
         run_dir: str | Path | None,
         *,
         overwrite: bool,
-        resume: bool,
+        resume: bool = False,
         config: Mapping[str, Any],
         observer: Observer | None,
     ) -> Host:

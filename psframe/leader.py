@@ -482,7 +482,7 @@ class Leader(MarkingServer):
             self._forget_early()
         for key in [key for key in self._arriving if key[0] == worker]:
             del self._arriving[key]
-        self._draws.settle(worker)
+        self._draws.settle(worker, self._is_handled)
         self._inbox[worker].clear()
         self._blocked.discard(worker)
         if self._followers:

@@ -100,7 +100,7 @@ class MarkingServer(WorkServer):
         self._owed = False  # one at the end, when that under way is saved
         # The version that the run began with, if at its end there need be no mark of that.
         self._began_at = 0 if max_updates == 0 else None
-        self._draws = Draws(self._is_handled)
+        self._draws = Draws()
         self._max_updates: int | None = None
         self._set_due()
 
@@ -199,7 +199,7 @@ class MarkingServer(WorkServer):
     # ---- random numbers --------------------------------------------------------------------
 
     def _tell(self, event: RandomState) -> None:
-        self._draws.tell(event.worker, event.seq, event.numbers)
+        self._draws.tell(event.worker, event.seq, event.numbers, self._is_handled)
 
     def _is_handled(self, worker: int, seq: int) -> bool:
         return self._last_seq[worker] >= seq and not any(
@@ -224,7 +224,7 @@ class MarkingServer(WorkServer):
             "refusals": self._refusals,
             "best": plain_number(self._best),
             "kept_version": self.kept_version,
-            "random": self._draws.state(),
+            "random": self._draws.state(self._is_handled),
         }
 
     def restore(self, state: Mapping[str, Any], arrays: Arrays, begin: int) -> None:

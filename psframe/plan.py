@@ -35,6 +35,8 @@ from psframe.store import Buffers, MarkableRule, Store, UpdateRule
 __all__ = [
     "COUNT_MAX",
     "THREADS_MAX",
+    "TIMEOUT_S",
+    "TIMEOUT_S_MIN",
     "Observer",
     "OptimizerLike",
     "Plan",
@@ -48,6 +50,10 @@ Observer = Callable[[HostEvent], Any]
 
 # A count of steps or a seed that does not fit a message is a mistake.
 COUNT_MAX = 2**62
+# A rank that gives no sign of life for so long counts as lost.
+TIMEOUT_S = 60.0
+# Less, and a machine that is busy with something else would seem dead.
+TIMEOUT_S_MIN = 0.5
 # Threads of one process; with more of them it does nothing but change from one to the other.
 THREADS_MAX = 1000
 
@@ -72,6 +78,7 @@ class Result:
         run_dir: the run directory on the root, if one was asked for.
         kept_version: the version of `.params` where the best evaluation's were kept (`score=`);
             else None, and they are the last.
+        lost: the workers that died or were silent for too long; the others went on.
     """
 
     params: dict[str, Array] | None
@@ -81,6 +88,7 @@ class Result:
     ledger: Ledger
     run_dir: Path | None = None
     kept_version: int | None = None
+    lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class Plan:
     score: Score | None = None
     trace: bool = False
     spans: bool = False
+    timeout_s: float = TIMEOUT_S
     placement: Checked = 1  # what the user said of servers
     serving: tuple[int, ...] = ()  # which ranks serve, server 0 first; over MPI only
     marks: Marks | None = None  # None: no checkpoints
@@ -122,6 +131,7 @@ class Plan:
         score: Score | None = None,
         trace: bool = False,
         spans: bool = False,
+        timeout_s: float = TIMEOUT_S,
         placement: Checked | None = None,
         marks: Marks | None = None,
         every_s: float | None = None,
@@ -159,6 +169,7 @@ class Plan:
             raise TypeError(f"device: expected a string such as 'auto', got {device!r}")
         if clip_norm is not None:
             _check_positive("clip_norm", clip_norm)
+        _check_timeout(timeout_s)
         if score is not None and not callable(score):
             raise TypeError(f"score: expected a function of an evaluation's sums, got {score!r}")
         if marks is not None and not _can_be_kept(optimizer, layout):
@@ -182,6 +193,7 @@ class Plan:
             score,
             bool(trace),
             bool(spans),
+            float(timeout_s),
             int(servers) if placement is None else placement,
             marks=marks,
             every_s=every_s,
@@ -254,10 +266,11 @@ class Plan:
             "score": self.score,
             "trace": self.trace,
             "spans": self.spans,
+            "timeout_s": self.timeout_s,
+            **more,
             "checkpoint_every": (self.marks, self.every_s),
             "keep_checkpoints": self.keep_checkpoints,
             "resume": self.resumes,
-            **more,
         }
         return {name: _digest(value) for name, value in arguments.items()}
 
@@ -364,6 +377,13 @@ def _check_takes_worker(work: Callable[..., Any]) -> None:
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a number above 0 or None, got {value!r}")
+
+
+def _check_timeout(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"timeout_s: expected a number of seconds, got {value!r}")
+    if not TIMEOUT_S_MIN <= value < float("inf"):
+        raise ValueError(f"timeout_s: expected {TIMEOUT_S_MIN:g} or more, got {value}")
 
 
 def to_numpy(value: Any) -> Array:

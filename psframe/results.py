@@ -22,6 +22,7 @@ def summarise(leader: Leader) -> dict[str, Any]:
         "staleness": sorted(leader.staleness.items()),
         "ledger": leader.ledger.ledger().as_dict(),
         "kept_version": leader.kept_version,
+        "lost": [worker for worker, lost in enumerate(leader.lost) if lost],
     }
 
 
@@ -44,6 +45,7 @@ def make_result(
         ledger=Ledger(**summary["ledger"]),
         run_dir=run_dir,
         kept_version=summary["kept_version"],
+        lost=tuple(summary["lost"]),
     )
 
 

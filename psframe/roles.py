@@ -207,6 +207,7 @@ class Grace:
     Args:
         leader: the machine that knows.
         interrupts: whose signals are held; the check lets them through.
+        look: called with each check; may raise to end the run.
 
     Attributes:
         leader, interrupts: as given.
@@ -215,7 +216,13 @@ class Grace:
         saved: the version of the last checkpoint, or None.
     """
 
-    def __init__(self, leader: Leader, interrupts: Interrupts) -> None:
+    def __init__(
+        self,
+        leader: Leader,
+        interrupts: Interrupts,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._look = look
         self.leader = leader
         self.interrupts = interrupts
         self.interrupt: KeyboardInterrupt | None = None
@@ -230,6 +237,7 @@ class Grace:
             KeyboardInterrupt: the run has been interrupted just now.
             Overdue: some workers did not come back.
         """
+        self._look()
         leader, interrupts = self.leader, self.interrupts
         if interrupts.pending:
             interrupts.check()

@@ -15,7 +15,15 @@ from psframe.launcher import find_launcher, starting_mpi
 from psframe.leader import Score
 from psframe.marking import Marks
 from psframe.placement import Servers, check_servers, one_process
-from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count, check_threads
+from psframe.plan import (
+    TIMEOUT_S,
+    Observer,
+    OptimizerLike,
+    Plan,
+    Result,
+    check_count,
+    check_threads,
+)
 from psframe.threaded import run_threads
 
 __all__ = ["Result", "run"]
@@ -47,6 +55,7 @@ def run(
     spans: bool = False,
     score: Score | None = None,
     shared_memory: bool = True,
+    timeout_s: float = TIMEOUT_S,
 ) -> Result:
     """Train `params` with a parameter server; every rank calls it with equal arguments.
 
@@ -88,6 +97,8 @@ def run(
         score: function of an evaluation's sums (`worker.tasks(evaluate=...)`), higher is better;
             the result's parameters are then those of the best evaluation.
         shared_memory: use it between ranks on one node; False sends everything through MPI.
+        timeout_s: a rank that gives no sign of life for so long counts as lost, 0.5 at least.
+            Workers give one while they compute, too. Without a launcher it means nothing.
 
     Returns:
         The Result; `.params` only on rank 0.
@@ -101,7 +112,9 @@ def run(
         Interrupted: SIGUSR1 or SIGUSR2 has ended the run; with run_dir it has left a checkpoint.
         WorkerFailed: `work` raised on another rank (its own rank re-raises what it raised).
         Diverged: 10 W pushes in a row were refused.
-        RankLost: a rank died, or did not come back in time.
+        RankLost: a server died or fell silent, or every worker; a rank did not come back in time;
+            or this one was silent for so long that the run has ended without it. The loss of a
+            worker ends no run, unless MPI ends the job (`mpirun --with-ft ulfm` does not).
         KeyboardInterrupt: the run was interrupted, here or on another rank.
     """
 
@@ -136,6 +149,7 @@ def run(
             every_s=every[1],
             keep_checkpoints=int(keep_checkpoints),
             resumes=resume,
+            timeout_s=timeout_s,
         )
 
     def host(checked: Plan) -> Host:
@@ -148,6 +162,7 @@ def run(
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),
             **({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}),
+            **({} if checked.timeout_s == TIMEOUT_S else {"timeout_s": checked.timeout_s}),
         }
         return Host.open(
             run_dir,

@@ -18,7 +18,7 @@ from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 from psframe.placement import Checked, parse_servers
-from psframe.plan import COUNT_MAX, THREADS_MAX
+from psframe.plan import COUNT_MAX, THREADS_MAX, TIMEOUT_S, TIMEOUT_S_MIN
 
 __all__ = [
     "INTERRUPTED",
@@ -146,6 +146,9 @@ class Settings:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where workers compute; auto takes a GPU if CuPy finds one"""
+
+    timeout_s: float = TIMEOUT_S
+    """under mpirun: seconds without a sign of life after which a rank counts as lost"""
 
     seed: int = 0
     """of the initial parameters and of the order of samples"""
@@ -320,6 +323,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ArgumentError(f"{_flag(name)}: expected 0 or more, got {value}")
+        if not TIMEOUT_S_MIN <= self.timeout_s < float("inf"):
+            raise ArgumentError(
+                f"--timeout-s: expected {TIMEOUT_S_MIN:g} or more, got {self.timeout_s}"
+            )
         if self.clip_norm is not None and not 0.0 < self.clip_norm < float("inf"):
             raise ArgumentError(f"--clip-norm: expected more than 0, got {self.clip_norm}")
 

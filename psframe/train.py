@@ -237,6 +237,7 @@ def _prepare(
         keep_checkpoints=settings.keep_checkpoints,
         resume=settings.resume,
         clip_norm=settings.clip_norm,
+        timeout_s=settings.timeout_s,
         config=settings.as_config(),
         callbacks=(watching.epoch,),
         observer=watching,

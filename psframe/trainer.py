@@ -30,6 +30,7 @@ from psframe.models.base import Model, check_model, takes
 from psframe.models.contract import Contract, check_parameters
 from psframe.optim import Average, Grouped
 from psframe.placement import Servers
+from psframe.plan import TIMEOUT_S
 from psframe.runtime import Result, run
 from psframe.stepping import Stepper
 
@@ -94,8 +95,8 @@ class Trainer:
         patience: stop after so many epochs without a better accuracy on the validation part; that
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
-        servers, workers, overwrite, checkpoint_every, keep_checkpoints, resume, clip_norm, comm,
-            config: as for `psframe.run`.
+        servers, workers, overwrite, checkpoint_every, keep_checkpoints, resume, clip_norm,
+            timeout_s, comm, config: as for `psframe.run`.
         run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
             ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
@@ -129,6 +130,7 @@ class Trainer:
         keep_checkpoints: int = 3,
         resume: bool = False,
         clip_norm: float | None = None,
+        timeout_s: float = TIMEOUT_S,
         comm: Any = None,
         config: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callable[[EpochSummary], Any]] = (),
@@ -170,6 +172,7 @@ class Trainer:
             "keep_checkpoints": keep_checkpoints,
             "resume": resume,
             "clip_norm": clip_norm,
+            "timeout_s": timeout_s,
             "config": config,
         }
 

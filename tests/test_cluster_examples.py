@@ -188,6 +188,8 @@ def test_a_warning_reaches_the_run(tmp_path: Path, script: str, whole_job: bool)
 
 def test_slurm_is_asked_to_signal_the_shell_that_passes_it_on() -> None:
     """And where srun starts the tasks, the tasks."""
-    for name, how in (("train.sbatch", "B:TERM@60"), ("train-srun.sbatch", "TERM@60")):
+    for name, how in (("train.sbatch", "B:USR1@120"), ("train-srun.sbatch", "USR1@120")):
         text = (EXAMPLES / "slurm" / name).read_text()
         assert re.findall(r"^#SBATCH --signal=(\S+)$", text, re.MULTILINE) == [how]
+        assert "#SBATCH --requeue" in text
+        assert "--resume" in text

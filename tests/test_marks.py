@@ -504,5 +504,7 @@ def test_rules_that_cannot_be_kept_are_refused() -> None:
         def updater(self, *_: Any) -> Any:
             return Rule()
 
-    with pytest.raises(TypeError, match="cannot be kept in checkpoints"):
-        Run(summing, Optimizer(), Async(), marks=Marks())
+    for marks in (Marks(every=1), Marks(at_end=True)):
+        with pytest.raises(TypeError, match="cannot be kept in checkpoints"):
+            Run(summing, Optimizer(), Async(), marks=marks)
+    assert Run(summing, Optimizer(), Async(), marks=Marks()).plan.marks is None, "nobody asked"

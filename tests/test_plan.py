@@ -73,6 +73,9 @@ def test_arrays_of_a_gpu_are_brought_to_the_host() -> None:
         ({"clip_norm": float("inf")}, ValueError, "clip_norm: expected"),
         ({"clip_norm": float("nan")}, ValueError, "clip_norm: expected"),
         ({"clip_norm": "1"}, ValueError, "clip_norm: expected"),
+        ({"timeout_s": 0}, ValueError, "timeout_s: expected 0.5 or more, got 0"),
+        ({"timeout_s": float("nan")}, ValueError, "timeout_s: expected"),
+        ({"timeout_s": None}, TypeError, "timeout_s: expected a number of seconds, got None"),
     ],
 )
 def test_a_wrong_argument_is_named(

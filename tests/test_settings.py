@@ -41,6 +41,8 @@ PARAMS = {"w1": np.zeros((2, 3), np.float32), "b[1]": np.zeros(3, np.float32)}
         ({"weight_decay": float("inf")}, "--weight-decay: expected 0 or more"),
         ({"momentum": 1.0}, r"--momentum: expected a number in \[0, 1\)"),
         ({"clip_norm": 0.0}, "--clip-norm: expected more than 0"),
+        ({"timeout_s": 0.1}, r"--timeout-s: expected 0\.5 or more, got 0\.1"),
+        ({"timeout_s": float("inf")}, "--timeout-s: expected"),
         ({"seed": 2**64}, "--seed: expected 4611686018427387904 or less, got 18446744073709551616"),
         ({"split_seed": 2**63}, "--split-seed: expected 4611686018427387904 or less"),
         ({"workers": 1001}, "--workers: expected 1000 or less, got 1001"),

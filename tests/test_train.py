@@ -311,9 +311,36 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted((p.name, p.stat().st_mtime_ns) for p in Path("r").rglob("*")) == before
     status = {"state": "interrupted", "updates": 5, "test_accuracy": None, "reason": ""}
     Path("r/status.json").write_text(json.dumps(status))
-    err = fails(flags, capsys)
-    assert "interrupted after 5 updates and left no checkpoint" in err
-    assert "--overwrite" in err
+    assert main([*flags, "--checkpoint-every", "4"]) == 0  # from the end of the run before
+    found = json.loads(Path("r/status.json").read_text())
+    assert (found["state"], found["updates"]) == ("completed", 9)
+    lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["epoch"] for line in lines) == [0, 1, 2]
+
+
+def test_resume_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*small(tmp_path), "--run-dir", "r"]
+    assert main(flags) == 0
+    status = {"state": "interrupted", "updates": 9, "test_accuracy": None, "reason": ""}
+    Path("r/status.json").write_text(json.dumps(status))
+    err = fails([*flags, "--resume", "--seed", "7"], capsys)
+    assert "seed: the run to go on with has seed 0, not 7" in err
+    Path("r/status.json").write_text(json.dumps(status))
+    err = fails([*flags, "--resume", "--model", "mlp"], capsys)
+    assert "none can be used" in err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "5 days", "0s", "1e3", ""])
+def test_a_cadence_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    err = fails([*small(tmp_path), "--checkpoint-every", value], capsys, status=2)
+    assert "--checkpoint-every: expected" in err
+
+
+def test_without_checkpoints(tmp_path: Path) -> None:
+    assert main([*small(tmp_path), "--run-dir", "r", "--checkpoint-every", "never"]) == 0
+    assert [file.name for file in Path("r/checkpoints").iterdir()] == ["final.safetensors"]
 
 
 USER_MODEL = """
@@ -504,7 +531,9 @@ def test_a_failed_evaluation_costs_the_evaluation_only(
     assert main([*flags, "--resume"]) == 1
     out, err = capsys.readouterr()
     assert "already completed" not in out
-    assert "the run in 'r' is failed after 9 updates" in err
+    assert "ZeroDivisionError: mine" in err, "it was trained, and is evaluated again"
+    status = json.loads(Path("r/status.json").read_text())
+    assert (status["state"], status["updates"]) == ("failed", 9)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,10 @@ class InOrder(Generic[_Item]):
         self.held.setdefault(source, deque()).append(entry)
         return entry
 
+    def drop(self, source: int) -> None:
+        """Forget what is held back of a sender whose arrays will not arrive."""
+        self.held.pop(source, None)
+
     def arrived(self, source: int, entry: _Held[_Item]) -> None:
         """Note that a message's array is there.
 

@@ -31,6 +31,7 @@ class Neighbours:
         segments: rank -> segment, of those that share memory with this rank.
         local_worker: how many workers of this rank's node come before it.
         ranks_here: ranks of the run on this rank's node, itself included.
+        pids: by rank, the processes of the others on this node.
     """
 
     servers: int
@@ -39,6 +40,7 @@ class Neighbours:
     segments: dict[int, Segment]
     local_worker: int
     ranks_here: int
+    pids: dict[int, int]
 
     @property
     def crowded(self) -> bool:
@@ -82,6 +84,7 @@ def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neigh
         {rank: segment for rank, segment in segments.items() if good and can[rank]},
         len(workers_before),
         len(here),
+        {rank: hellos[rank][0] for rank in here if rank != mesh.rank},
     )
 
 

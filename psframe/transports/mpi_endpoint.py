@@ -60,7 +60,7 @@ class MpiEndpoint:
         self._landings: dict[tuple[int, int], Array] = {}
         self._turn = [0] * self.servers
         self._snapshots: dict[tuple[int, int], Array] = {}
-        self._post: Post = Post(mesh.comm)
+        self._post: Post = Post(mesh.comm, watch=mesh.watch)
         self._limits = [
             Limits(
                 Link.SERVER_TO_WORKER,
@@ -75,8 +75,8 @@ class MpiEndpoint:
             )
             for server, (begin, end) in enumerate(self._shards)
         ]
-        self._patience = Patience(neighbours.crowded)
-        self._transfers = Transfers()
+        self._patience = Patience(neighbours.crowded, mesh.watch)
+        self._transfers = Transfers(mesh.watch)
         self._slot_sends = [0] * SLOTS
         self._inbox: InOrder[tuple[int, Answer | Lease]] = InOrder()
         self._answers = self._inbox.ready
@@ -96,7 +96,7 @@ class MpiEndpoint:
             self._post.send(server, message, Delivery.INLINE, array)
             return
         self._post.send(server, message, Delivery.RANGE, array)
-        self.follow(message.slot, self._mesh.start_send(array, server))
+        self.follow(message.slot, self._mesh.start_send(array, server), server)
 
     def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
         """Take the next (server, answer); None after `timeout_s` seconds without one."""
@@ -169,8 +169,10 @@ class MpiEndpoint:
     def slot(self, index: int) -> Array:
         """The worker's gradient slot, free to be written."""
         # Its push has been answered, so its bytes have arrived; MPI has still to say so.
+        self._patience.reset()
         while self._slot_sends[index]:
-            self._transfers.progress()
+            if not self._transfers.progress():
+                self._patience.wait()
         return self._slots[index]
 
     def progress(self, slot: int, *, judges: bool) -> Progress | _Sending | None:
@@ -194,10 +196,10 @@ class MpiEndpoint:
         """Start to send [begin, end) of a slot to the only server."""
         return self._mesh.start_send(self._slots[slot][begin:end], 0)
 
-    def follow(self, slot: int, requests: list[Any]) -> None:
+    def follow(self, slot: int, requests: list[Any], server: int = 0) -> None:
         """Note that a slot is being sent until these requests are complete."""
         self._slot_sends[slot] += 1
-        self._transfers.add(requests, lambda: self._left(slot))
+        self._transfers.add(requests, lambda: self._left(slot), peer=server)
 
     def snapshot(self, server: int, buffer: int) -> Array:
         """The server's snapshot, in place or where it has landed."""
@@ -235,7 +237,7 @@ class MpiEndpoint:
         if delivery is _RANGE and isinstance(answer, Answer):
             entry = inbox.hold(source, (source, answer))
             requests = self._mesh.start_receive(self._land(source, answer), source)
-            self._transfers.add(requests, lambda: inbox.arrived(source, entry))
+            self._transfers.add(requests, lambda: inbox.arrived(source, entry), peer=source)
             return None
         if delivery is _INLINE and isinstance(answer, Answer):
             copy_inline(self._land(source, answer), buffer, payload_bytes)

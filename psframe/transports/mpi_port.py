@@ -102,11 +102,13 @@ class MpiServerPort:
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
-        self._post: Post = Post(mesh.comm, HEADER_BYTES + payload_limit(self.workers))
+        self._post: Post = Post(
+            mesh.comm, HEADER_BYTES + payload_limit(self.workers), watch=mesh.watch
+        )
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
         self.push_pull: PushPull | None = None
-        self._patience = Patience(neighbours.crowded)
-        self._transfers = Transfers()
+        self._patience = Patience(neighbours.crowded, mesh.watch)
+        self._transfers = Transfers(mesh.watch)
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready
         self._distrusted: set[int] = set()
@@ -159,7 +161,7 @@ class MpiServerPort:
             return
         self._post.send(rank, answer, Delivery.RANGE, array)
         requests = self._mesh.start_send(array, rank)
-        self._transfers.add(requests, lambda: self._events.append(Sent(worker)))
+        self._transfers.add(requests, lambda: self._events.append(Sent(worker)), peer=rank)
 
     def to_leader(self, event: Output) -> None:
         """Send to server 0."""
@@ -252,13 +254,13 @@ class MpiServerPort:
             self._events.append(Arrived(worker, slot, self._elements, True, finite, norm))
 
         requests = self._mesh.start_receive(self._gradient(worker, slot), source)
-        self._transfers.add(requests, whole, more)
+        self._transfers.add(requests, whole, more, peer=source)
 
     def _receive_range(self, source: int, push: Push) -> None:
         inbox = self._inbox
         entry = inbox.hold(source, push)
         requests = self._mesh.start_receive(self._gradient(push.worker, push.slot), source)
-        self._transfers.add(requests, lambda: inbox.arrived(source, entry))
+        self._transfers.add(requests, lambda: inbox.arrived(source, entry), peer=source)
 
     def _follow(self) -> bool:
         """Tell the machine what has been added to the oldest gradient that is being written.
@@ -312,13 +314,22 @@ class MpiServerPort:
         worker = source - self._neighbours.servers
         if worker < 0:
             raise error
-        for where in [w for w, stream in self._streams.items() if stream.rank == source]:
-            del self._streams[where]
+        self._forget_streams(source)
         if source not in self._distrusted:
             self._distrusted.add(source)
             name = self._mesh.names[source]
             _log.error("worker %d (rank %s) counts as lost: %s", worker, name, error)
             self._events.append(Lost(worker))
+
+    def lose(self, source: int) -> None:
+        """Have a worker's rank count as lost: what was under way to it and from it is dropped."""
+        self._forget_streams(source)
+        self._inbox.drop(source)
+        self._events.append(Lost(source - self._neighbours.servers))
+
+    def _forget_streams(self, source: int) -> None:
+        for where in [w for w, stream in self._streams.items() if stream.rank == source]:
+            del self._streams[where]
 
     def _gradient(self, worker: int, slot: int) -> Array:
         array = self._gradients[worker][slot]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from psframe.errors import MessageError
+from psframe.errors import MessageError, RankLost
 from psframe.events import (
     Answer,
     End,
@@ -34,6 +34,7 @@ from psframe.transports.mpi import (  # type: ignore[attr-defined]
     Patience,
     Transfers,
 )
+from psframe.transports.watch import Unwatched
 from psframe.wire import HEADER_BYTES, Delivery, Event, encode, encode_into
 
 __all__ = ["Post", "TooLong", "close", "copy_inline"]
@@ -57,13 +58,17 @@ class Post:
     Args:
         comm: the run's communicator.
         bytes_max: of the longest message without an array that can come.
+        watch: is told of calls that fail; what goes to the dead is dropped.
 
     Attributes:
         inline_bytes_max: of an array that can travel inside its message.
     """
 
-    def __init__(self, comm: Any, bytes_max: int = 0) -> None:
+    def __init__(self, comm: Any, bytes_max: int = 0, *, watch: Unwatched) -> None:
         bytes_max = max(bytes_max, _MESSAGE_BYTES)
+        self._watch = watch
+        # Requests that no call will complete belong to MPI, and their buffers with them.
+        self._given_up: list[_Peer] = []
         self.inline_bytes_max = _INLINE_BYTES_MAX
         self._comm = comm
         self._status = MPI.Status()
@@ -100,7 +105,8 @@ class Post:
                     return status.source, status.Get_count(_BYTE), self._inboxes[head]
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
-                raise
+                self._watch.failed(error)
+                return None  # the receive goes on
             self._taken = True
             raise TooLong(status.source) from error
         return None
@@ -117,11 +123,18 @@ class Post:
         None if none is free, or messages to it are waiting: then `send` has to queue.
         """
         peer = self._peers.get(target)
-        return None if peer is None else peer.free_header()
+        try:
+            return None if peer is None else peer.free_header()
+        except MPI.Exception as error:
+            self._give_up(target, error)
+            return None
 
     def start(self, target: int) -> None:
         """Send what has been written into the buffer that `header` gave."""
-        self._peers[target].start()
+        try:
+            self._peers[target].start()
+        except MPI.Exception as error:
+            self._give_up(target, error)
 
     def send(
         self,
@@ -134,18 +147,21 @@ class Post:
         peer = self._peers.get(target)
         if peer is None:
             peer = self._peers[target] = _Peer(self._comm, target)
-        if array is None:
-            if peer.send_header(event):
+        try:
+            if array is None:
+                if peer.send_header(event):
+                    return
+            elif delivery is _STREAMED and peer.send_header(event, delivery, array.nbytes):
                 return
-        elif delivery is _STREAMED and peer.send_header(event, delivery, array.nbytes):
-            return
-        if array is not None:
-            message = encode(event, delivery, array.nbytes)
-            if delivery is Delivery.INLINE:
-                message += array.tobytes()
-            peer.send(message)
-        else:
-            peer.send(encode(event))
+            if array is not None:
+                message = encode(event, delivery, array.nbytes)
+                if delivery is Delivery.INLINE:
+                    message += array.tobytes()
+                peer.send(message)
+            else:
+                peer.send(encode(event))
+        except MPI.Exception as error:
+            self._give_up(target, error)
         if peer.late:
             self._late.add(target)
 
@@ -155,8 +171,15 @@ class Post:
 
     @property
     def sending(self) -> bool:
-        """Whether some message has not left yet."""
-        return any(peer.sending for peer in self._peers.values())
+        """Whether some message has not left yet, to a rank that is not lost."""
+        lost = self._watch.lost
+        for target in self._peers.keys() - lost:
+            try:
+                if self._peers[target].sending:
+                    return True
+            except MPI.Exception as error:
+                self._give_up(target, error)
+        return False
 
     def close(self) -> None:
         """Take the receives back; nothing more is expected."""
@@ -164,17 +187,40 @@ class Post:
             self._restart()
         for request in self._receives:
             request.Cancel()
-        while not MPI.Request.Testall(self._receives):
+        while not self._cancelled():
             os.sched_yield()
         for request in self._receives:
             request.Free()
-        for peer in self._peers.values():
-            peer.close()
+        for target in self._peers.keys() - self._watch.lost:
+            self._peers[target].close()
+
+    def _cancelled(self) -> bool:
+        try:
+            return bool(MPI.Request.Testall(self._receives))
+        except MPI.Exception as error:
+            self._watch.failed(error)
+            return False
 
     def _send_late(self) -> None:
         for target in tuple(self._late):
-            if self._peers[target].send_late():
-                self._late.discard(target)
+            try:
+                if self._peers[target].send_late():
+                    self._late.discard(target)
+            except MPI.Exception as error:
+                self._give_up(target, error)
+
+    def _give_up(self, target: int, error: Exception) -> None:
+        """Send nothing to a rank any more with which MPI has failed.
+
+        Raises:
+            Exception: the error itself, if it is none of a dead rank; RankLost.
+        """
+        self._watch.failed(error)
+        if target not in self._watch.faults.dead:
+            raise error
+        self._late.discard(target)
+        self._given_up.append(self._peers[target])
+        self._peers[target] = _Nobody(self._comm, target)
 
 
 class TooLong(MessageError):
@@ -263,6 +309,20 @@ class _Peer:
             request.Free()
 
 
+class _Nobody(_Peer):
+    """A dead rank: what goes to it is dropped."""
+
+    def free_header(self) -> None:
+        return None
+
+    def send(self, message: bytes) -> None:
+        pass
+
+    @property
+    def sending(self) -> bool:
+        return False
+
+
 def copy_inline(target: Array, buffer: bytearray, n_bytes: int) -> None:
     """Copy the array inside a message to where it belongs."""
     target.view(np.uint8)[:] = np.frombuffer(buffer, np.uint8, n_bytes, HEADER_BYTES)
@@ -272,12 +332,12 @@ def close(post: Post, transfers: Transfers, patience: Patience) -> None:
     """Wait until everything has left, and take the receives back.
 
     Raises:
-        MessageError: something has not left in time.
+        RankLost: something has not left in time, or the run cannot go on.
     """
     deadline = time.monotonic() + _CLOSE_BOUND_S
     while post.sending or transfers.busy:
         transfers.progress()
         post.flush()
         if patience.wait() and time.monotonic() > deadline:
-            raise MessageError(f"messages have not left within {_CLOSE_BOUND_S:.0f} s")
+            raise RankLost(f"messages have not left this rank within {_CLOSE_BOUND_S:.0f} s")
     post.close()

@@ -6,17 +6,22 @@ from mpi4py import MPI
 from proofs import cases, check
 
 import psframe
-from psframe.transports import mpi, mpi_post
+from psframe.transports import mpi, mpi_post, transfers
 
 WORLD = MPI.COMM_WORLD
 WAYS = ("memory", "inline", "pieces")
+
+
+def set_piece_bytes(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (mpi, transfers):
+        monkeypatch.setattr(module, "PIECE_BYTES", n_bytes)
 
 
 def prepare(way: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Choose how arrays travel; returns what to give as shared_memory."""
     if way == "pieces":  # each array behind its message, in several pieces and a rest
         monkeypatch.setattr(mpi_post, "_INLINE_BYTES_MAX", 8)
-        monkeypatch.setattr(mpi, "_PIECE_BYTES", 24)
+        set_piece_bytes(24, monkeypatch)
     return way == "memory"
 
 
@@ -49,7 +54,7 @@ def test_arrays_of_many_sizes_arrive_whole(
     nbytes: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Around the inline limit and the piece length; a pull is one version, a push is all there."""
-    monkeypatch.setattr(mpi, "_PIECE_BYTES", 64 << 10)
+    set_piece_bytes(64 << 10, monkeypatch)
     params = {"w": np.zeros(nbytes // 8), "b": np.zeros(3)}
 
     def work(worker: psframe.Worker) -> None:

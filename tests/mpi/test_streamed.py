@@ -13,6 +13,7 @@ import psframe
 from psframe import BSP, SSP, Async, Worker, optim
 from psframe.packing import GradientSlot
 from psframe.transports import mpi as transport
+from psframe.transports import transfers
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -29,7 +30,8 @@ OPTIMIZERS = [
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between nodes, too, a gradient arrives in a dozen of pieces."""
-    monkeypatch.setattr(transport, "_PIECE_BYTES", 100_000)
+    for module in (transport, transfers):
+        monkeypatch.setattr(module, "PIECE_BYTES", 100_000)
 
 
 def gradient(worker: int, step: int) -> dict[str, np.ndarray]:
@@ -163,7 +165,8 @@ def test_who_cannot_write_it_all_is_refused_and_nobody_waits(
             with pytest.raises(Oops):
                 worker.push(gradient(0, 0))
             monkeypatch.undo()
-            monkeypatch.setattr(transport, "_PIECE_BYTES", 100_000)
+            for module in (transport, transfers):
+                monkeypatch.setattr(module, "PIECE_BYTES", 100_000)
             assert worker.push_pull(gradient(0, 1)).version == 1
 
     pieces(monkeypatch, fail)

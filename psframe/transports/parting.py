@@ -1,0 +1,114 @@
+"""The end of a run: each rank with the first, so that nobody waits for the dead.
+
+Rank 0 sends everyone the summary, and everyone says that it has it. What is sent to a rank that
+counts as lost but may come back is waited for by nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from psframe.errors import RankLost
+from psframe.transports.mpi import MPI, TAG_END, Mesh  # type: ignore[attr-defined]
+
+__all__ = ["arrives", "hear_end", "tell_end"]
+
+# To say that it has the summary, a rank has only to receive it.
+_REPLY_BOUND_S = 30.0
+
+_log = logging.getLogger("psframe")
+
+
+class _Farewell:
+    """What goes to one rank, and its reply."""
+
+    def __init__(self, comm: Any, rank: int, data: bytes) -> None:
+        self._buffers = np.array([len(data)], np.int64), bytearray(data), bytearray(1)
+        length, content, reply = self._buffers
+        self._requests = [
+            comm.Isend([length, MPI.BYTE], rank, TAG_END),
+            comm.Isend([content, MPI.BYTE], rank, TAG_END),
+            comm.Irecv([reply, MPI.BYTE], rank, TAG_END),
+        ]
+
+    def done(self) -> bool:
+        return bool(MPI.Request.Testall(self._requests))
+
+
+def tell_end(mesh: Mesh, data: bytes, bound_s: float | None) -> dict[int, Callable[[], bool]]:
+    """Send every rank the summary, as rank 0, and wait for all that are not lost.
+
+    Args:
+        mesh: the ranks.
+        data: the summary.
+        bound_s: None where the run is good: a rank that does not reply then counts as lost.
+
+    Returns:
+        The ranks that have not replied and are not known to be dead, for whom MPI_Finalize will
+        wait; and of each, what tells whether it has replied meanwhile.
+
+    Raises:
+        RankLost: some rank did not reply within the bound.
+    """
+    watch = mesh.watch
+    waiting = {
+        rank: _Farewell(mesh.comm, rank, data)
+        for rank in range(1, mesh.size)
+        if rank not in watch.faults.dead
+    }
+    mesh.patience.reset()
+    deadline = time.monotonic() + (_REPLY_BOUND_S if bound_s is None else bound_s)
+    while not waiting.keys() <= watch.lost:
+        for rank in tuple(waiting):
+            if _replied(waiting[rank], mesh):
+                del waiting[rank]
+        for rank in waiting.keys() & watch.faults.dead:
+            del waiting[rank]
+        if mesh.patience.wait() and time.monotonic() > deadline:
+            late = sorted(waiting.keys() - watch.lost)
+            names = [mesh.names[rank] for rank in late]
+            if bound_s is not None:
+                raise RankLost(
+                    f"ranks {names} did not come to the end of the run within {bound_s:g} s"
+                )
+            _log.error("ranks %s did not come to the end of the run; they count as lost", names)
+            watch.lost.update(late)
+    return {rank: partial(_replied, waiting[rank], mesh) for rank in sorted(waiting)}
+
+
+def _replied(farewell: _Farewell, mesh: Mesh) -> bool:
+    try:
+        return farewell.done()
+    except MPI.Exception as error:
+        mesh.watch.failed(error)
+        return False
+
+
+def hear_end(mesh: Mesh) -> bytes:
+    """Wait for the summary, and say that it is here.
+
+    Raises:
+        RankLost: rank 0 is lost.
+    """
+    length = np.zeros(1, np.int64)
+    _receive(mesh, length)
+    content = np.empty(int(length[0]), np.uint8)
+    _receive(mesh, content)
+    mesh.complete([mesh.comm.Isend([bytearray(1), MPI.BYTE], 0, TAG_END)], None, "the reply")
+    return content.tobytes()
+
+
+def arrives(mesh: Mesh) -> bool:
+    """Whether the summary is there to be received."""
+    return bool(mesh.comm.Iprobe(0, TAG_END))
+
+
+def _receive(mesh: Mesh, array: Any) -> None:
+    # The others may be at it for long; should the run fail, rank 0 ends the job.
+    mesh.complete([mesh.comm.Irecv([array, MPI.BYTE], 0, TAG_END)], None, "the summary")

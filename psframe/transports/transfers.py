@@ -1,0 +1,119 @@
+"""Arrays on their way between ranks, in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from psframe.transports.watch import Unwatched
+
+__all__ = ["PIECE_BYTES", "Transfers"]
+
+# A transfer in pieces can be followed: while one is on its way, the one before is applied.
+PIECE_BYTES = 4 << 20
+
+
+class Transfers:
+    """Arrays on their way in pieces, and what to do when each has arrived or left.
+
+    Args:
+        watch: is told of calls that fail.
+    """
+
+    def __init__(self, watch: Unwatched) -> None:
+        self._watch = watch
+        self._open: list[_Transfer] = []
+        # Nothing follows from them any more, but until they complete, if ever they do, their
+        # requests and buffers belong to MPI. A lost rank leaves a few.
+        self._given_up: list[_Transfer] = []
+
+    def add(
+        self,
+        requests: list[Any],
+        then: Callable[[], None],
+        each: Callable[[int], None] | None = None,
+        *,
+        peer: int,
+    ) -> None:
+        """Follow the requests of an array's pieces.
+
+        Args:
+            requests: in the order of the pieces.
+            then: called once, when all are complete.
+            each: called with how many bytes from the start are complete, when that has changed and
+                they are not yet all.
+            peer: the rank at the other end.
+        """
+        self._open.append(_Transfer(requests, then, each, peer))
+
+    def progress(self) -> bool:
+        """Test them; True if any piece was complete.
+
+        Raises:
+            RankLost: the other end of one is lost, and the run cannot go on.
+        """
+        if not self._open:
+            return False
+        some = False
+        done = []
+        lost = self._watch.lost
+        for transfer in self._open:
+            if transfer.peer in lost:
+                self._given_up.append(transfer)
+                continue
+            before = transfer.complete
+            if self._test(transfer):
+                done.append(transfer)
+            elif transfer.each is not None and transfer.complete > before:
+                transfer.each(transfer.complete * PIECE_BYTES)
+            some |= transfer.complete > before
+        if done or lost:
+            self._open = [t for t in self._open if t not in done and t.peer not in lost]
+        for transfer in done:
+            transfer.then()
+        return some or bool(done)
+
+    def _test(self, transfer: _Transfer) -> bool:
+        try:
+            return transfer.test()
+        except RuntimeError as error:  # MPI's
+            self._watch.failed(error)
+            if transfer.peer not in self._watch.lost:
+                raise
+            self._given_up.append(transfer)
+            return False
+
+    @property
+    def busy(self) -> bool:
+        """Whether any is on its way."""
+        return bool(self._open)
+
+
+class _Transfer:
+    """One array on its way.
+
+    Attributes:
+        then, each, peer: as for `Transfers.add`.
+        complete: how many pieces are, from the start.
+    """
+
+    def __init__(
+        self,
+        requests: list[Any],
+        then: Callable[[], None],
+        each: Callable[[int], None] | None,
+        peer: int,
+    ) -> None:
+        self.peer = peer
+        self.then = then
+        self.each = each
+        self.complete = 0
+        self._requests = requests
+
+    def test(self) -> bool:
+        """Test the pieces in their order; True if all are complete."""
+        requests, complete = self._requests, self.complete
+        while complete < len(requests) and requests[complete].Test():
+            complete += 1
+        self.complete = complete
+        return complete == len(requests)

@@ -1,0 +1,102 @@
+"""Checkpoints of runs over MPI: the same files, and the same bits, whoever writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import psframe
+from psframe.checkpoint import committed_versions
+
+WORLD = MPI.COMM_WORLD
+RANK, SIZE = WORLD.rank, WORLD.size
+PARAMS = {"w": np.linspace(-1, 1, 50, dtype=np.float32), "b": np.zeros(3, np.float32)}
+UPDATES = 48
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Rank 0's, on all."""
+    shared: Path = WORLD.bcast(tmp_path, 0)
+    return shared / "run"
+
+
+def work(worker: psframe.Worker) -> None:
+    params = worker.pull()
+    for indices in worker.leases(48, 4, epochs=4):
+        noise = worker.rng.standard_normal(50).astype(np.float32)
+        grads = {
+            "w": np.tanh(params["w"]) + np.float32(1e-2) * noise,
+            "b": params["b"] + np.float32(indices.mean() * 1e-3),
+        }
+        params = worker.push_pull(grads)
+
+
+def run(**more: Any) -> psframe.Result:
+    return psframe.run(work, PARAMS, optimizer=psframe.optim.Adam(lr=0.01), seed=3, **more)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("stop", [1, 17, 47])
+@pytest.mark.parametrize("after", [1, 2])
+def test_stopped_and_resumed(folder: Path, stop: int, after: int) -> None:
+    """With one worker to the bit; with several, every sample is done once."""
+    servers = SIZE - 1
+    if after == 2 and servers < 2:
+        after = 1
+    whole = run(servers=servers)
+    run(servers=servers, max_updates=stop, checkpoint_every=7, run_dir=folder)
+    last = run(servers=after, resume=True, checkpoint_every=7, run_dir=folder)
+    assert last.version == whole.version == UPDATES
+    assert last.ledger.applied == UPDATES
+    if RANK == 0:
+        assert committed_versions(folder / "checkpoints")[-1] == UPDATES
+        assert whole.params is not None
+        assert last.params is not None
+        if after == servers:
+            for name in PARAMS:
+                assert whole.params[name].tobytes() == last.params[name].tobytes()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_signal_to_every_rank_ends_the_run_with_a_checkpoint(folder: Path) -> None:
+    def endless(worker: psframe.Worker) -> None:
+        params = worker.pull()
+        while True:
+            params = worker.push_pull({name: params[name] for name in PARAMS})
+            if worker.index == 0 and params.version > 9:
+                os.kill(root, signal.SIGUSR1)
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    root: int = WORLD.bcast(os.getpid(), 0)
+    with pytest.raises(psframe.Interrupted, match="SIGUSR1 has ended the run at version"):
+        psframe.run(endless, PARAMS, optimizer=psframe.optim.SGD(0.1), run_dir=folder)
+    if RANK == 0:
+        status = json.loads((folder / "status.json").read_text())
+        assert status["state"] == "interrupted"
+        assert committed_versions(folder / "checkpoints") == [status["updates"]]
+
+
+@pytest.mark.mpi(min_size=3)
+def test_a_server_that_cannot_read_its_part_ends_the_run_on_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*arguments: Any, **more: Any) -> Any:
+        raise psframe.CheckpointError("v000000005: cannot be read: Stale file handle")
+
+    run(servers=2, max_updates=5, checkpoint_every=5, run_dir=folder)
+    if RANK == 1:
+        monkeypatch.setattr("psframe.restoring.open_checkpoint", refuses)
+    with pytest.raises(psframe.PsframeError, match="file system that all servers share"):
+        run(servers=2, resume=True, run_dir=folder)
+    if RANK == 0:
+        assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    monkeypatch.undo()
+    assert run(servers=2, resume=True, run_dir=folder).version == UPDATES

@@ -1,0 +1,301 @@
+"""Who counts as lost, by what is known of it; without MPI, and by a clock of the test's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from psframe.errors import RankLost
+from psframe.transports.faults import Faults
+from psframe.transports.heartbeat import Beats, Messages
+from psframe.transports.processes import Processes
+from psframe.transports.transfers import PIECE_BYTES, Transfers
+from psframe.transports.watch import CountedOut, Pulse, Unwatched, Watch
+
+NAMES = (0, 5, 6, 7)
+
+
+class FakeGroup:
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks = ranks
+        self.size = len(ranks)
+
+    def Translate_ranks(self, ranks: list[int], group: FakeGroup) -> list[int]:
+        return [group.ranks.index(self.ranks[rank]) for rank in ranks]
+
+
+class FakeComm:
+    """A communicator whose ranks die when the test says so."""
+
+    def __init__(self, size: int) -> None:
+        self.group = FakeGroup(list(range(size)))
+        self.dead: list[int] = []
+        self.acknowledged = 0
+
+    def Ack_failed(self) -> int:
+        self.acknowledged = len(self.dead)
+        return self.acknowledged
+
+    def Get_failed(self) -> FakeGroup:
+        return FakeGroup(self.dead[: self.acknowledged])
+
+
+class Lines:
+    """The shared memory of four ranks."""
+
+    def __init__(self) -> None:
+        self.memory = [memoryview(bytearray(64)) for _ in range(4)]
+        self.beats = [Beats(line, {}, None) for line in self.memory]
+
+
+class Desk:
+    """A watch on ranks 1 to 3, and what it tells."""
+
+    def __init__(self, *, pulsed: bool = False) -> None:
+        self.comm, self.lines = FakeComm(4), Lines()
+        lines = {rank: self.lines.memory[rank] for rank in (1, 2, 3)}
+        self.watch = Watch(
+            Faults(self.comm),
+            NAMES,
+            Beats(self.lines.memory[0], lines, None),
+            [1, 2, 3],
+            Processes({}),
+            10.0,
+            paced=pulsed,
+            pulsed=pulsed,
+        )
+        self.told: list[tuple[int, str]] = []
+        self.watch.tell(lambda rank, why: self.told.append((rank, why)))
+        self.watch.start()
+        self.now = self.watch.due
+
+    def pass_time(self, seconds: float, *alive: int) -> None:
+        """Look four times a second, while these ranks show that they live."""
+        for _ in range(int(4 * seconds)):
+            self.now += 0.25
+            for rank in alive:
+                self.lines.beats[rank].beat()
+            self.watch.look(self.now)
+
+
+def test_the_silent_are_lost_once_and_the_others_are_not() -> None:
+    desk = Desk()
+    desk.pass_time(9, 1, 3)
+    assert not desk.told
+    desk.pass_time(9, 1, 3)
+    assert [rank for rank, _ in desk.told] == [2]
+    assert "silent for 10.2 s" in desk.told[0][1]
+    assert desk.watch.lost == {2}
+    assert desk.lines.beats[0].count(0) == 0  # of what it has opened itself
+    assert memoryview(desk.lines.memory[0]).cast("q")[0] == 72  # it has shown itself at each look
+
+
+def test_the_error_tells_of_the_last_message() -> None:
+    desk = Desk()
+    numbers = {1: 0, 2: 0, 3: 0}
+    desk.watch.last_message = lambda rank: numbers[rank]
+    numbers[2] = 412
+    desk.pass_time(15, 1, 3)
+    assert "its last message (number 412) came" in desk.told[0][1]
+
+
+def test_time_in_which_nobody_looked_is_nobody_s_silence() -> None:
+    desk = Desk()
+    desk.pass_time(1, 1, 2, 3)
+    desk.now += 1000.0  # the watcher itself was stopped
+    desk.pass_time(5)
+    assert not desk.told
+    desk.pass_time(6, 1, 2)
+    assert [rank for rank, _ in desk.told] == [3]
+
+
+def test_a_failed_call_tells_who_is_dead_or_is_raised() -> None:
+    desk = Desk()
+    error = RuntimeError("of no dead rank")
+    with pytest.raises(RuntimeError, match="of no dead rank"):
+        desk.watch.failed(error)
+    desk.comm.dead += [3, 1]
+    desk.watch.failed(RuntimeError("a process has failed"))
+    desk.watch.failed(RuntimeError("it fails again"))
+    assert [rank for rank, _ in desk.told] == [1, 3]
+    assert desk.watch.faults.dead == {1, 3} == desk.watch.lost
+
+
+def test_who_is_found_dead_after_it_was_silent_is_told_once() -> None:
+    desk = Desk()
+    desk.pass_time(11, 1, 3)
+    desk.comm.dead.append(2)
+    desk.pass_time(1, 1, 3)
+    assert [rank for rank, _ in desk.told] == [2]
+    assert desk.watch.faults.dead == {2}
+
+
+def test_losses_before_anybody_asked_are_told() -> None:
+    desk = Desk()
+    told: list[int] = []
+    desk.watch.lose(1, "it has died")
+    desk.watch.tell(lambda rank, why: told.append(rank))
+    assert told == [1]
+
+
+def test_what_cannot_go_on_is_said_at_every_look() -> None:
+    desk = Desk(pulsed=True)
+    desk.watch.tell(lambda rank, why: desk.watch.give_up(rank, "server 0"))
+    text = r"server 0 \(rank 5\) is lost: it has died"
+    with pytest.raises(RankLost, match=text):
+        desk.watch.lose(1, "it has died")
+    for _ in range(2):
+        with pytest.raises(RankLost, match=text):
+            desk.watch.look(desk.now)
+
+
+def test_who_comes_back_after_the_end_is_told() -> None:
+    desk = Desk(pulsed=True)
+    desk.watch.over = lambda: True
+    with pytest.raises(CountedOut):
+        desk.watch.look(desk.now)
+
+
+def test_a_pulse_beats_and_ends_what_notices_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread is in a computation, so it is the pulse that ends the job."""
+    monkeypatch.setattr("psframe.transports.watch._NOTICE_S", 0.01)
+    desk = Desk(pulsed=True)
+    desk.watch.every_s = 0.001
+    desk.watch.tell(lambda rank, why: desk.watch.give_up(rank, "server 0"))
+    desk.comm.dead.append(1)
+    desk.watch.lost.add(2)  # so that MPI is asked
+    ended: list[RankLost] = []
+    pulse = Pulse(desk.watch, ended.append)
+    pulse._thread.join()
+    pulse.close()
+    assert [str(lost) for lost in ended] == ["server 0 (rank 5) is lost: it has died"]
+    assert memoryview(desk.lines.memory[0]).cast("q")[0] > 0
+
+
+def test_a_process_that_ends_is_told_and_one_can_be_ended() -> None:
+    code = "import sys; sys.stdin.read()"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) for _ in range(2)
+    ]
+    processes = Processes({rank: child.pid for rank, child in enumerate(children)})
+    assert processes.ended() == []
+    os.kill(children[1].pid, signal.SIGSTOP)
+    assert processes.kill(1)
+    assert not processes.kill(7)
+    children[1].wait()
+    assert children[1].stdin is not None
+    children[1].stdin.close()
+    assert processes.ended() == [1]
+    assert processes.ended() == []
+    children[0].communicate()
+    assert processes.ended() == [0]
+    assert processes.kill(0)  # it is not there any more
+    processes.close()
+
+
+# ---- what was under way ----
+
+
+class FakeRequest:
+    def __init__(self, outcomes: list[bool | Exception]) -> None:
+        self.outcomes = outcomes
+
+    def Test(self, status: Any = None) -> bool:
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def Start(self) -> None:
+        pass
+
+    def Free(self) -> None:
+        pass
+
+    Cancel = Wait = Free
+
+
+def _transfers(dead: list[int]) -> tuple[Transfers, Unwatched, Callable[[str], Callable[[], None]]]:
+    comm = FakeComm(4)
+    comm.dead = dead
+    watch = Unwatched(Faults(comm))
+    done: list[str] = []
+    transfers = Transfers(watch)
+    transfers.done = done  # type: ignore[attr-defined]
+    return transfers, watch, lambda name: lambda: done.append(name)
+
+
+def test_transfers_of_the_dead_are_given_up_and_the_others_go_on() -> None:
+    dead: list[int] = []
+    transfers, watch, then = _transfers(dead)
+    failure = RuntimeError("a process has failed")
+    transfers.add([FakeRequest([True]), FakeRequest([failure])], then("dead"), peer=2)
+    transfers.add([FakeRequest([failure])], then("dead, too"), peer=2)
+    transfers.add([FakeRequest([False, True])], then("alive"), peer=1)
+    dead.append(2)
+    transfers.progress()
+    assert watch.lost == {2}
+    transfers.progress()
+    assert not transfers.busy
+    assert transfers.done == ["alive"]  # type: ignore[attr-defined]
+
+
+def test_an_error_of_a_transfer_that_is_no_death_is_raised() -> None:
+    transfers, _, then = _transfers([])
+    transfers.add([FakeRequest([RuntimeError("truncated")])], then("never"), peer=1)
+    with pytest.raises(RuntimeError, match="truncated"):
+        transfers.progress()
+
+
+def test_transfers_tell_of_their_pieces() -> None:
+    transfers, _, then = _transfers([])
+    seen: list[int] = []
+    requests = [FakeRequest([True]), FakeRequest([False, True])]
+    transfers.add(requests, then("all"), seen.append, peer=1)
+    assert transfers.progress()
+    assert seen == [PIECE_BYTES]
+    assert transfers.progress()
+    assert transfers.done == ["all"]  # type: ignore[attr-defined]
+
+
+# ---- signs of life that are sent ----
+
+
+class FakeStatus:
+    source = 3
+
+
+class BeatComm:
+    def __init__(self, receive: FakeRequest, sends: dict[int, FakeRequest]) -> None:
+        self.receive, self.sends = receive, sends
+
+    def Send_init(self, buffer: bytearray, rank: int, tag: int) -> FakeRequest:
+        return self.sends[rank]
+
+    def Recv_init(self, buffer: bytearray, source: int, tag: int) -> FakeRequest:
+        return self.receive
+
+
+def test_messages_are_counted_and_the_dead_are_left_out() -> None:
+    failure = RuntimeError("a process has failed")
+    comm = BeatComm(
+        FakeRequest([True, True, False, failure]),
+        {1: FakeRequest([failure]), 3: FakeRequest([True])},
+    )
+    messages = Messages(comm, [1, 3], -1, FakeStatus(), 4)
+    beats = Beats(None, {}, messages)
+    beats.beat()  # of which rank 1 hears nothing
+    messages.receive()
+    assert (beats.count(3), beats.count(1)) == (2, 0)
+    with pytest.raises(RuntimeError):
+        messages.receive()  # who hears any has to know
+    one = Messages(BeatComm(FakeRequest([failure]), {}), [], 0, FakeStatus(), 4)
+    one.receive()
+    one.receive()
+    one.close([])
