@@ -95,8 +95,8 @@ class Trainer:
         patience: stop after so many epochs without a better accuracy on the validation part; that
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
-        servers, workers, overwrite, checkpoint_every, keep_checkpoints, resume, clip_norm,
-            timeout_s, comm, config: as for `psframe.run`.
+        servers, workers, overwrite, clip_norm, timeout_s, comm, config: as for `psframe.run`.
+        checkpoint_every, keep_checkpoints, resume: as for `psframe.run`.
         run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
             ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one

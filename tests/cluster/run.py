@@ -75,6 +75,13 @@ class Cluster:
         line += [str(self._bin / "mpirun"), "--host", names, "-n", str(hosts * slots)]
         return self._run([*line, str(self._bin / "python"), "-m", module, *arguments])
 
+    def cut_off(self, host: str, run_dir: Path, *flags: str) -> None:
+        """Train on three hosts, the first of which serves, and cut one off meanwhile."""
+        line = [str(HERE / "hosts"), "-n", "3", "-r", RATE, str(HERE / "cut-off"), host]
+        line += [str(run_dir), str(self._bin / "mpirun"), "--with-ft", "ulfm"]
+        line += ["--host", "h1:2,h2:1,h3:1", "-n", "4", str(self._bin / "python")]
+        self._run([*line, "-m", "psframe.train", "--run-dir", str(run_dir), *flags])
+
     def _run(self, line: list[str]) -> str:
         try:
             done = subprocess.run(
@@ -116,6 +123,22 @@ def check_training(cluster: Cluster) -> Iterator[str]:
     expect(ranks == [1, 3], f"with a server on each of 2 hosts ranks {ranks} work, not 1 and 3")
     expect('servers = "per-node"' in found["config"], "config.toml does not say per-node")
     yield f"the same, --servers per-node, 2 ranks a host: accuracy {found['accuracy']:.2%}"
+
+
+def check_cut_off(cluster: Cluster) -> Iterator[str]:
+    """A host with a worker is cut off: the others go on to the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        flags = ("--show", "none", "--epochs", "150", "--timeout-s", "2")
+        cluster.cut_off("h3", run_dir, *flags)
+        found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    expect(status["state"] == "completed", f"the run is {status}")
+    expect(found["accuracy"] >= ACCURACY_LEAST, f"accuracy {found['accuracy']}")
+    ledger = found["ledger"]
+    fates = ("applied", "refused", "dropped", "lost", "stopped")
+    expect(ledger["received"] == sum(ledger[fate] for fate in fates), f"ledger {ledger}")
+    yield f"1 of 3 hosts cut off in mid-run: completed, accuracy {found['accuracy']:.2%}"
 
 
 def expect(right: bool, otherwise: str) -> None:
@@ -171,8 +194,9 @@ def main() -> int:
         return 0
     missed = False
     try:
-        for line in check_training(cluster):
-            print(line, flush=True)
+        for check in (check_training, check_cut_off):
+            for line in check(cluster):
+                print(line, flush=True)
         print(f"{f'links of {RATE} each way':<52} {'ratio':>6} {'must':>6} {'aim':>6}", flush=True)
         for figure in measure(cluster):
             print(figure.line(), flush=True)
