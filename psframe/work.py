@@ -58,9 +58,14 @@ class WorkServer(Server):
         if staleness is not None:
             self._epoch_staleness[0] += staleness
             self._epoch_staleness[1] += 1
+        waits = not self._may_start(worker)
+        if waits:
+            self._book.hold_up(worker)
         self._lease_done(worker)
         if self._book.evaluating:
             self._report(worker, {})
+            if waits:
+                self._abandon_evaluation()
         if self._book.expire(worker, self.policy.clocks[worker]):
             self._wake = True
 
@@ -124,7 +129,7 @@ class WorkServer(Server):
         evaluated = self._book.report(worker, sums)
         if evaluated is None:
             return
-        if self._score is not None:
+        if self._score is not None and not self.stopped:  # or the parameters are not pinned now
             score = self._score(evaluated.sums)
             if score > self._best:
                 self._best, self.kept_version = score, evaluated.version

@@ -399,6 +399,22 @@ def test_an_evaluation_is_of_one_pinned_snapshot() -> None:
     assert desk.store.held == 1, "worker 0's hold of it"
 
 
+def test_an_evaluation_that_ends_after_the_run_keeps_nothing() -> None:
+    """Its snapshot is pinned no longer, and the last one is another."""
+    desk = Desk(2, score=lambda sums: sums["n"], max_updates=2)
+    ask(desk, 0, EVALUATING)
+    desk.push(0)
+    assert lease(ask(desk, 0, EVALUATING)).kind is LeaseKind.EVALUATE
+    assert lease(ask(desk, 1, EVALUATING)).kind is LeaseKind.EVALUATE
+    desk.hears(Report(0, {"n": 2.0}))
+    desk.push(0)
+    assert desk.machine.stopped
+    out = desk.hears(Report(1, {"n": 1.0}))
+    assert out == [Evaluated(0, 1, {"n": 3.0}, best=False)]
+    assert desk.machine.kept is None
+    assert desk.leader.kept_version is None
+
+
 def test_a_pinned_pull_waits_for_the_pin() -> None:
     desk = Desk(2)
     ask(desk, 0, EVALUATING)

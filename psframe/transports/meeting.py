@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from psframe.layout import Layout
 from psframe.store import buffer_count
+from psframe.transports.bell import BELL_LINE, Bell, can_ring
 from psframe.transports.mpi import Mesh
 from psframe.transports.shared_memory import Segment
 
@@ -46,6 +48,18 @@ class Neighbours:
     def crowded(self) -> bool:
         """Whether the node has more ranks than cores that this process may use."""
         return self.ranks_here > len(os.sched_getaffinity(0))
+
+    def bells(self) -> dict[int, Bell]:
+        """Give, by rank, where those sleep with whom this one shares memory."""
+        if not can_ring():
+            return {}
+        return {rank: Bell(segment.words(BELL_LINE)) for rank, segment in self.segments.items()}
+
+    def bell(self, senders: Iterable[int]) -> Bell | None:
+        """Give where this rank may sleep; None if one of those who send to it cannot ring."""
+        if self.own is None or not can_ring() or any(r not in self.segments for r in senders):
+            return None
+        return Bell(self.own.words(BELL_LINE))
 
 
 def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neighbours:

@@ -60,7 +60,7 @@ class MpiEndpoint:
         self._landings: dict[tuple[int, int], Array] = {}
         self._turn = [0] * self.servers
         self._snapshots: dict[tuple[int, int], Array] = {}
-        self._post: Post = Post(mesh.comm, watch=mesh.watch)
+        self._post: Post = Post(mesh.comm, watch=mesh.watch, bells=neighbours.bells())
         self._limits = [
             Limits(
                 Link.SERVER_TO_WORKER,
@@ -75,7 +75,8 @@ class MpiEndpoint:
             )
             for server, (begin, end) in enumerate(self._shards)
         ]
-        self._patience = Patience(neighbours.crowded, mesh.watch)
+        bell = neighbours.bell(range(self.servers))
+        self._patience = Patience(neighbours.crowded, mesh.watch, bell)
         self._transfers = Transfers(mesh.watch)
         self._slot_sends = [0] * SLOTS
         self._inbox: InOrder[tuple[int, Answer | Lease]] = InOrder()
@@ -115,7 +116,7 @@ class MpiEndpoint:
                 patience.reset()
             elif timeout_s == 0:
                 return None
-            elif patience.wait() and timeout_s is not None:
+            elif patience.wait(busy=self._unfinished) and timeout_s is not None:
                 now = time.monotonic()
                 if not deadline:
                     deadline = now + timeout_s
@@ -158,9 +159,13 @@ class MpiEndpoint:
                     self._answers.append(other)
                     break
             elif not self._transfers.progress():
-                patience.wait()
+                patience.wait(busy=self._unfinished)
             taken = post.take(once=patience.asleep)
         return None
+
+    @property
+    def _unfinished(self) -> bool:
+        return self._transfers.busy or self._post.waiting
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""
@@ -172,7 +177,7 @@ class MpiEndpoint:
         self._patience.reset()
         while self._slot_sends[index]:
             if not self._transfers.progress():
-                self._patience.wait()
+                self._patience.wait(busy=True)
         return self._slots[index]
 
     def progress(self, slot: int, *, judges: bool) -> Progress | _Sending | None:

@@ -103,11 +103,15 @@ class MpiServerPort:
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
         self._post: Post = Post(
-            mesh.comm, HEADER_BYTES + payload_limit(self.workers), watch=mesh.watch
+            mesh.comm,
+            HEADER_BYTES + payload_limit(self.workers),
+            watch=mesh.watch,
+            bells=neighbours.bells(),
         )
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
         self.push_pull: PushPull | None = None
-        self._patience = Patience(neighbours.crowded, mesh.watch)
+        senders = (rank for rank in range(mesh.size) if rank != mesh.rank)
+        self._patience = Patience(neighbours.crowded, mesh.watch, neighbours.bell(senders))
         self._transfers = Transfers(mesh.watch)
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready
@@ -139,13 +143,17 @@ class MpiServerPort:
                 return None if event is _ANSWERED else event  # type: ignore[return-value]
             if self._transfers.progress() or (self._streams and self._follow()):
                 patience.reset()
-            elif patience.wait():
+            elif patience.wait(busy=bool(self._streams) or self._unfinished):
                 now = time.monotonic()
                 if not deadline:
                     deadline = now + timeout_s
                 elif now > deadline:
                     return None
         return events.popleft()
+
+    @property
+    def _unfinished(self) -> bool:
+        return self._transfers.busy or self._post.waiting
 
     def to_worker(self, answer: Answer | Lease) -> None:
         """Send an answer, and the parameters with it unless the worker reads them in place."""

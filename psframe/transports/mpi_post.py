@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from psframe.events import (
     Withheld,
 )
 from psframe.layout import Array
+from psframe.transports.bell import Bell
 from psframe.transports.mpi import (  # type: ignore[attr-defined]
     MPI,
     TAG_POST,
@@ -59,12 +62,21 @@ class Post:
         comm: the run's communicator.
         bytes_max: of the longest message without an array that can come.
         watch: is told of calls that fail; what goes to the dead is dropped.
+        bells: by rank, where those of this node sleep, who are woken by a message.
 
     Attributes:
         inline_bytes_max: of an array that can travel inside its message.
     """
 
-    def __init__(self, comm: Any, bytes_max: int = 0, *, watch: Unwatched) -> None:
+    def __init__(
+        self,
+        comm: Any,
+        bytes_max: int = 0,
+        *,
+        watch: Unwatched,
+        bells: Mapping[int, Bell] = MappingProxyType({}),
+    ) -> None:
+        self._bells = bells
         bytes_max = max(bytes_max, _MESSAGE_BYTES)
         self._watch = watch
         # Requests that no call will complete belong to MPI, and their buffers with them.
@@ -146,7 +158,7 @@ class Post:
         """Send an event; an INLINE array goes with it, a RANGE is announced by its length."""
         peer = self._peers.get(target)
         if peer is None:
-            peer = self._peers[target] = _Peer(self._comm, target)
+            peer = self._peers[target] = _Peer(self._comm, target, self._bells.get(target))
         try:
             if array is None:
                 if peer.send_header(event):
@@ -164,6 +176,11 @@ class Post:
             self._give_up(target, error)
         if peer.late:
             self._late.add(target)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some message waits for a free buffer."""
+        return bool(self._late)
 
     def flush(self) -> None:
         """Send what waits for a free buffer, as far as possible."""
@@ -220,7 +237,7 @@ class Post:
             raise error
         self._late.discard(target)
         self._given_up.append(self._peers[target])
-        self._peers[target] = _Nobody(self._comm, target)
+        self._peers[target] = _Nobody(self._comm, target, None)
 
 
 class TooLong(MessageError):
@@ -241,7 +258,9 @@ class _Peer:
     A message that finds no free buffer waits in `late`, and those after it behind it.
     """
 
-    def __init__(self, comm: Any, target: int) -> None:
+    def __init__(self, comm: Any, target: int, bell: Bell | None) -> None:
+        self._bell = bell
+        self._asleep = None if bell is None else bell.words
         self._comm = comm
         self._target = target
         self._buffers = [bytearray(HEADER_BYTES) for _ in range(_SENDS)]
@@ -276,6 +295,12 @@ class _Peer:
         which = self._next
         self._next = 1 - which
         self._starts[which]()
+        if self._asleep is not None and self._asleep[0]:
+            self._ring()
+
+    def _ring(self) -> None:
+        if self._bell is not None and self._bell.words[0]:
+            self._bell.ring()
 
     def send(self, message: bytes) -> None:
         """Send a message, or queue it behind those that wait."""
@@ -290,6 +315,7 @@ class _Peer:
                 self._long = [(r, m) for r, m in self._long if not r.Test()]
                 request = self._comm.Isend([message, MPI.BYTE], self._target, TAG_POST)
                 self._long.append((request, message))
+                self._ring()
             else:
                 if not self._tests[self._next]():
                     return False
