@@ -9,6 +9,7 @@ from typing import Any
 
 from psframe import roles
 from psframe.data import Dataset
+from psframe.errors import Interrupted
 from psframe.plan import Result
 from psframe.rundir import RunDir
 from psframe.weights import save_weights
@@ -73,6 +74,8 @@ class Ending:
             self._status(folder, "completed")
         elif isinstance(wrong, KeyboardInterrupt):
             self._status(folder, "interrupted", str(wrong))
+        elif isinstance(wrong, Interrupted):
+            self._status(folder, "interrupted", describe(wrong))
         else:
             self._status(folder, "failed", describe(wrong))
         self._witness.dismiss()

@@ -12,10 +12,33 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "noting_requests"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _REQUESTS = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+# The first request that came where no `Interrupts` was entered, inside of `noting_requests`.
+_noted: list[str] = []
+
+
+@contextlib.contextmanager
+def noting_requests() -> Iterator[None]:
+    """Keep SIGUSR1 and SIGUSR2 for the next `Interrupts`; they would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        _noted.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in _REQUESTS}
+    try:
+        yield
+    finally:
+        _noted.clear()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class Interrupts:
@@ -48,6 +71,7 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
             self._before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
             self._before |= {n: signal.signal(n, self._ask) for n in _REQUESTS}
+            self.asked = _noted[0] if _noted else ""
         return self
 
     def __exit__(

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-if __name__ == "__main__":  # what follows takes a second to import, in which Ctrl-C may come
+if __name__ == "__main__":  # what follows takes a second to import, in which signals may come
+    for _request in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(_request, lambda number, frame: os._exit(75))  # as PREEMPTED; nothing is lost
 
     def _without_interrupts(kind: type[BaseException], error: BaseException, place: Any) -> None:
         if not issubclass(kind, KeyboardInterrupt):
@@ -26,6 +30,7 @@ from psframe.closing import print_summary
 from psframe.data import Augmentation, Parts, load, prepare
 from psframe.devices import choose_device
 from psframe.errors import ArgumentError, Interrupted, LaunchError, PsframeError, RankLost
+from psframe.interrupts import noting_requests
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.monitor import Monitor
@@ -182,7 +187,7 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
         from psframe.cluster import fail_together
 
         raise fail_together(launched, error) from error  # or the other ranks would wait for this
-    with watching:
+    with noting_requests(), watching:
         trained = trainer.fit(parts)
     if trained.result.is_root:
         _leave(settings, parts, watching, trained, time.monotonic() - start, serving)
@@ -352,6 +357,7 @@ def _fail_in_code(error: BaseException, rank: int) -> int:
 def _fail_at_the_end(error: Exception, rank: int) -> int:
     """Say that the training is done and saved, and its evaluation failed."""
     status = _fail(error, rank) if isinstance(error, PsframeError) else _fail_in_code(error, rank)
+    status = PREEMPTED if isinstance(error, Interrupted) else status
     if rank == 0:
         print(
             "psframe: the training itself is done and its weights are saved, but they could not "

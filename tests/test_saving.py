@@ -18,6 +18,7 @@ from psframe.cadence import parse_cadence
 from psframe.checkpoint import committed_versions, open_checkpoint
 from psframe.data import Parts, load, prepare
 from psframe.errors import CheckpointError
+from psframe.interrupts import noting_requests
 from psframe.layout import Layout
 from psframe.models import create
 from psframe.trainer import Trainer
@@ -434,3 +435,42 @@ def test_a_training_with_its_best_epoch_and_its_patience_goes_on(
         assert array.tobytes() == last.result.params[name].tobytes()
     seen = [(one.epoch, one.validation_accuracy, one.best) for one in whole.history]
     assert [(one.epoch, one.validation_accuracy, one.best) for one in last.history] == seen
+
+
+# ---- signals between runs ------------------------------------------------------------------------
+
+
+def test_a_request_that_comes_between_runs_ends_the_next_one(tmp_path: Path) -> None:
+    with noting_requests():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(psframe.Interrupted, match="SIGUSR2 has ended the run at version"):
+            run(run_dir=tmp_path)
+    with noting_requests():
+        assert run(run_dir=tmp_path, resume=True).version == UPDATES
+
+
+def test_a_training_whose_evaluation_is_ended_by_a_request_is_interrupted(
+    tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done but for that, and resumed it is evaluated."""
+
+    def requested(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return predict(*arguments)
+
+    model = create("softmax", parts.train.input_shape, parts.train.n_classes)
+    more: dict[str, Any] = {"run_dir": tmp_path / "run", "checkpoint_every": "60s"}
+    trainer = Trainer(model, optimizer=psframe.optim.Adagrad(0.05), epochs=1, workers=1, **more)
+    predict = Trainer._predict
+    monkeypatch.setattr(Trainer, "_predict", requested)
+    with noting_requests():
+        trained = trainer.fit(parts)
+    assert isinstance(trained.failure, psframe.Interrupted)
+    assert status(tmp_path / "run")["state"] == "interrupted"
+    monkeypatch.undo()
+    more["resume"] = True
+    again = Trainer(model, optimizer=psframe.optim.Adagrad(0.05), epochs=1, workers=1, **more)
+    last = again.fit(parts)
+    assert last.accuracy is not None
+    assert last.result.version == trained.result.version
+    assert status(tmp_path / "run")["state"] == "completed"
