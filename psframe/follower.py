@@ -108,6 +108,14 @@ class Follower(Server):
 
     # ---- events --------------------------------------------------------------------------
 
+    def _queue(self, event: Queued) -> None:
+        worker = event.worker
+        if worker in self._dead and not self.gone[worker]:
+            # Decisions whose parts were not here have been given up, and this part would be taken
+            # for that of another one. The leader's word of the loss is on its way.
+            return
+        super()._queue(event)
+
     def _received(self, push: Push, *, fenced: bool) -> None:
         """The leader keeps the ledger."""
 
@@ -118,6 +126,7 @@ class Follower(Server):
             return event.worker in self._dead or self._serve_pull(event)
         if isinstance(event, Leave):
             self._depart(event.worker)
+            self._mourn(event.worker)  # should it have kept a part back
             return True
         raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
 
@@ -151,8 +160,9 @@ class Follower(Server):
         elif isinstance(event, End):
             self.stopped = self._wake = True
             self._awaits_mark = event.mark
-            self._pin_after = None
-            self._unpin()
+            if not event.mark:
+                self._pin_after = None
+                self._unpin()
         elif isinstance(event, Pin):
             self._pin_after = self._undone() if event.on else None
             if not event.on:
@@ -210,6 +220,8 @@ class Follower(Server):
         self._mark_after = None
         self._awaits_mark = False
         self._out.append(self._keep(self._mark_number, {"version": self.store.version}))
+        if self.stopped:
+            self._unpin()
         while self._later and self._mark_after is None:
             self._record(self._later.popleft())
         return True
@@ -270,7 +282,7 @@ class Follower(Server):
 
     def _close_round(self) -> bool:
         """Carry out the leader's next round if all of its parts are here or given up."""
-        if not self._rounds or self._rounds[0].waiting:
+        if not self._rounds or self._rounds[0].waiting or self._awaits_refused():
             return False
         pending = self._rounds.popleft()
         pending.open = False
@@ -290,6 +302,18 @@ class Follower(Server):
             self._settle(push, reason)
         self._wake = True
         return True
+
+    def _awaits_refused(self) -> bool:
+        """Whether a push that the leader has refused before its next round has still to come.
+
+        A pull of that worker's may come before it, which the leader has answered before the round.
+        """
+        for verdicts in self._verdicts:
+            if verdicts and verdicts[0].round == self._closed:
+                decision = verdicts[0].decision
+                if not decision.round and decision.reason is not Reason.LATE:
+                    return True
+        return False
 
     def _note(self, push: Push, reason: Reason) -> None:
         """Tell the leader of a part that could not be applied here."""

@@ -123,6 +123,7 @@ class Host:
             more=lambda: self._state(plan.seed),
             keep=plan.keep_checkpoints,
             failed=self.run_dir.trouble,
+            version=machine.store.version if plan.resumes and machine.store.version else None,
         )
 
     def _state(self, seed: int) -> dict[str, Any]:

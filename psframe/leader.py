@@ -110,7 +110,14 @@ class Leader(MarkingServer):
     def finished(self) -> bool:
         """Whether every worker has left or is lost, the followers have told all they had to, and
         no mark is under way."""
-        return self._n_gone == self.workers and not (self._unfinished or self._unsaved)
+        if self._n_gone < self.workers:
+            return False
+        # Nobody waits for the checkpoints of a run that has failed.
+        return not (self._unfinished or self._unsaved) or self._has_failed
+
+    @property
+    def _has_failed(self) -> bool:
+        return not self._followers and (self.failure is not None or self.diverged)
 
     # ---- events --------------------------------------------------------------------------
 
@@ -453,7 +460,8 @@ class Leader(MarkingServer):
         self._ended = self.stopped = self._wake = True
         self._forget_early()
         owed = self._mark_end()
-        self._unpin()
+        if not owed:
+            self._unpin()
         if self._followers:
             self._out.append(End(owed))
 
@@ -481,7 +489,9 @@ class Leader(MarkingServer):
         if self._early is not None and self._early.worker == worker:
             self._forget_early()
         for key in [key for key in self._arriving if key[0] == worker]:
-            del self._arriving[key]
+            push = self._arriving.pop(key)
+            if not any(event is push for event in self._inbox[worker]):
+                self.ledger.count(Reason.LOST)  # the worker is lost because of this very push
         self._draws.settle(worker, self._is_handled)
         self._inbox[worker].clear()
         self._blocked.discard(worker)

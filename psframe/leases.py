@@ -309,6 +309,16 @@ class LeaseBook:
         end = min(begin + book.spec.batch_size, book.spec.n_samples)
         return Lease(worker, seq, LeaseKind.TRAIN, epoch, begin, end)
 
+    def hold_up(self, worker: int) -> None:
+        """Note that the worker has finished a step and must wait for others before its next one.
+
+        Until it asks again nobody waits for it to work on its plan: those that it waits for may be
+        waiting for a block themselves, and that of an evaluation which is to come after this one.
+        """
+        plan, ready = self._latest[worker]
+        self._latest[worker] = plan, False
+        self._ready[plan] -= ready
+
     def expire(self, worker: int, clock: int) -> bool:
         """Take back what was reserved for steps that the worker has finished otherwise."""
         return self._waves is not None and self._waves.expire(worker, clock)

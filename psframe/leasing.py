@@ -128,8 +128,8 @@ class Leasing:
         if request.lease.kind is LeaseKind.CONFLICT:
             raise ValueError(
                 f"leases of worker {exchange.endpoint.index}: another worker's call number"
-                f" {plan + 1} asked for something else than {spec}; every worker must ask with"
-                " equal arguments"
+                f" {plan + 1}, or that of the run which this one goes on from, asked for something"
+                f" else than {spec}; every worker must ask with equal arguments"
             )
         return request.lease
 

@@ -97,7 +97,8 @@ class MarkingServer(WorkServer):
         self._n_marks = 0
         self._unsaved: set[int] = set()  # servers that have still to save the mark under way
         self._entries: dict[int, str] = {}
-        self._owed = False  # one at the end, when that under way is saved
+        # The state at the end, for a mark that is to be made when the one under way is saved.
+        self._owed: dict[str, Any] | None = None
         # The version that the run began with, if at its end there need be no mark of that.
         self._began_at = 0 if max_updates == 0 else None
         self._draws = Draws()
@@ -125,7 +126,8 @@ class MarkingServer(WorkServer):
         out, self._out = self._out, []
         return self._number(out) if self._followers else out
 
-    def _mark(self) -> None:
+    def _mark(self, state: Mapping[str, Any] | None = None) -> None:
+        """Mark the run as it is or, once it is over, as it was at its end."""
         if self._unsaved:
             self.marks_skipped += 1
             return
@@ -135,22 +137,26 @@ class MarkingServer(WorkServer):
         self._entries = {}
         if self._followers:
             self._out.append(Mark(number))
-        self._out.append(self._keep(number, self.state()))
+        self._out.append(self._keep(number, self.state() if state is None else state))
 
     def mark_end(self) -> None:
         """Have the end of the run marked, whatever was said before."""
         self._marks = replace(self._marks, at_end=True)
 
     def _mark_end(self) -> bool:
-        """Mark the end of the run, if that is wanted; True if it is to be made later."""
+        """Mark the end of the run, if that is wanted; True if it is to be made later.
+
+        Then the snapshot that is pinned stays so until it is.
+        """
         wanted = self._marks.at_end and self.failure is None and not self.diverged
         if not wanted or self.store.version == self._began_at:
             return False
         if self._unsaved:
-            self._owed = True
+            # Now: what is answered from here on, because it is over, is not of the run.
+            self._owed = self.state()
         else:
             self._mark()
-        return self._owed
+        return self._owed is not None
 
     def _set_due(self) -> None:
         """Set the next version at which something is due: a mark, or the end."""
@@ -192,9 +198,10 @@ class MarkingServer(WorkServer):
         self._after_saved()
 
     def _after_saved(self) -> None:
-        if self._owed and not self._unsaved:
-            self._owed = False
-            self._mark()
+        if self._owed is not None and not self._unsaved:
+            state, self._owed = self._owed, None
+            self._mark(state)
+            self._unpin()
 
     # ---- random numbers --------------------------------------------------------------------
 

@@ -249,7 +249,8 @@ class Grace:
         elif now > self._deadline:
             failure = leader.failure
             busy = [worker for worker, gone in enumerate(leader.gone) if not gone]
-            who = f"workers {busy}" if busy else "the other servers"
+            others = "a checkpoint" if leader.marking else "the other servers"
+            who = f"workers {busy}" if busy else others
             raise Overdue(
                 f"{who} did not come back within {_GRACE_S:.0f} s after the run had"
                 f" ended: {self._why()}",

@@ -98,7 +98,7 @@ class RunDir:
             else:
                 _make_room(folder, overwrite)
             (folder / CHECKPOINTS).mkdir(exist_ok=True)
-            (folder / CONFIG).write_text(toml.dumps(config or {}), encoding="utf-8")
+            _replace(folder / CONFIG, toml.dumps(config or {}))
             run_dir._open_metrics()
             _replace(folder / STATUS, _status("running", 0, None, ""))
         except OSError as error:

@@ -144,9 +144,10 @@ class RunSaver(ShardSaver):
         more: gives, at a mark, what the run's host has to say of it, fit for JSON.
         keep: how many checkpoints stay, beside the best one.
         failed: called with what went wrong, each time.
+        version: of the checkpoint that the run goes on from, if it does.
 
     Attributes:
-        version: of the last checkpoint that has been committed, or None.
+        version: of the last checkpoint that there is, or None.
     """
 
     def __init__(
@@ -159,9 +160,10 @@ class RunSaver(ShardSaver):
         more: Callable[[], Mapping[str, Any]],
         keep: int,
         failed: Callable[[str], None],
+        version: int | None = None,
     ) -> None:
         super().__init__(folder, machine, layout, servers)
-        self.version: int | None = None
+        self.version = version
         self._more = more
         self._keep = keep
         self._failed = failed

@@ -142,6 +142,8 @@ class WorkServer(Server):
             self._next_evaluation()
 
     def _next_evaluation(self, *, keep: bool = False) -> None:
+        if self.stopped:
+            return
         self._unpin(keep=keep)
         if self._followers:
             self._out.append(Pin(on=False, keep=keep))

@@ -1,7 +1,8 @@
-"""What all tests share: hypothesis' settings, and what becomes of GPU tests without a GPU."""
+"""What all tests share: hypothesis' settings, GPU tests without a GPU, and counts that are told."""
 
 import functools
 import os
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -33,3 +34,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked ``gpu``, with the reason, where it cannot run."""
     if item.get_closest_marker("gpu") is not None and _why_no_gpu():
         pytest.skip(_why_no_gpu())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much was tried, where tests have recorded that: their counts, added up."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", ()):
+        counts.update(dict(report.user_properties))
+    for what, count in counts.items():
+        terminalreporter.write_line(f"{count:,} {what}")

@@ -125,6 +125,25 @@ def test_a_pull_does_not_wait_for_a_round_that_waits_for_what_is_behind_it() -> 
     assert desk.store.version == 1
 
 
+def test_a_round_waits_for_a_refused_part_and_the_pull_before_it() -> None:
+    """The leader has answered that pull before the round."""
+    desk = follower(2, BSP())
+    desk.hears(Decision([(1, 1)], Reason.NON_FINITE))
+    desk.hears(Decision([(0, 0)], round=True))
+    assert desk.push(0) == []
+    assert answered(desk.pull(1)) == [(1, 0, False)]
+    assert answered(desk.push(1, finite=False)) == [(1, 1, False), (0, 0, True)]
+    assert desk.store.version == 1
+
+
+def test_a_round_waits_for_no_refused_part_of_the_dead() -> None:
+    desk = follower(2, BSP())
+    desk.hears(Decision([(1, 1)], Reason.NON_FINITE))
+    desk.hears(Decision([(0, 0)], round=True))
+    assert desk.push(0) == []
+    assert answered(desk.hears(Gone(1))) == [(1, ALL_REQUESTS, False), (0, 0, True)]
+
+
 def test_the_dropped_join_the_leaders_round_not_the_one_here() -> None:
     desk = follower(3, BSP(1))
     desk.hears(Decision([(0, 0), (1, 0)], round=True))
@@ -243,6 +262,26 @@ def test_a_part_that_is_here_is_applied_though_its_worker_is_lost() -> None:
     assert Withheld(1, 0, 1, 0) not in desk.hears(Gone(0)), "of the second nothing was decided"
     assert desk.store.version == 1
     assert desk.store.held == 0
+
+
+def test_a_part_that_comes_after_the_loss_is_not_taken_for_another() -> None:
+    """The leader's word of the loss may come later than decisions that it had made before."""
+    desk = follower(2)
+    desk.hears(Decision([(0, 0)]))
+    assert desk.hears(Lost(0)) == [Lost(0), Withheld(1, 0, 0, 0)]
+    assert desk.push(0) == []
+    assert desk.hears(Decision([(0, 1)])) == [Withheld(1, 0, 1, 0)]
+    assert desk.push(0) == []
+    assert desk.store.version == 0
+    (answer,) = desk.hears(Gone(0))
+    assert (answer.seq, answer.reason) == (ALL_REQUESTS, Reason.LOST)
+
+
+def test_a_worker_that_leaves_without_a_part_keeps_nobody_waiting() -> None:
+    desk = follower(1)
+    desk.hears(Decision([(0, 0)]))
+    assert desk.hears(Leave(0)) == [Withheld(1, 0, 0, 0)]
+    assert desk.hears(End()) == [Finished(1)]
 
 
 def test_no_pull_of_the_lost_is_waited_for() -> None:

@@ -751,6 +751,8 @@ def broken_npy(kind: str) -> bytes:
         "negative": headed("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, 3)}"),
         "huge": headed("{'descr': '<f4', 'fortran_order': False, 'shape': (1 << 50, 3)}"),
         "claiming": headed(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 50}, 3)}}"),
+        "several": headed("{'descr': '<5f', 'fortran_order': False, 'shape': (1, 3)}") + bytes(60),
+        "open": headed("{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3"),
         "version": b"\x93NUMPY\x09\x00" + bytes(50),
     }[kind]
 
@@ -769,6 +771,8 @@ def broken_npy(kind: str) -> bytes:
         ("negative", "has a damaged header: its shape is (-2, 3)"),
         ("huge", "has a damaged header"),
         ("claiming", "claims the shape"),
+        ("several", "has a damaged header: its dtype is ('<f4', (5,))"),
+        ("open", "has a damaged header"),
         ("version", "unknown version (9, 0)"),
     ],
 )

@@ -307,6 +307,24 @@ def test_an_evaluation_without_workers_makes_way() -> None:
     assert lease.kind is EVALUATE
 
 
+def test_an_evaluation_whose_worker_must_wait_makes_way() -> None:
+    """It waits for the step of one that waits for an evaluation behind this one."""
+    office = Office(2, n_samples=1, batch_size=1, eval_samples=2, eval_batch_size=1)
+    office.block(1, plan=1)
+    office.book.complete(1)
+    assert office.evaluate()
+    office.block(0)
+    office.book.complete(0)
+    assert office.ask(0) is None
+    assert not office.book.abandon(), "worker 1 is ready for the next block"
+    office.book.hold_up(1)
+    assert office.book.abandon()
+    assert office.evaluate()
+    lease = office.ask(0)
+    assert lease is not None
+    assert lease.kind is EVALUATE
+
+
 # ---- ahead of time -----------------------------------------------------------------------------
 
 

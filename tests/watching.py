@@ -15,6 +15,7 @@ from saving import Checkpoint, Saver
 
 from psframe import BSP, SSP, Params, Receipt
 from psframe.draws import read_draws
+from psframe.errors import MessageError
 from psframe.events import Arrived, EpochDone, Evaluated, Leave, PushHandled, Withheld
 from psframe.events import Push as PushEvent
 from psframe.layout import Array
@@ -130,6 +131,7 @@ class Watcher:
             self._watch_store(server, machine.store)
             if server:
                 self._watch_withheld(server, machine)
+        self._watch_illegal()
         self._watch_leases()
         self._watch_marks()
         virtual = simulation._virtual
@@ -147,6 +149,19 @@ class Watcher:
             return out
 
         machine.handle = watched  # type: ignore[method-assign]
+
+    def _watch_illegal(self) -> None:
+        """Forget a push that the leader refuses as illegal: nothing has been changed by it."""
+        leader, handle = self.leader, self.leader.handle
+
+        def watched(event: Any) -> list[Any]:
+            try:
+                return handle(event)
+            except MessageError:
+                self.arrived -= isinstance(event, PushEvent)
+                raise
+
+        leader.handle = watched  # type: ignore[method-assign]
 
     def _watch_store(self, server: int, store: Store) -> None:
         held, hold, release = self._held[server], store.hold, store.release
@@ -300,6 +315,7 @@ class Watcher:
 
     def _handled(self, row: PushHandled) -> None:
         worker, mode = row.worker, self.plan.mode
+        assert not self.leader.lost[worker], "a push of a worker that counts as lost"
         k = self._steps[worker]
         self._steps[worker] += 1
         self.rows.append(row)
@@ -382,10 +398,15 @@ class Watcher:
             if handled is None:
                 assert receipt.reason in ("stopped", "lost")
                 assert not receipt.applied
+            elif receipt.reason in ("stopped", "lost") and self._was_lost(push[0]):
+                assert not receipt.applied  # one server ended it before another's answer was there
             else:
                 assert receipt.applied == handled.applied == (not receipt.reason)
                 assert receipt.version == handled.version_applied
                 assert receipt.staleness == handled.staleness
+
+    def _was_lost(self, worker: int) -> bool:
+        return any(machine.lost[worker] for machine in self.machines)
 
     def _check_replay(self) -> None:
         """Server 0's versions are those of one process that does what the trace says."""

@@ -6,6 +6,7 @@ one that is stopped is.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,13 +69,16 @@ class Messages:
 
     def close(self, lost: Iterable[int]) -> None:
         """Give the requests back, but for those to ranks that may never complete."""
-        self.receive()
-        if self._receive is not None:
-            self._receive.Cancel()
-            self._receive.Wait()
-            self._receive.Free()
+        # MPI's errors are of ranks that have died meanwhile, and nobody waits for them any more.
+        with contextlib.suppress(RuntimeError):
+            self.receive()
+            if self._receive is not None:
+                self._receive.Cancel()
+                self._receive.Wait()
+                self._receive.Free()
         for rank in self._sends.keys() - set(lost):
-            self._sends[rank].Free()
+            with contextlib.suppress(RuntimeError):
+                self._sends[rank].Free()
 
 
 class Beats:

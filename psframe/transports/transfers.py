@@ -70,7 +70,8 @@ class Transfers:
         if done or lost:
             self._open = [t for t in self._open if t not in done and t.peer not in lost]
         for transfer in done:
-            transfer.then()
+            if transfer.peer not in lost:  # perhaps only since it was tested
+                transfer.then()
         return some or bool(done)
 
     def _test(self, transfer: _Transfer) -> bool:

@@ -6,6 +6,7 @@ What NumPy itself says of a damaged file is not passed on: it advises to allow p
 from __future__ import annotations
 
 import math
+import tokenize
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,8 @@ from psframe.data.checks import check_file
 __all__ = ["load_npy", "read_header"]
 
 _MAGIC = b"\x93NUMPY"
+# What NumPy's reader of headers raises: it is Python's own, for literals and, of old, for tokens.
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
 
 
 def load_npy(path: Path, where: str, *, mapped: bool = False) -> npt.NDArray[Any]:
@@ -64,7 +67,7 @@ def read_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtyp
             shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
         else:
             raise ValueError(f"it is of the unknown version {version}")
-    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+    except _HEADER_ERRORS as error:
         reason = (str(error).splitlines() or ["no reason given"])[0][:200]
         raise ValueError(f"{where}: has a damaged header: {reason}") from error
     if dtype.hasobject:
@@ -73,4 +76,6 @@ def read_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtyp
         )
     if any(n < 0 for n in shape):
         raise ValueError(f"{where}: has a damaged header: its shape is {shape}")
+    if dtype.shape:  # NumPy reads such an element as several, and never writes one
+        raise ValueError(f"{where}: has a damaged header: its dtype is {dtype}")
     return shape, dtype
