@@ -113,7 +113,7 @@ def test_a_folder_that_takes_no_files(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(RunDirError, match=rf"{os.strerror(number)}; .*{words}"):
         RunDir.create(tmp_path / "run", config={})
 
