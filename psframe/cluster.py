@@ -9,11 +9,12 @@ longer possible the job is aborted, with the verdict written first.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,14 @@ from psframe.roles import (
 )
 from psframe.saving import ShardSaver
 from psframe.server import Server
+from psframe.transports.faults import fault_tolerant
 from psframe.transports.leaving import part, part_alone
 from psframe.transports.meeting import Neighbours, meet
 from psframe.transports.mpi import SETUP_BOUND_S, Mesh, abort, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.transports.mpi_port import MpiServerPort
 from psframe.transports.parting import arrives, hear_end, tell_end
+from psframe.transports.replacements import Replacements
 from psframe.transports.vigil import keep_watch
 from psframe.transports.watch import CountedOut, Pulse, Watch
 
@@ -59,6 +62,9 @@ __all__ = ["fail_together", "run_cluster"]
 # Every rank of a run that has failed has this long to come to the end, where it learns why.
 _END_BOUND_S = 1.5
 _EXIT_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+
+# The run of this program: a replacement, which begins with the first, can join no other.
+_runs = itertools.count()
 
 _log = logging.getLogger("psframe")
 
@@ -89,7 +95,7 @@ def run_cluster(
     except RankLost as lost:
         print(f"psframe: this rank ends the job: {lost}", file=sys.stderr, flush=True)
         abort(1)
-    run = _ClusterRun(mesh, work, shared_memory)
+    run = _ClusterRun(mesh, work, shared_memory, same)
     result: Result | None = None
     error: BaseException | None = None
     try:
@@ -139,7 +145,15 @@ def fail_together(launcher: Launcher, error: Exception) -> Exception:
 
 
 class _ClusterRun:
-    def __init__(self, mesh: Mesh, work: Callable[[Worker], Any], shared_memory: bool) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        work: Callable[[Worker], Any],
+        shared_memory: bool,
+        same: Mapping[str, object],
+    ) -> None:
+        self._number = next(_runs)
+        self._same = same
         self.mesh = mesh
         self.host = Host(None, None)
         self.interrupts = Interrupts(self._interrupted)
@@ -175,7 +189,10 @@ class _ClusterRun:
         self._share_initial(plan)
         if mesh.rank >= plan.servers:
             plan.forget_initial()
-        neighbours = meet(mesh, plan.layout, plan.servers, self._shared_memory)
+        stays_open = plan.respawn > 0 and mesh.rank == 0
+        neighbours = meet(
+            mesh, plan.layout, plan.servers, self._shared_memory, stays_open=stays_open
+        )
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         with contextlib.closing(Pulse(watch, self.abort)):
             if mesh.rank == 0:
@@ -227,7 +244,7 @@ class _ClusterRun:
         self, plan: Plan, neighbours: Neighbours, watch: Watch
     ) -> tuple[Result, BaseException | None]:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
-        leader = self._build_server(plan, port)
+        leader = self._build_server(plan, port, self._respawn(plan, neighbours))
         assert isinstance(leader, Leader)
         watch.last_message = lambda rank: (
             leader.last_request(rank - plan.servers) if rank >= plan.servers else -1
@@ -235,8 +252,17 @@ class _ClusterRun:
         watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         if not (plan.trace or plan.spans):  # somebody wants to hear of each push
             port.push_pull = leader.push_pull
-        grace = Grace(leader, self.interrupts, watch.tick)
-        serve_first(grace, port, self.host, plan)
+        with self._replacements(plan, leader, port, neighbours) as replacements:
+
+            def look() -> None:
+                watch.tick()
+                if replacements is not None:
+                    replacements.tick()
+
+            grace = Grace(leader, self.interrupts, look)
+            serve_first(grace, port, self.host, plan)
+            if replacements is not None:
+                replacements.leave()
         port.push_pull = None  # a circle: it would hold the run's memory
         summary = _summarise(leader, watch, grace)
         error = self._outcome(summary, plan)
@@ -289,11 +315,57 @@ class _ClusterRun:
         port.close()
         self.mesh.send(follower.outcome, 0, "this server's parameters", None)
 
-    def _build_server(self, plan: Plan, port: MpiServerPort) -> Server:
+    def _respawn(self, plan: Plan, neighbours: Neighbours) -> int:
+        """Say how many lost workers can be replaced, and why none, if some are to be."""
+        if not plan.respawn:
+            return 0
+        why = ""
+        if neighbours.own is None:
+            why = "they share memory with server 0, which has none to share"
+        elif self._number:
+            why = "they begin with the program's first run, and this is another"
+        if why:
+            _log.warning("respawn: there are no replacements: %s", why)
+            return 0
+        if not fault_tolerant():
+            _log.warning(
+                "respawn: this MPI ends the job when a rank dies, so there is nobody to replace"
+                " but a rank that falls silent; start with Open MPI's mpirun --with-ft ulfm"
+            )
+        return plan.respawn
+
+    @contextlib.contextmanager
+    def _replacements(
+        self, plan: Plan, leader: Leader, port: MpiServerPort, neighbours: Neighbours
+    ) -> Iterator[Replacements | None]:
+        """See to the replacements of lost workers, if there are to be any."""
+        if not leader.may_respawn:
+            yield None
+            return
+        replacements = Replacements(
+            port,
+            plan.layout,
+            neighbours,
+            names=self.mesh.names,
+            nodes=self.mesh.nodes,
+            digests=plan.digests(**self._same),
+            timeout_s=plan.timeout_s,
+            vacant=lambda: leader.vacant,
+            gone=lambda worker: leader.gone[worker],
+        )
+        with contextlib.closing(replacements):
+            yield replacements
+
+    def _build_server(self, plan: Plan, port: MpiServerPort, respawn: int = 0) -> Server:
         restart = self.restart
         with explained_state(restart.reader):
             machine = plan.build_server(
-                self.mesh.rank, port.workers, port.buffers, port.memory, resume=restart.resume
+                self.mesh.rank,
+                port.workers,
+                port.buffers,
+                port.memory,
+                resume=restart.resume,
+                respawn=respawn,
             )
         restart.close()
         plan.forget_initial()
@@ -343,7 +415,7 @@ class _ClusterRun:
 
     def _outcome(self, summary: Mapping[str, Any], plan: Plan) -> BaseException | None:
         why = summary["why"]
-        if len(summary["lost"]) == self.mesh.size - plan.servers:
+        if summary["deserted"]:
             reasons = "; ".join(f"rank {self.mesh.names[int(r)]}: {w}" for r, w in why.items())
             return RankLost(f"every worker is lost: {reasons}")
         if summary["interrupted"]:
@@ -405,6 +477,7 @@ def _summarise(leader: Leader, watch: Watch, grace: Grace) -> dict[str, Any]:
     return {
         **summarise(leader),
         "failure": failure,
+        "deserted": all(leader.lost),
         "diverged": str(diverged(leader)) if leader.diverged else "",
         "interrupted": grace.interrupt is not None,
         "request": grace.request,

@@ -119,6 +119,10 @@ class Policy:
         self.live[worker] = False
         return False
 
+    def rejoin(self, worker: int) -> None:
+        """Count a worker again that had left, as if it had kept pace with the slowest."""
+        self.live[worker] = True
+
     def park(self, worker: int) -> None:
         """Note that the worker waits for a lease and cannot push before it has one."""
 
@@ -160,6 +164,13 @@ class _SSPPolicy(Policy):
             return False
         self.live[worker] = False
         return self._remove(self.clocks[worker])
+
+    def rejoin(self, worker: int) -> None:
+        super().rejoin(worker)
+        if not self._at_clock:
+            self._slowest = self.clocks[worker]
+        self.clocks[worker] = self._slowest
+        self._at_clock[self._slowest] = self._at_clock.get(self._slowest, 0) + 1
 
     def _remove(self, clock: int) -> bool:
         self._at_clock[clock] -= 1
@@ -250,6 +261,12 @@ class _BSPPolicy(Policy):
         self._refused.discard(worker)
         self._parked.discard(worker)
         return True
+
+    def rejoin(self, worker: int) -> None:
+        super().rejoin(worker)
+        self._n_live += 1
+        self._sat_out.discard(worker)
+        self.clocks[worker] = self._round
 
     def park(self, worker: int) -> None:
         # It has no block and cannot push, and the others' blocks are completed by pushes:

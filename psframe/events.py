@@ -36,6 +36,7 @@ __all__ = [
     "FromWorker",
     "Gone",
     "HostEvent",
+    "Joined",
     "Lease",
     "LeaseKind",
     "GiveBack",
@@ -46,6 +47,7 @@ __all__ = [
     "Lost",
     "Mark",
     "Marked",
+    "Missing",
     "Output",
     "Pin",
     "Pull",
@@ -306,6 +308,20 @@ class Lost:
 
 
 @dataclass(slots=True)
+class Joined:
+    """Another process is here in place of a worker that was lost; its requests begin anew."""
+
+    worker: int
+
+
+@dataclass(slots=True)
+class Missing:
+    """The process that was to replace a worker does not come."""
+
+    worker: int
+
+
+@dataclass(slots=True)
 class Arrived:
     """More of the gradient of a push is there that arrives after its message (`Push.arriving`).
 
@@ -470,7 +486,19 @@ class ShardSaved:
 
 
 # Spans are those of followers, too.
-ToServer = FromWorker | Lost | Sent | Arrived | Saved | Record | Withheld | ShardSaved | Finished
+ToServer = (
+    FromWorker
+    | Lost
+    | Joined
+    | Missing
+    | Sent
+    | Arrived
+    | Saved
+    | Record
+    | Withheld
+    | ShardSaved
+    | Finished
+)
 
 # ---- a machine to its host ---------------------------------------------------------------
 

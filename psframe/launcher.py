@@ -9,7 +9,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-__all__ = ["Launcher", "find_launcher", "lone_process_message", "starting_mpi"]
+__all__ = [
+    "Launcher",
+    "Place",
+    "child_environment",
+    "find_launcher",
+    "find_place",
+    "lone_process_message",
+    "starting_mpi",
+]
 
 # To start MPI every rank has to have come so far; on a large machine imports alone take a minute.
 _START_BOUND_S = 300.0
@@ -22,11 +30,14 @@ class Launcher(NamedTuple):
         name: the launcher, for messages.
         rank: this process's rank.
         size: the number of ranks; None if the environment does not tell.
+        replaces: whether this process stands in for that rank, which was lost: it is alone, and no
+            MPI process.
     """
 
     name: str
     rank: int
     size: int | None
+    replaces: bool = False
 
     @property
     def is_open_mpi(self) -> bool:
@@ -34,6 +45,23 @@ class Launcher(NamedTuple):
         return self.name == _OPEN_MPI
 
 
+class Place(NamedTuple):
+    """Where a process belongs that server 0 has started in place of a lost worker.
+
+    Attributes:
+        rank: the lost one's.
+        size: the number of ranks.
+        socket, own, server: open files: to server 0, of this worker's memory, and of server 0's.
+    """
+
+    rank: int
+    size: int
+    socket: int
+    own: int
+    server: int
+
+
+_PLACE = "PSFRAME_REPLACES"
 _OPEN_MPI = "mpirun (Open MPI)"
 # Name, rank and size, the most specific first: under mpirun inside a Slurm job the variables of
 # both are set. SLURM_STEP_NUM_TASKS and not SLURM_NTASKS, which a batch script sees as well.
@@ -44,9 +72,15 @@ _VARIABLES = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
+# What launchers tell their processes begins with one of these.
+_LAUNCHERS = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_", "HYDRA_", "HYDI_", "SLURM_")
+
 
 def find_launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
     """Find the launcher of this process; None if it was started on its own."""
+    place = find_place(environ)
+    if place is not None:
+        return Launcher("psframe", place.rank, place.size, replaces=True)
     for name, rank, size in _VARIABLES:
         if environ.get(rank, "").isdigit():
             count = environ.get(size, "")
@@ -54,6 +88,20 @@ def find_launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
                 continue  # a batch script: it has a rank, but srun did not start it
             return Launcher(name, int(environ[rank]), int(count) if count.isdigit() else None)
     return None
+
+
+def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
+    """Find the place of a process that stands in for a lost worker; None of all others."""
+    numbers = environ.get(_PLACE, "").split()
+    if len(numbers) != len(Place._fields) or not all(n.isdigit() for n in numbers):
+        return None
+    return Place(*map(int, numbers))
+
+
+def child_environment(environ: Mapping[str, str], place: Place) -> dict[str, str]:
+    """Give the environment of a process that is to take a place: no launcher's, who starts none."""
+    others = {k: v for k, v in environ.items() if not k.startswith(_LAUNCHERS)}
+    return {**others, _PLACE: " ".join(map(str, place))}
 
 
 def lone_process_message(launcher: Launcher, library: str, prefix: str) -> str:

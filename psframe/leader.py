@@ -16,12 +16,14 @@ from psframe.events import (
     Finished,
     GiveBack,
     Gone,
+    Joined,
     Lease,
     LeaseRequest,
     Leave,
     Log,
     Logged,
     Lost,
+    Missing,
     Output,
     Pull,
     Push,
@@ -61,6 +63,12 @@ class Leader(MarkingServer):
         trace: make a `PushHandled` for every push.
         score: as for `WorkServer`.
         marks: as for `MarkingServer`.
+        respawn: lost workers that may be replaced, in all; 0 with several servers.
+
+    Attributes:
+        losses: the workers that have been lost, replaced or not.
+        vacant: those of them that wait for a replacement, which the driver is to bring: `Joined` or
+            `Missing` says what has come of it.
     """
 
     def __init__(
@@ -76,7 +84,9 @@ class Leader(MarkingServer):
         trace: bool = False,
         score: Score | None = None,
         marks: Marks | None = None,
+        respawn: int = 0,
     ) -> None:
+        assert not (respawn and servers > 1), "followers do not readmit workers"
         super().__init__(
             workers,
             store,
@@ -101,6 +111,10 @@ class Leader(MarkingServer):
         self._plain = type(policy) is Policy and servers == 1 and clip_norm is None
         self._log_max = 0
         self._ended = False
+        self._respawn = respawn
+        self.losses: set[int] = set()
+        self.vacant: dict[int, int] = {}
+        self._replacements = 0
         if max_updates == 0:
             self._stop()
 
@@ -110,7 +124,7 @@ class Leader(MarkingServer):
     def finished(self) -> bool:
         """Whether every worker has left or is lost, the followers have told all they had to, and
         no mark is under way."""
-        if self._n_gone < self.workers:
+        if not (self.stopped and self._n_gone == self.workers):
             return False
         # Nobody waits for the checkpoints of a run that has failed.
         return not (self._unfinished or self._unsaved) or self._has_failed
@@ -262,6 +276,10 @@ class Leader(MarkingServer):
             self._arrive(event)
         elif isinstance(event, Lost):
             self._lose(event.worker)
+        elif isinstance(event, Joined):
+            self._join(event.worker)
+        elif isinstance(event, Missing):
+            self._miss(event.worker)
         elif isinstance(event, Withheld):
             self.ledger.count_partial(event.worker, event.seq)
             self._diverge_at(event.in_a_row)
@@ -285,7 +303,8 @@ class Leader(MarkingServer):
                 break
             self._close_round(members)
             super()._settle_all()
-        if self.all_gone:
+        # Where nobody is left who has done its work, that is the replacements' to do.
+        if self.all_gone and not (self.vacant and all(self.lost)):
             self._stop()
 
     def end(self) -> list[Output]:
@@ -459,6 +478,7 @@ class Leader(MarkingServer):
             return
         self._ended = self.stopped = self._wake = True
         self._forget_early()
+        self.vacant.clear()
         owed = self._mark_end()
         if not owed:
             self._unpin()
@@ -499,3 +519,40 @@ class Leader(MarkingServer):
             self._out.append(Gone(worker))
         self._depart(worker)
         self._dismiss(worker)
+        self.losses.add(worker)
+        self._vacate(worker)
+
+    # ---- replacements --------------------------------------------------------------------
+
+    @property
+    def may_respawn(self) -> bool:
+        """Whether workers that are lost may be replaced."""
+        return self._respawn > 0
+
+    def _vacate(self, worker: int) -> None:
+        """Have a lost worker replaced, if there may be one more replacement."""
+        if self._respawn and not self.stopped:
+            self._respawn -= 1
+            self._replacements += 1
+            self.vacant[worker] = self._replacements
+
+    def _join(self, worker: int) -> None:
+        if self.stopped:
+            self._dismiss(worker)  # it has come too late
+            return
+        self._check_vacant(worker)
+        del self.vacant[worker]
+        self._readmit(worker)
+        self._book.rejoin(worker)
+
+    def _miss(self, worker: int) -> None:
+        if self.stopped:
+            return
+        self._check_vacant(worker)
+        del self.vacant[worker]
+        self._vacate(worker)
+        self._wake = True  # there may be nobody left
+
+    def _check_vacant(self, worker: int) -> None:
+        if worker not in self.vacant:
+            raise MessageError(f"nobody is expected in place of worker {worker}")

@@ -331,6 +331,13 @@ class LeaseBook:
             self._return(hand)
         return (self._waves is not None and self._waves.give_up(worker)) or bool(hands)
 
+    def rejoin(self, worker: int) -> None:
+        """Expect requests again of a worker whose blocks have been given back, from its first."""
+        self._latest[worker] = -1, False
+        self._in_plan[-1] += 1
+        if self._waves is not None:
+            self._waves.rejoin(worker)
+
     def give_back_ahead(self, worker: int, seq: int | None = None) -> bool:
         """Return the block that the worker has not begun; True if there was one.
 

@@ -138,6 +138,8 @@ def find_serving(servers: Checked, launcher: Launcher | None) -> tuple[int, ...]
         return ()
     if not isinstance(servers, str):
         return serving_ranks(servers, ())
+    if launcher.replaces:
+        return (0,)  # or there would be no replacements
     with starting_mpi():
         from psframe.transports.mpi import open_mesh  # imports MPI
 

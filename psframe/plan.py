@@ -20,6 +20,7 @@ from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.devices import Device
 from psframe.draws import Numbers
+from psframe.errors import ArgumentError
 from psframe.events import HostEvent
 from psframe.exchange import Endpoint
 from psframe.follower import Follower
@@ -34,6 +35,7 @@ from psframe.store import Buffers, MarkableRule, Store, UpdateRule
 
 __all__ = [
     "COUNT_MAX",
+    "RESPAWN_MAX",
     "THREADS_MAX",
     "TIMEOUT_S",
     "TIMEOUT_S_MIN",
@@ -56,6 +58,8 @@ TIMEOUT_S = 60.0
 TIMEOUT_S_MIN = 0.5
 # Threads of one process; with more of them it does nothing but change from one to the other.
 THREADS_MAX = 1000
+# Who loses more workers than that has another problem.
+RESPAWN_MAX = 1000
 
 
 class OptimizerLike(Protocol):
@@ -114,6 +118,7 @@ class Plan:
     every_s: float | None = None  # seconds between checkpoints, beside `marks`
     keep_checkpoints: int = 3
     resumes: bool = False  # goes on from the newest checkpoint
+    respawn: int = 0  # lost workers that are replaced, in all; over MPI only
 
     @classmethod
     def check(
@@ -137,6 +142,7 @@ class Plan:
         every_s: float | None = None,
         keep_checkpoints: int = 3,
         resumes: bool = False,
+        respawn: int = 0,
     ) -> Plan:
         """Check the arguments.
 
@@ -170,6 +176,9 @@ class Plan:
         if clip_norm is not None:
             _check_positive("clip_norm", clip_norm)
         _check_timeout(timeout_s)
+        check_count("respawn", respawn, 0)
+        if respawn > RESPAWN_MAX:
+            raise ValueError(f"respawn: expected at most {RESPAWN_MAX}, got {respawn}")
         if score is not None and not callable(score):
             raise TypeError(f"score: expected a function of an evaluation's sums, got {score!r}")
         if marks is not None and not _can_be_kept(optimizer, layout):
@@ -199,10 +208,20 @@ class Plan:
             every_s=every_s,
             keep_checkpoints=keep_checkpoints,
             resumes=bool(resumes),
+            respawn=int(respawn),
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
-        """Give the plan in which these ranks serve."""
+        """Give the plan in which these ranks serve.
+
+        Raises:
+            ArgumentError: lost workers are to be replaced, and there are several servers.
+        """
+        if self.respawn and len(serving) > 1:
+            raise ArgumentError(
+                f"respawn: lost workers can be replaced where one server serves, not"
+                f" {len(serving)}; take one server, or respawn=0"
+            )
         return dataclasses.replace(self, servers=len(serving), serving=serving)
 
     def forget_initial(self) -> None:
@@ -267,6 +286,7 @@ class Plan:
             "trace": self.trace,
             "spans": self.spans,
             "timeout_s": self.timeout_s,
+            "respawn": self.respawn,
             **more,
             "checkpoint_every": (self.marks, self.every_s),
             "keep_checkpoints": self.keep_checkpoints,
@@ -283,6 +303,7 @@ class Plan:
         *,
         trace: bool = False,
         resume: Resume | None = None,
+        respawn: int = 0,
     ) -> Server:
         """Make server `index` of this run.
 
@@ -293,6 +314,7 @@ class Plan:
             memory: where gradients lie and copied pulls go.
             trace: whether the leader tells of every push, if the plan does not say so.
             resume: what to go on from.
+            respawn: lost workers that the driver can replace, in all.
 
         Raises:
             ValueError: `resume` is not what a run of these parameters and this optimizer has left.
@@ -321,6 +343,7 @@ class Plan:
                 trace=trace or self.trace,
                 score=self.score,
                 marks=self.marks,
+                respawn=respawn,
             )
         if resume is not None:
             machine.restore(resume.state, resume.arrays, begin)

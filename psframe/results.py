@@ -22,7 +22,7 @@ def summarise(leader: Leader) -> dict[str, Any]:
         "staleness": sorted(leader.staleness.items()),
         "ledger": leader.ledger.ledger().as_dict(),
         "kept_version": leader.kept_version,
-        "lost": [worker for worker, lost in enumerate(leader.lost) if lost],
+        "lost": sorted(leader.losses),
     }
 
 

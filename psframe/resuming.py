@@ -21,6 +21,8 @@ def is_completed(folder: str | Path, launched: Launcher | None) -> bool:
         RunDirError: there is a status.json, but it is not a run's; on rank 0.
         LaunchError, RankLost: as `psframe.run`.
     """
+    if launched is not None and launched.replaces:
+        return False  # it is under way
     if launched is None:
         return _look(folder)
     return _decide_together(launched, lambda: _look(folder))

@@ -11,7 +11,7 @@ from psframe.cadence import parse_cadence
 from psframe.client import Worker
 from psframe.consistency import Async, Mode
 from psframe.host import Host
-from psframe.launcher import find_launcher, starting_mpi
+from psframe.launcher import find_launcher, find_place, starting_mpi
 from psframe.leader import Score
 from psframe.marking import Marks
 from psframe.placement import Servers, check_servers, one_process
@@ -56,6 +56,7 @@ def run(
     score: Score | None = None,
     shared_memory: bool = True,
     timeout_s: float = TIMEOUT_S,
+    respawn: int = 0,
 ) -> Result:
     """Train `params` with a parameter server; every rank calls it with equal arguments.
 
@@ -99,6 +100,11 @@ def run(
         shared_memory: use it between ranks on one node; False sends everything through MPI.
         timeout_s: a rank that gives no sign of life for so long counts as lost, 0.5 at least.
             Workers give one while they compute, too. Without a launcher it means nothing.
+        respawn: lost workers that server 0 replaces, at most so many in all (0 to 1000); with one
+            server, under `mpirun --with-ft ulfm`. A replacement is this program once more, on
+            server 0's node and alone, without MPI; its first call of this function joins the run,
+            and does not return: when the run is over for it, its process ends. So it is for a
+            program's first run. `Result.lost` names the lost all the same.
 
     Returns:
         The Result; `.params` only on rank 0.
@@ -150,6 +156,7 @@ def run(
             keep_checkpoints=int(keep_checkpoints),
             resumes=resume,
             timeout_s=timeout_s,
+            respawn=respawn,
         )
 
     def host(checked: Plan) -> Host:
@@ -163,6 +170,7 @@ def run(
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),
             **({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}),
             **({} if checked.timeout_s == TIMEOUT_S else {"timeout_s": checked.timeout_s}),
+            **({"respawn": checked.respawn} if checked.respawn else {}),
         }
         return Host.open(
             run_dir,
@@ -178,6 +186,12 @@ def run(
         count = 1 if workers is None else workers
         check_threads("workers", count)
         return run_threads(work, checked, int(count), host)
+    same = {"run_dir": str(run_dir), "overwrite": overwrite, "shared_memory": shared_memory}
+    place = find_place()
+    if place is not None:
+        from psframe.replacement import stand_in
+
+        stand_in(work, plan, place, same)
     with starting_mpi():
         from psframe.cluster import run_cluster  # imports MPI
 
@@ -190,5 +204,5 @@ def run(
         launcher=launcher,
         comm=comm,
         shared_memory=shared_memory,
-        same={"run_dir": str(run_dir), "overwrite": overwrite, "shared_memory": shared_memory},
+        same=same,
     )

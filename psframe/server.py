@@ -423,6 +423,13 @@ class Server(ABC):
         self.policy.leave(worker)
         self._wake = True
 
+    def _readmit(self, worker: int) -> None:
+        """Count a worker that was lost as live again: somebody else, whose requests begin anew."""
+        self.gone[worker] = self.lost[worker] = self._leaving[worker] = False
+        self._n_gone -= 1
+        self._last_seq[worker] = -1
+        self.policy.rejoin(worker)
+
     def _dismiss(self, worker: int) -> None:
         """Tell a worker that counts as lost to end."""
         reason = Reason.LOST if self.lost[worker] else Reason.STOPPED

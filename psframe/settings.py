@@ -18,7 +18,7 @@ from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 from psframe.placement import Checked, parse_servers
-from psframe.plan import COUNT_MAX, THREADS_MAX, TIMEOUT_S, TIMEOUT_S_MIN
+from psframe.plan import COUNT_MAX, RESPAWN_MAX, THREADS_MAX, TIMEOUT_S, TIMEOUT_S_MIN
 
 __all__ = [
     "INTERRUPTED",
@@ -60,9 +60,15 @@ _LIMITS = {
     "split_seed": 0,
     "patience": 1,
     "keep_checkpoints": 1,
+    "respawn": 0,
 }
 # What is not here is an int of C's.
-_LIMITS_MAX = {"workers": THREADS_MAX, "seed": COUNT_MAX, "split_seed": COUNT_MAX}
+_LIMITS_MAX = {
+    "workers": THREADS_MAX,
+    "seed": COUNT_MAX,
+    "split_seed": COUNT_MAX,
+    "respawn": RESPAWN_MAX,
+}
 _INT_MAX = 2**31 - 1
 
 
@@ -149,6 +155,9 @@ class Settings:
 
     timeout_s: float = TIMEOUT_S
     """under mpirun: seconds without a sign of life after which a rank counts as lost"""
+
+    respawn: int = 0
+    """under mpirun --with-ft ulfm: replacements for lost workers, at most so many in all"""
 
     seed: int = 0
     """of the initial parameters and of the order of samples"""
@@ -341,6 +350,10 @@ class Settings:
             if given and not fits:
                 now = f" (the mode is {self.mode})" if "mode" in other else ""
                 raise ArgumentError(f"{_flag(name)} goes with {other} only{now}; drop one of them")
+        servers = self.placement()
+        count = len(servers) if isinstance(servers, tuple) else servers
+        if self.respawn and isinstance(count, int) and count > 1:
+            raise ArgumentError(f"--respawn goes with one server only, not {count}; drop it")
         if self.resume and self.overwrite:
             raise ArgumentError("--resume and --overwrite contradict each other; drop one of them")
         if self.resume and "{time}" in self.run_dir:

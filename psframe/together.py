@@ -21,6 +21,10 @@ def fail_if_any(launcher: Launcher, error: Exception | None) -> None:
         ArgumentError: another rank cannot go on; it says why.
         LaunchError, RankLost: as `psframe.run`.
     """
+    if launcher.replaces:  # nobody else is where this process is
+        if error is not None:
+            raise error
+        return
     with starting_mpi():
         from psframe.agreement import tell
         from psframe.transports.mpi import open_mesh

@@ -182,7 +182,7 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
     try:
         trainer, parts, watching = _prepare(settings, launched, serving)
     except Exception as error:
-        if launched is None:
+        if launched is None or launched.replaces:
             raise
         from psframe.cluster import fail_together
 
@@ -243,6 +243,7 @@ def _prepare(
         resume=settings.resume,
         clip_norm=settings.clip_norm,
         timeout_s=settings.timeout_s,
+        respawn=settings.respawn,
         config=settings.as_config(),
         callbacks=(watching.epoch,),
         observer=watching,

@@ -95,8 +95,8 @@ class Trainer:
         patience: stop after so many epochs without a better accuracy on the validation part; that
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
-        servers, workers, overwrite, clip_norm, timeout_s, comm, config: as for `psframe.run`.
-        checkpoint_every, keep_checkpoints, resume: as for `psframe.run`.
+        servers, workers, overwrite, checkpoint_every, keep_checkpoints: as for `psframe.run`.
+        resume, clip_norm, timeout_s, respawn, comm, config: as for `psframe.run`.
         run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
             ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
@@ -131,6 +131,7 @@ class Trainer:
         resume: bool = False,
         clip_norm: float | None = None,
         timeout_s: float = TIMEOUT_S,
+        respawn: int = 0,
         comm: Any = None,
         config: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callable[[EpochSummary], Any]] = (),
@@ -173,6 +174,7 @@ class Trainer:
             "resume": resume,
             "clip_norm": clip_norm,
             "timeout_s": timeout_s,
+            "respawn": respawn,
             "config": config,
         }
 

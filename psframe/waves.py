@@ -122,6 +122,11 @@ class Waves:
         """Take back all that was reserved for the worker; True if there was anything."""
         return self._give_up(worker, lambda ask: True)
 
+    def rejoin(self, worker: int) -> None:
+        """Forget what a worker had asked for; another process begins in its place."""
+        self._asks[worker] = 0, -1, 0
+        self._waits_in[worker] = None
+
     def _give_up(self, worker: int, which: Callable[[_Ask], bool]) -> bool:
         """Return the blocks reserved for some requests of the worker; True if there were any."""
         mine = self._reserved[worker]

@@ -157,6 +157,10 @@ class Desk:
                 self._release[answer.worker] |= RELEASE_COPY if copied else RELEASE_HOLD
         return out
 
+    def begins_anew(self, worker: int) -> None:
+        """Another one sends the worker's requests from now on."""
+        self._seq[worker], self._slot[worker], self._release[worker] = -1, 1, 0
+
     def seq(self, worker: int) -> int:
         self._seq[worker] += 1
         return self._seq[worker]

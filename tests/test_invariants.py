@@ -286,6 +286,9 @@ class Scenario:
     def compute_time_s(self, rng: np.random.Generator, worker: int, clock: int) -> float:
         return float(rng.exponential() if self.times is None else rng.choice(self.times))
 
+    def prepare(self, simulation: Simulation) -> None:
+        """Do what is to be done before it runs."""
+
     def run(self) -> Simulation:
         simulation = Simulation(
             self.work,
@@ -310,6 +313,7 @@ class Scenario:
             virtual.at(time_s, -1, simulation.mark)
         for worker, (time_s, which) in self.suspects.items():
             virtual.at(time_s, worker, virtual.deliver[int(which * self.servers)], Lost(worker))
+        self.prepare(simulation)
         try:
             result = simulation.run()
         except Oops:

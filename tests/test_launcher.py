@@ -70,3 +70,14 @@ def test_mpi_that_is_there_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(launcher, "_START_BOUND_S", -1.0)  # refused, if it were used
     with launcher.starting_mpi():
         pass
+
+
+def test_a_process_in_a_lost_workers_place_knows_it_and_no_launcher() -> None:
+    started = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "0", "A": "b"}
+    assert launcher.find_place(started) is None
+    place = launcher.Place(rank=2, size=4, socket=7, own=8, server=9)
+    environ = launcher.child_environment(started, place)
+    assert environ == {"A": "b", "PSFRAME_REPLACES": "2 4 7 8 9"}
+    assert launcher.find_place(environ) == place
+    assert launcher.find_launcher(environ) == Launcher("psframe", 2, 4, replaces=True)
+    assert launcher.find_place({"PSFRAME_REPLACES": "2 4 x"}) is None

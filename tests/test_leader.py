@@ -21,6 +21,7 @@ from psframe.events import (
     Failure,
     Finished,
     Gone,
+    Joined,
     Lease,
     LeaseKind,
     LeaseRequest,
@@ -30,6 +31,7 @@ from psframe.events import (
     Lost,
     Mark,
     Marked,
+    Missing,
     Pin,
     Pull,
     Push,
@@ -183,6 +185,91 @@ def test_a_round_goes_on_without_the_lost() -> None:
     assert desk.store.params[0] == -3.0
     ledger = desk.leader.ledger.ledger()
     assert (ledger.lost, ledger.applied) == (1, 2)
+
+
+# ---- replacements ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [None, SSP(1), BSP()], ids=repr)
+def test_another_takes_the_place_of_a_lost_worker_and_begins_anew(mode: Any) -> None:
+    desk = Desk(2, mode, respawn=1)
+    for _ in range(3):
+        desk.pull(0), desk.pull(1)
+        desk.push(0), desk.push(1)
+    version = desk.store.version
+    desk.hears(Lost(1))
+    assert (desk.leader.vacant, desk.leader.lost) == ({1: 1}, [False, True])
+    assert desk.hears(Joined(1)) == []
+    assert (desk.leader.vacant, desk.leader.lost, desk.leader.losses) == ({}, [False] * 2, {1})
+    desk.begins_anew(1)
+    assert one(desk.pull(1), Answer).version == version
+    desk.pull(0), desk.push(0)
+    out = desk.push(1)
+    assert one([a for a in out if a.worker == 1], Answer).applied
+    desk.hears(Leave(0)), desk.hears(Leave(1))
+    assert desk.leader.finished
+    assert desk.store.held == 0
+
+
+def test_no_more_workers_are_replaced_than_may_be() -> None:
+    desk = Desk(3, respawn=2)
+    desk.hears(Lost(1)), desk.hears(Lost(2))
+    assert desk.leader.vacant == {1: 1, 2: 2}
+    desk.hears(Joined(2))
+    desk.hears(Lost(2)), desk.hears(Missing(1))
+    assert desk.leader.vacant == {}
+    assert desk.leader.gone == [False, True, True]
+
+
+def test_one_that_does_not_come_is_replaced_as_well() -> None:
+    desk = Desk(2, respawn=2)
+    desk.hears(Lost(1))
+    desk.hears(Missing(1))
+    assert desk.leader.vacant == {1: 2}
+
+
+def test_the_run_waits_for_a_replacement_only_where_nobody_has_done_the_work() -> None:
+    desk = Desk(2, respawn=2)
+    desk.hears(Lost(0)), desk.hears(Lost(1))
+    assert not desk.leader.stopped
+    desk.hears(Missing(0))
+    assert not desk.leader.stopped
+    desk.hears(Missing(1))
+    assert desk.leader.finished, "nobody comes any more"
+
+    desk = Desk(2, respawn=2)
+    desk.hears(Lost(0)), desk.hears(Leave(1))
+    assert desk.leader.finished
+
+
+def test_who_comes_after_the_end_is_told_to_end() -> None:
+    desk = Desk(2, respawn=1)
+    desk.hears(Lost(0)), desk.hears(Stop(1))
+    assert desk.leader.vacant == {}
+    answer = one(desk.hears(Joined(0)), Answer)
+    assert (answer.worker, answer.stopped) == (0, True)
+    assert desk.hears(Missing(0)) == []
+
+
+@pytest.mark.parametrize("event", [Joined(1), Missing(1)])
+def test_nobody_comes_in_the_place_of_one_who_is_there_or_has_left(event: Any) -> None:
+    desk = Desk(2, respawn=1)
+    with pytest.raises(MessageError, match="nobody is expected in place of worker 1"):
+        desk.hears(event)
+    desk.hears(Leave(1))
+    with pytest.raises(MessageError, match="nobody is expected in place of worker 1"):
+        desk.hears(event)
+
+
+def test_what_has_still_to_arrive_of_a_lost_gradient_is_not_its_replacements() -> None:
+    desk = Desk(1, respawn=1)
+    desk.hears(Pull(0, 0, False, 0))
+    desk.hears(Push(0, 1, 0, 0, True, 0.0, False, 0, 0, True))
+    desk.hears(Lost(0)), desk.hears(Joined(0))
+    desk.begins_anew(0)
+    assert desk.hears(Arrived(0, 0, 2, True, True, 1.0)) == []
+    assert desk.store.version == 0
+    assert desk.leader.ledger.ledger().lost == 1
 
 
 # ---- ends --------------------------------------------------------------------------------------

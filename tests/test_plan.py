@@ -10,6 +10,7 @@ import pytest
 
 import psframe
 from psframe import optim
+from psframe.errors import ArgumentError
 from psframe.plan import Plan, staleness_counts
 
 PARAMS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(3, np.float32)}
@@ -75,6 +76,9 @@ def test_arrays_of_a_gpu_are_brought_to_the_host() -> None:
         ({"clip_norm": "1"}, ValueError, "clip_norm: expected"),
         ({"timeout_s": 0}, ValueError, "timeout_s: expected 0.5 or more, got 0"),
         ({"timeout_s": float("nan")}, ValueError, "timeout_s: expected"),
+        ({"respawn": -1}, ValueError, "respawn: expected at least 0, got -1"),
+        ({"respawn": 1001}, ValueError, "respawn: expected at most 1000, got 1001"),
+        ({"respawn": True}, TypeError, "respawn: expected an integer, got True"),
         ({"timeout_s": None}, TypeError, "timeout_s: expected a number of seconds, got None"),
     ],
 )
@@ -83,6 +87,13 @@ def test_a_wrong_argument_is_named(
 ) -> None:
     with pytest.raises(error, match=says):
         check(**changed)
+
+
+def test_lost_workers_are_replaced_where_one_server_serves() -> None:
+    assert check(respawn=2).placed((0,)).respawn == 2
+    with pytest.raises(ArgumentError, match=r"respawn: .* one server serves, not 2; take one"):
+        check(respawn=2).placed((0, 1))
+    assert check().placed((0, 1)).servers == 2
 
 
 def test_run_and_simulate_check_their_own() -> None:

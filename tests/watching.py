@@ -112,6 +112,7 @@ class Watcher:
         self.arrived = 0
         self._left = [False] * workers
         self._steps = [0] * workers
+        self._gained = [0] * workers  # steps that a replacement did not have to make, or lost ones
         self._version = [0] * plan.servers
         self._leasing: dict[int, tuple[int, int, Array]] = {}
         self._samples: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
@@ -249,6 +250,19 @@ class Watcher:
         self.read[worker].append(version)
         return len(self.grads[worker]) - 1
 
+    def replaced(self, worker: int) -> None:
+        """Another one begins in the worker's place; what had not been handled has been lost."""
+        steps = self._steps[worker]
+        for of_worker in (self.grads, self.read, self.draws, self._seqs):
+            del of_worker[worker][steps:]  # type: ignore[attr-defined]
+        self.receipts = {
+            (w, k): one for (w, k), one in self.receipts.items() if w != worker or k < steps
+        }
+        self._gained[worker] = self.leader.policy.clocks[worker] - steps
+        self._left[worker] = False
+        self._using.pop(worker, None)
+        self._leasing.pop(worker, None)
+
     def pulled(self, worker: int, params: Params) -> None:
         """Each shard of a pull is one version, all of it."""
         self._using.pop(worker, None)
@@ -322,7 +336,7 @@ class Watcher:
         assert row.version_read == self.read[worker][k]
         assert row.staleness == row.version_applied - row.applied - row.version_read >= 0
         if not isinstance(mode, BSP):
-            assert row.clock == k
+            assert row.clock == k + self._gained[worker]
 
     def _check_ledger(self, *, queued: bool) -> None:
         ledger = self.leader.ledger.ledger()
@@ -341,7 +355,7 @@ class Watcher:
         mode = self.plan.mode
         live = [w for w, gone in enumerate(self.leader.gone) if not gone]
         if isinstance(mode, SSP) and live:
-            steps = [self._steps[w] for w in live]
+            steps = [self._steps[w] + self._gained[w] for w in live]
             assert max(steps) <= min(steps) + mode.staleness + 1, steps
         if isinstance(mode, BSP) and live:
             policy = self.leader.policy

@@ -16,7 +16,7 @@ from typing import Any
 
 from psframe.errors import RankLost
 
-__all__ = ["Faults", "fault_tolerant"]
+__all__ = ["Faults", "NoFaults", "fault_tolerant"]
 
 
 def fault_tolerant() -> bool:
@@ -75,3 +75,14 @@ class Faults:
         ranks = [names[rank] for rank in sorted(self.dead)]
         who = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {ranks} have"
         return RankLost(f"{who} died; {what} needs every rank")
+
+
+class NoFaults(Faults):
+    """Of a process that is none of MPI's, whatever becomes of it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def learn(self) -> list[int]:
+        """Give nobody."""
+        return []

@@ -14,10 +14,10 @@ from psframe.transports.bell import BELL_LINE, Bell, can_ring
 from psframe.transports.mpi import Mesh
 from psframe.transports.shared_memory import Segment
 
-__all__ = ["LANDING", "SLOTS", "Neighbours", "meet"]
+__all__ = ["LANDING", "SLOTS", "WORKER_ARRAYS", "Neighbours", "meet"]
 
 # A worker's segment: two gradient slots and the landing area, each of P elements.
-SLOTS, LANDING, _WORKER_ARRAYS = 2, 2, 3
+SLOTS, LANDING, WORKER_ARRAYS = 2, 2, 3
 _HELLO = struct.Struct("<qi16s")
 
 _log = logging.getLogger("psframe")
@@ -62,10 +62,13 @@ class Neighbours:
         return Bell(self.own.words(BELL_LINE))
 
 
-def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neighbours:
+def meet(
+    mesh: Mesh, layout: Layout, servers: int, shared_memory: bool, *, stays_open: bool = False
+) -> Neighbours:
     """Find out who shares this rank's node, and open their memory; every rank calls it.
 
-    A pair shares memory only if both have opened all that they should on their node.
+    A pair shares memory only if both have opened all that they should on their node. The file of
+    this rank's memory is closed then, unless it `stays_open` for processes that come later.
     """
     own = _make_segment(mesh, layout, servers) if shared_memory else None
     nonce, fd = (bytes(16), -1) if own is None else (own.nonce, own.fd)
@@ -86,7 +89,7 @@ def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neigh
         else:
             segments[rank] = segment
     can = [bool(flag[0]) for flag in mesh.all_gather(bytes([good]), "the shared memory")]
-    if own is not None:
+    if own is not None and not stays_open:
         own.close_file()  # everyone has opened it
     if shared_memory and not good:
         _log.warning("rank %d cannot share memory on its node; all goes through MPI", mesh.name)
@@ -105,7 +108,7 @@ def meet(mesh: Mesh, layout: Layout, servers: int, shared_memory: bool) -> Neigh
 def _shape(rank: int, mesh: Mesh, layout: Layout, servers: int) -> tuple[int, int]:
     """Count and length of the arrays in a rank's segment."""
     if rank >= servers:
-        return _WORKER_ARRAYS, layout.size
+        return WORKER_ARRAYS, layout.size
     begin, end = layout.shards(servers)[rank]
     return buffer_count(mesh.size - servers), end - begin
 

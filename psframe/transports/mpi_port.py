@@ -10,17 +10,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from psframe.errors import MessageError
 from psframe.events import (
+    ALL_REQUESTS,
     NO_BUFFER,
     Answer,
     Arrived,
+    Joined,
     Lease,
     Lost,
+    Missing,
     Output,
     Push,
     Reason,
@@ -30,11 +33,12 @@ from psframe.events import (
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
 from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
+from psframe.transports.frames import Frames
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers
 from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
-from psframe.transports.shared_memory import SegmentBuffers
+from psframe.transports.shared_memory import Segment, SegmentBuffers
 from psframe.transports.streams import Progress
 from psframe.wire import (
     HEADER_BYTES,
@@ -42,6 +46,7 @@ from psframe.wire import (
     Limits,
     Link,
     decode,
+    encode,
     payload_limit,
     read_plain_push,
     write_plain_answer,
@@ -119,6 +124,9 @@ class MpiServerPort:
         self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot, oldest first
         self._turn = False
         self._progress: dict[tuple[int, int], Progress] = {}
+        # Ranks that others have replaced, of whom nothing comes through any more; and the others.
+        self._replaced: set[int] = set()
+        self._links: dict[int, Frames] = {}
 
     @property
     def memory(self) -> ServerMemory:
@@ -159,6 +167,11 @@ class MpiServerPort:
         """Send an answer, and the parameters with it unless the worker reads them in place."""
         worker = answer.worker
         rank = self._neighbours.servers + worker
+        if self._replaced and rank in self._replaced:
+            link = self._links.get(rank)
+            if link is not None:  # or it is lost, too
+                link.send(encode(answer))
+            return
         if isinstance(answer, Lease) or answer.buffer == NO_BUFFER or self._shared[worker]:
             self._post.send(rank, answer)
             return
@@ -184,17 +197,77 @@ class MpiServerPort:
         """Wait until everything has left, and take the receives back."""
         close(self._post, self._transfers, self._patience)
 
+    # ---- replacements ----------------------------------------------------------------------
+
+    def tell(self, event: Missing) -> None:
+        """Have an event handled."""
+        self._events.append(event)
+
+    def admit(self, worker: int, segment: Segment, link: Frames) -> None:
+        """Let another process take the place of a worker that is lost.
+
+        Args:
+            worker: whose.
+            segment: its memory.
+            link: its messages. This end stays the caller's, who closes it.
+        """
+        rank = self._neighbours.servers + worker
+        self._forget_streams(rank)
+        self._replaced.add(rank)
+        self._links[rank] = link
+        self._neighbours.segments[rank] = segment
+        self._shared[worker] = True
+        self._gradients[worker] = [None] * SLOTS
+        for slot in range(SLOTS):
+            self._progress.pop((worker, slot), None)
+        self._limits[rank] = replace(self._limits[rank], deliveries=_SHARED)
+        self._events.append(Joined(worker))
+
+    def linked(self, worker: int) -> bool:
+        """Whether another process is in the worker's place, and is believed."""
+        return self._neighbours.servers + worker in self._links
+
+    def unlink(self, worker: int) -> None:
+        """Have a process that took a worker's place count as lost."""
+        if self._links.pop(self._neighbours.servers + worker, None) is not None:
+            self._events.append(Lost(worker))
+
+    def _take_from_links(self) -> ToServer | None:
+        for rank, link in tuple(self._links.items()):
+            try:
+                message = link.take()
+                if message is not None:
+                    event, _, _ = decode(message, len(message), self._limits[rank])
+                    return event  # type: ignore[return-value]  # the limits allow no other
+            except MessageError as error:
+                worker = rank - self._neighbours.servers
+                _log.error("the replacement of worker %d counts as lost: %s", worker, error)
+                self.unlink(worker)
+        return None
+
+    def _turn_away(self, rank: int) -> None:
+        """Tell a rank that another process has its place."""
+        worker = rank - self._neighbours.servers
+        self._post.send(rank, Answer(worker, ALL_REQUESTS, stopped=True, reason=Reason.LOST))
+
     def _take(self) -> object:
         """Take a message; give its event if it is whole and the next in order.
 
         _ANSWERED if it has been handled at once.
         """
         source = 0
+        if self._links:
+            linked = self._take_from_links()
+            if linked is not None:
+                return linked
         try:
             taken = self._post.take(once=self._patience.asleep)
             if taken is None:
                 return None
             source, n_bytes, buffer = taken
+            if self._replaced and source in self._replaced:
+                self._turn_away(source)
+                return None
             limits = self._limits[source]
             if self.push_pull is not None:
                 plain = read_plain_push(buffer, n_bytes, limits)
@@ -331,6 +404,8 @@ class MpiServerPort:
 
     def lose(self, source: int) -> None:
         """Have a worker's rank count as lost: what was under way to it and from it is dropped."""
+        if source in self._replaced:
+            return  # it was lost before
         self._forget_streams(source)
         self._inbox.drop(source)
         self._events.append(Lost(source - self._neighbours.servers))

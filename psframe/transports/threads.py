@@ -88,9 +88,8 @@ class ThreadHub:
         self.memory = ProcessMemory(layout, servers, workers)
         self.servers = servers
         self.workers = workers
-        self.to_server: list[queue.SimpleQueue[ToServer]] = [
-            queue.SimpleQueue() for _ in range(servers)
-        ]
+        # No SimpleQueue: its `get` may wait for ever when a signal's handler runs past the bound.
+        self.to_server: list[queue.Queue[ToServer]] = [queue.Queue() for _ in range(servers)]
         self.to_worker: list[queue.SimpleQueue[tuple[int, Answer | Lease]]] = [
             queue.SimpleQueue() for _ in range(workers)
         ]

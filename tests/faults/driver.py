@@ -71,6 +71,7 @@ class Scene:
         signal: SIGKILL, SIGSEGV or SIGSTOP.
         resume_s: a stopped rank is continued after so long; None: never.
         after_s: when, from the first epoch.
+        respawn: how many of the lost may be replaced.
     """
 
     mpi: str
@@ -80,6 +81,7 @@ class Scene:
     signal: signal.Signals
     after_s: float
     resume_s: float | None = None
+    respawn: int = 0
 
     @property
     def hits_server(self) -> bool:
@@ -127,6 +129,8 @@ class Job:
         python = ROOT / venv / "bin" / "python"
         launch = (ROOT / venv / "bin" / "mpirun", *flags, "-n", "4", python, PROGRAM, folder)
         training = ("--servers", str(scene.servers), "--epochs", str(EPOCHS), *MODES[scene.mode])
+        if scene.respawn:
+            training += ("--respawn", str(scene.respawn))
         self.folder = folder
         self.lines: list[tuple[float, str]] = []
         self.process = subprocess.Popen(
@@ -265,7 +269,8 @@ def random_scenes(rng: random.Random, count: int) -> Iterator[Scene]:
         if rng.random() < 0.5:
             ranks = tuple(rng.sample(workers, rng.choice((1, 1, len(workers) - 1))))
             kind = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV))
-            yield Scene("ulfm", mode, servers, ranks, kind, after_s)
+            respawn = rng.choice((0, 1, 2)) if servers == 1 else 0
+            yield Scene("ulfm", mode, servers, ranks, kind, after_s, respawn=respawn)
             continue
         mpi = rng.choice(mpis)
         rank = rng.choice((*range(servers), *workers))

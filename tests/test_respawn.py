@@ -1,0 +1,188 @@
+"""Workers that are killed and replaced, with real processes; in virtual time, `test_replacing`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.driver import LAUNCHERS, MPIS, ROOT, SETTINGS
+
+PROGRAM = ROOT / "tests" / "faults" / "replacing.py"
+BOUND_S = 90.0
+
+
+class Job:
+    """A run under mpirun."""
+
+    def __init__(
+        self, folder: Path, *, respawn: int, wanted: int, ranks: int, mpi: str, program: Path
+    ) -> None:
+        venv, flags = MPIS[mpi]
+        binaries = ROOT / venv / "bin"
+        if not (binaries / "mpirun").exists():
+            pytest.skip(f"needs {venv} of `make test`")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
+        launch = [binaries / "mpirun", *flags, "-n", str(ranks), binaries / "python"]
+        self.folder = folder
+        self.output = folder / "output"
+        self.deadline = time.monotonic() + BOUND_S
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*launch, program, folder, str(respawn), str(wanted)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**clean, **SETTINGS, "PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")[-6000:]
+
+    def find(self, pattern: str) -> list[Path]:
+        """Wait until there are such files."""
+        while not (found := list(self.folder.glob(pattern))):
+            assert self.process.poll() is None, f"it has ended:\n{self.text}"
+            assert time.monotonic() < self.deadline, f"no {pattern}:\n{self.text}"
+            time.sleep(0.02)
+        return found
+
+    def send(self, pattern: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to the process that has left such a file, once it is there."""
+        (file,) = self.find(pattern)
+        os.kill(int(file.read_text()), number)
+        file.unlink()
+
+    def result(self) -> dict[str, Any]:
+        """Wait for the end."""
+        status = self.process.wait(self.deadline - time.monotonic())
+        file = self.folder / "result.json"
+        assert file.exists(), f"no result, status {status}:\n{self.text}"
+        assert status == 0, self.text
+        return dict(json.loads(file.read_text()))
+
+
+@contextmanager
+def started(
+    folder: Path,
+    *,
+    respawn: int,
+    wanted: int,
+    ranks: int = 3,
+    mpi: str = "ulfm",
+    program: Path = PROGRAM,
+) -> Iterator[Job]:
+    """Start a job; nothing is left of it afterwards."""
+    job = Job(folder, respawn=respawn, wanted=wanted, ranks=ranks, mpi=mpi, program=program)
+    try:
+        yield job
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.wait()
+        for file in (*folder.glob("rank-*"), *folder.glob("replacement-*")):
+            with suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def check(result: dict[str, Any], *, lost: list[int]) -> None:
+    ledger = result["ledger"]
+    fates = sum(ledger[fate] for fate in ("applied", "refused", "dropped", "lost", "stopped"))
+    assert ledger["received"] == fates
+    assert ledger["applied"] == result["version"]
+    assert result["params"][0] == result["params"][1]
+    assert sorted(result["lost"]) == lost
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    with started(tmp_path, respawn=1, wanted=1) as job:
+        job.find("rank-1")
+        job.send("rank-2")
+        result = job.result()
+        check(result, lost=[1])
+        assert result["replacements"] == [1]
+        assert result["again"] == 10, "of the one worker that is left"
+        assert "a replacement of worker 1 has joined" in job.text
+
+
+def test_the_run_waits_for_a_replacement_where_nobody_else_is_left(tmp_path: Path) -> None:
+    with started(tmp_path, respawn=1, wanted=1, ranks=2) as job:
+        job.send("rank-1")
+        result = job.result()
+        check(result, lost=[0])
+        assert result["replacements"] == [0]
+
+
+def test_two_killed_workers_are_replaced(tmp_path: Path) -> None:
+    with started(tmp_path, respawn=2, wanted=2, ranks=4) as job:
+        for rank in (1, 2, 3):
+            job.find(f"rank-{rank}")
+        job.send("rank-2")
+        job.send("rank-3")
+        result = job.result()
+        check(result, lost=[1, 2])
+        assert result["replacements"] == [1, 2]
+        assert result["again"] == 10
+
+
+def test_a_killed_replacement_is_replaced(tmp_path: Path) -> None:
+    with started(tmp_path, respawn=2, wanted=99) as job:
+        job.find("rank-1")
+        job.send("rank-2")
+        job.send("replacement-1-*")
+        job.send("replacement-1-*")  # the second; there is none in its place
+        while job.text.count("the replacement of worker 1 is lost") < 2:
+            assert time.monotonic() < job.deadline, job.text
+            time.sleep(0.02)
+        assert job.process.poll() is None
+        assert job.text.count("has joined") == 2
+
+
+def test_nobody_is_left_behind_when_server_0_dies(tmp_path: Path) -> None:
+    with started(tmp_path, respawn=1, wanted=99) as job:
+        job.find("rank-1")
+        job.send("rank-2")
+        (file,) = job.find("replacement-1-*")
+        pid = int(file.read_text())
+        server = int(Path(f"/proc/{pid}/status").read_text().partition("PPid:")[2].split()[0])
+        os.kill(server, signal.SIGKILL)
+        killed = time.monotonic()
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < killed + 5.0, job.text
+            time.sleep(0.02)
+        job.process.wait(BOUND_S)
+        assert "server 0" in job.text
+
+
+def test_a_silent_worker_is_replaced_where_no_death_is_borne(tmp_path: Path) -> None:
+    """MPICH would end the job for a death; it has not noticed any."""
+    with started(tmp_path, respawn=1, wanted=1, mpi="mpich") as job:
+        job.find("rank-1")
+        (file,) = job.find("rank-2")
+        os.kill(int(file.read_text()), signal.SIGSTOP)
+        job.find("replacement-1-*")
+        job.process.wait(BOUND_S)
+        assert "this MPI ends the job when a rank dies" in job.text
+        check(json.loads((tmp_path / "result.json").read_text()), lost=[1])
+
+
+def test_a_program_that_does_something_else_now_does_not_join(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.read_text().replace("3000", "3000 + (REPLACES in os.environ)"))
+    with started(tmp_path, respawn=1, wanted=99, program=program) as job:
+        job.find("rank-1")
+        job.send("rank-2")
+        while "it calls psframe.run with another value of ['params']" not in job.text:
+            assert time.monotonic() < job.deadline, job.text
+            time.sleep(0.02)
+        assert job.process.poll() is None, "the run goes on"
+        assert "has joined" not in job.text
