@@ -61,6 +61,7 @@ __all__ = ["fail_together", "run_cluster"]
 
 # Every rank of a run that has failed has this long to come to the end, where it learns why.
 _END_BOUND_S = 1.5
+_NO_REPLY = "it did not come to the end of the run"
 _EXIT_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 # The run of this program: a replacement, which begins with the first, can join no other.
@@ -201,11 +202,11 @@ class _ClusterRun:
                 self._follow(plan, neighbours, watch)
             else:
                 self._take_part(plan, neighbours, watch)
-            summary = json.loads(hear_end(mesh))
-        why = summary["why"].get(str(mesh.rank))
+            summary, counted_out = map(json.loads, hear_end(mesh))
+        why = counted_out.get(str(mesh.rank))
         if why is not None:
             raise CountedOut(f"this rank ({mesh.name}) counts as lost: {why}")
-        self._count_out(summary, watch)
+        self._count_out(counted_out, watch)
         error = self._outcome(summary, plan)
         return make_result(plan, summary, None, None), error
 
@@ -269,23 +270,30 @@ class _ClusterRun:
         if error is not None:
             self.verdict_of(error, updates=summary["version"])
         bound_s = None if error is None else _END_BOUND_S
+        counted_out: dict[str, str] = {}
+
+        def last_word() -> bytes:
+            counted_out.update({str(rank): watch.why.get(rank, _NO_REPLY) for rank in watch.lost})
+            return json.dumps(counted_out).encode()
+
         try:
             port.close()
             params = self._collect(plan, leader, bound_s)
-            self.absent = tell_end(self.mesh, json.dumps(summary).encode(), bound_s)
+            told = json.dumps(summary).encode()
+            self.absent = tell_end(self.mesh, told, last_word, bound_s)
         except RankLost as lost:
             raise lost from error
         if error is None:
             with self.interrupts.held():  # it is complete, whatever comes now
                 self.host.verdict("completed", updates=summary["version"])
-        self._count_out(summary, watch)
+        self._count_out(counted_out, watch)
         return make_result(plan, summary, params, self.host.path), error
 
-    def _count_out(self, summary: Mapping[str, Any], watch: Watch) -> None:
+    def _count_out(self, counted_out: Mapping[str, str], watch: Watch) -> None:
         """Do without those who are lost from now on, as everybody else does."""
-        lost = {int(rank) for rank in summary["why"]}
-        watch.lost |= lost
-        self.mesh.count_out(lost)
+        ranks = set(map(int, counted_out))
+        watch.lost |= ranks
+        self.mesh.count_out(ranks)
 
     def _lose(self, rank: int, why: str, plan: Plan, port: MpiServerPort, watch: Watch) -> None:
         """Go on without a worker, or not without a server."""

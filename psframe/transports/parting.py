@@ -1,14 +1,16 @@
 """The end of a run: each rank with the first, so that nobody waits for the dead.
 
-Rank 0 sends everyone the summary, and everyone says that it has it. What is sent to a rank that
-counts as lost but may come back is waited for by nobody.
+Rank 0 sends everyone the summary, and everyone says that it has it. Then rank 0 sends the last
+word: who is lost, those that did not reply among them, so that all leave out the same ranks from
+now on. Till then everyone shows that it lives. What is sent to a rank that counts as lost but may
+come back is waited for by nobody.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,24 +31,31 @@ class _Farewell:
     """What goes to one rank, and its reply."""
 
     def __init__(self, comm: Any, rank: int, data: bytes) -> None:
-        self._buffers = np.array([len(data)], np.int64), bytearray(data), bytearray(1)
-        length, content, reply = self._buffers
-        self._requests = [
-            comm.Isend([length, MPI.BYTE], rank, TAG_END),
-            comm.Isend([content, MPI.BYTE], rank, TAG_END),
-            comm.Irecv([reply, MPI.BYTE], rank, TAG_END),
-        ]
+        self._comm = comm
+        self._rank = rank
+        self._buffers: list[Any] = [bytearray(1)]
+        self._requests = [comm.Irecv([self._buffers[0], MPI.BYTE], rank, TAG_END)]
+        self.send(data)
+
+    def send(self, data: bytes) -> None:
+        """Send one thing more."""
+        for buffer in (np.array([len(data)], np.int64), bytearray(data)):
+            self._buffers.append(buffer)
+            self._requests.append(self._comm.Isend([buffer, MPI.BYTE], self._rank, TAG_END))
 
     def done(self) -> bool:
         return bool(MPI.Request.Testall(self._requests))
 
 
-def tell_end(mesh: Mesh, data: bytes, bound_s: float | None) -> dict[int, Callable[[], bool]]:
-    """Send every rank the summary, as rank 0, and wait for all that are not lost.
+def tell_end(
+    mesh: Mesh, data: bytes, last_word: Callable[[], bytes], bound_s: float | None
+) -> dict[int, Callable[[], bool]]:
+    """Send every rank the summary, as rank 0, wait for all that are not lost, and let them go.
 
     Args:
         mesh: the ranks.
         data: the summary.
+        last_word: gives what they go with, once it is known who has replied.
         bound_s: None where the run is good: a rank that does not reply then counts as lost.
 
     Returns:
@@ -57,11 +66,27 @@ def tell_end(mesh: Mesh, data: bytes, bound_s: float | None) -> dict[int, Callab
         RankLost: some rank did not reply within the bound.
     """
     watch = mesh.watch
-    waiting = {
+    farewells = {
         rank: _Farewell(mesh.comm, rank, data)
         for rank in range(1, mesh.size)
         if rank not in watch.faults.dead
     }
+    _wait(farewells, mesh, bound_s)
+    word = last_word()
+    for rank in farewells.keys() - watch.faults.dead:
+        try:
+            farewells[rank].send(word)
+        except MPI.Exception as error:
+            watch.failed(error)
+    waiting = _wait(farewells, mesh, bound_s)
+    return {rank: partial(_replied, waiting[rank], mesh) for rank in sorted(waiting)}
+
+
+def _wait(
+    farewells: Mapping[int, _Farewell], mesh: Mesh, bound_s: float | None
+) -> dict[int, _Farewell]:
+    """Wait for all that are not lost; give those that are left, and not known to be dead."""
+    watch, waiting = mesh.watch, dict(farewells)
     mesh.patience.reset()
     deadline = time.monotonic() + (_REPLY_BOUND_S if bound_s is None else bound_s)
     while not waiting.keys() <= watch.lost:
@@ -79,7 +104,7 @@ def tell_end(mesh: Mesh, data: bytes, bound_s: float | None) -> dict[int, Callab
                 )
             _log.error("ranks %s did not come to the end of the run; they count as lost", names)
             watch.lost.update(late)
-    return {rank: partial(_replied, waiting[rank], mesh) for rank in sorted(waiting)}
+    return {rank: one for rank, one in waiting.items() if rank not in watch.faults.dead}
 
 
 def _replied(farewell: _Farewell, mesh: Mesh) -> bool:
@@ -90,18 +115,15 @@ def _replied(farewell: _Farewell, mesh: Mesh) -> bool:
         return False
 
 
-def hear_end(mesh: Mesh) -> bytes:
-    """Wait for the summary, and say that it is here.
+def hear_end(mesh: Mesh) -> tuple[bytes, bytes]:
+    """Wait for the summary, say that it is here, and wait for the last word.
 
     Raises:
         RankLost: rank 0 is lost.
     """
-    length = np.zeros(1, np.int64)
-    _receive(mesh, length)
-    content = np.empty(int(length[0]), np.uint8)
-    _receive(mesh, content)
+    summary = _receive(mesh)
     mesh.complete([mesh.comm.Isend([bytearray(1), MPI.BYTE], 0, TAG_END)], None, "the reply")
-    return content.tobytes()
+    return summary, _receive(mesh)
 
 
 def arrives(mesh: Mesh) -> bool:
@@ -109,6 +131,10 @@ def arrives(mesh: Mesh) -> bool:
     return bool(mesh.comm.Iprobe(0, TAG_END))
 
 
-def _receive(mesh: Mesh, array: Any) -> None:
+def _receive(mesh: Mesh) -> bytes:
     # The others may be at it for long; should the run fail, rank 0 ends the job.
-    mesh.complete([mesh.comm.Irecv([array, MPI.BYTE], 0, TAG_END)], None, "the summary")
+    length = np.zeros(1, np.int64)
+    mesh.complete([mesh.comm.Irecv([length, MPI.BYTE], 0, TAG_END)], None, "the summary")
+    content = np.empty(int(length[0]), np.uint8)
+    mesh.complete([mesh.comm.Irecv([content, MPI.BYTE], 0, TAG_END)], None, "the summary")
+    return content.tobytes()
