@@ -247,6 +247,9 @@ class _ClusterRun:
         port = MpiServerPort(self.mesh, plan.layout, neighbours)
         leader = self._build_server(plan, port, self._respawn(plan, neighbours))
         assert isinstance(leader, Leader)
+        with self.interrupts.held():
+            self.host.begin()
+        self.interrupts.check()
         watch.last_message = lambda rank: (
             leader.last_request(rank - plan.servers) if rank >= plan.servers else -1
         )

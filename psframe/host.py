@@ -43,13 +43,14 @@ class Host:
         self.run_dir = run_dir
         self._observer = observer
         self._recorder = None if run_dir is None else Recorder(run_dir)
-        self._witness = None if run_dir is None else Witness(run_dir.path)
+        self._witness: Witness | None = None
         self._version: Callable[[], int] = lambda: 0
         self._closed = False
+        self._begun = False
+        self._config: Mapping[str, Any] = {}
+        self._metrics_bytes = 0  # those that the run goes on with
         self.ending = False
         self.tick: Callable[[], Any] = getattr(observer, "tick", lambda: None)
-        if run_dir is not None:
-            getattr(observer, "opened", lambda folder: None)(run_dir.path)
 
     @classmethod
     def open(
@@ -61,18 +62,44 @@ class Host:
         config: Mapping[str, Any],
         observer: Observer | None,
     ) -> Host:
-        """Create the run directory, or go on in it, and the host.
+        """Create the run directory, or hold the one to go on in, and the host.
 
         Raises:
             RunDirError: the directory cannot be used.
         """
         if run_dir is None:
             return cls(None, observer)
-        folder = RunDir.create(run_dir, overwrite=overwrite, resume=resume, config=config)
-        return cls(folder, observer)
+        if resume:
+            host = cls(RunDir.reopen(run_dir), observer)
+            host._config = config
+        else:
+            host = cls(RunDir.create(run_dir, overwrite=overwrite, config=config), observer)
+            host._opened()
+        return host
+
+    def begin(self) -> None:
+        """Let a run that goes on begin, now that it fits what it goes on from.
+
+        Up to here its folder is as the attempt before has left it.
+
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        if self.run_dir is None or self._begun:
+            return
+        self.run_dir.go_on(self._config, self._version(), self._metrics_bytes)
+        self._opened()
+
+    def _opened(self) -> None:
+        assert self.run_dir is not None, "it has been opened"
+        self._begun = True
+        self._witness = Witness(self.run_dir.path)
+        getattr(self._observer, "opened", lambda folder: None)(self.run_dir.path)
 
     def resume(self, layout: Layout, seed: int) -> Reader | None:
         """Find the checkpoint to go on from, and let records and observer go on from it.
+
+        Nothing is written yet, if there is one: that is for `begin`.
 
         Args:
             layout, seed: of the run.
@@ -89,7 +116,7 @@ class Host:
         reader = newest(folder, layout)
         if reader is None:
             _log.warning("%s: there is no checkpoint yet; the run begins anew", folder)
-            self.run_dir.cut_metrics(0)
+            self.begin()
             return None
         try:
             fields = Fields(reader.state).part("run")
@@ -98,7 +125,7 @@ class Host:
                     f"seed: the run to go on with has seed {fields.count('seed')}, not {seed}"
                 )
             assert self._recorder is not None, "it comes with the folder"
-            self._recorder.restore(fields.part("records"))
+            self._metrics_bytes = self._recorder.restore(fields.part("records"))
             observed = fields.part_or_none("observer")
             if observed is not None:
                 getattr(self._observer, "restore", lambda fields: None)(observed)
@@ -108,6 +135,7 @@ class Host:
         except ValueError as error:
             reader.close()
             raise CheckpointError(f"{reader.path}: {error}") from error
+        self._version = lambda: reader.version
         _log.info("going on from %s", reader.path)
         return reader
 
@@ -158,6 +186,9 @@ class Host:
         if self._closed or self.run_dir is None or self._recorder is None:
             return
         self._closed = True
+        if not self._begun:  # what the attempt before has left tells more
+            self.run_dir.unlock()
+            return
         try:
             self._recorder.close()  # a reader that waits for the verdict finds every line
         finally:

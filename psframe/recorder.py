@@ -89,8 +89,11 @@ class Recorder:
             "metrics_bytes": self._run_dir.metrics_bytes,
         }
 
-    def restore(self, fields: Fields) -> None:
-        """Go on from a state: lines that were written after it are taken back.
+    def restore(self, fields: Fields) -> int:
+        """Go on from a state; the lines that were written after it are to be taken back.
+
+        Returns:
+            The length that metrics.jsonl had.
 
         Raises:
             ValueError: a field is wrong.
@@ -102,7 +105,7 @@ class Recorder:
         held = fields.parts("held", _HELD_MAX + 1)
         self._held = [{name: _number(line, name) for name in line} for line in held]
         self._sums.restore(fields.part("sums"))
-        self._run_dir.cut_metrics(fields.count("metrics_bytes"))
+        return fields.count("metrics_bytes")
 
     def close(self) -> None:
         """Write the lines still held back; of a run without epochs, one line in all.

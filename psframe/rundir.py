@@ -5,6 +5,7 @@ Files only: no MPI. One process writes it, rank 0 or, should that be lost, the l
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -13,7 +14,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ class RunDir:
         path: str | Path,
         *,
         overwrite: bool = False,
-        resume: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> RunDir:
         """Make the folder, write its configuration, and say in it that a run is running.
@@ -81,31 +81,62 @@ class RunDir:
             overwrite: remove what an earlier run wrote there (config.toml, metrics.jsonl,
                 status.json, timeline.jsonl, summary.json, trace.json and the checkpoints); other
                 files are never touched.
-            resume: leave what an earlier run wrote there, but for what tells of one attempt only
-                (timeline.jsonl, summary.json, trace.json).
             config: mapping for config.toml.
 
         Raises:
             RunDirError: it holds another run, is not a folder, or cannot be written.
         """
-        try:
+        with _explained(path):
             folder = _claim(str(path)) if "{time}" in str(path) else Path(path)
-            folder.mkdir(parents=True, exist_ok=True)
-            run_dir = cls(folder)
-            run_dir._lock()
-            if resume:
-                _forget_attempt(folder)
-            else:
-                _make_room(folder, overwrite)
-            (folder / CHECKPOINTS).mkdir(exist_ok=True)
-            _replace(folder / CONFIG, toml.dumps(config or {}))
-            run_dir._open_metrics()
-            _replace(folder / STATUS, _status("running", 0, None, ""))
-        except OSError as error:
-            raise RunDirError(_explain(path, error)) from error
-        except CheckpointError as error:
-            raise RunDirError(f"run directory {str(path)!r}: {error}") from error
+            run_dir = cls._hold(folder)
+            _make_room(folder, overwrite)
+            run_dir._begin(config or {}, 0)
         return run_dir
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> RunDir:
+        """Hold the folder of a run that is to go on, or to begin; what is there stays as it is.
+
+        Raises:
+            RunDirError: another run writes there, it is not a folder, or cannot be written.
+        """
+        with _explained(path):
+            return cls._hold(Path(path))
+
+    @classmethod
+    def _hold(cls, folder: Path) -> RunDir:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_dir = cls(folder)
+        run_dir._lock()
+        for name in _OWN:
+            _check_regular(folder / name)
+        return run_dir
+
+    def go_on(self, config: Mapping[str, Any], updates: int, metrics_bytes: int) -> None:
+        """Begin again where a checkpoint has left: forget what came after it.
+
+        What tells of one attempt only goes: timeline.jsonl, summary.json, trace.json.
+
+        Args:
+            config: mapping for config.toml.
+            updates: those of the checkpoint; 0 if there is none.
+            metrics_bytes: of metrics.jsonl, the length that stays; a line stays whole.
+
+        Raises:
+            RunDirError: it cannot be written.
+        """
+        with _explained(self.path):
+            for name in _OF_ONE_ATTEMPT:
+                (self.path / name).unlink(missing_ok=True)
+            self._begin(config, updates)
+            content = (self.path / METRICS).read_bytes()[:metrics_bytes]
+            os.ftruncate(self._metrics_fd, content.rfind(b"\n") + 1)
+
+    def _begin(self, config: Mapping[str, Any], updates: int) -> None:
+        (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+        _replace(self.path / CONFIG, toml.dumps(config))
+        self._open_metrics()
+        _replace(self.path / STATUS, _status("running", updates, None, ""))
 
     @staticmethod
     def read_status(path: str | Path) -> dict[str, Any] | None:
@@ -116,16 +147,16 @@ class RunDir:
         """
         file = Path(path) / STATUS
         try:
+            _check_regular(file)
             status = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise RunDirError(f"{file}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunDirError(f"{file}: is not a run's status: {error}") from error
-        if not isinstance(status, dict) or status.get("state") not in STATES:
-            raise RunDirError(f"{file}: is not a run's status: expected a 'state' of {STATES}")
-        return status
+        _check_status(status, file)
+        return dict(status)
 
     def status(
         self, state: str, *, updates: int, test_accuracy: float | None = None, reason: str = ""
@@ -199,21 +230,6 @@ class RunDir:
         except OSError:
             return 0
 
-    def cut_metrics(self, n_bytes: int) -> None:
-        """Take back the lines behind the first `n_bytes` of metrics.jsonl; a line stays whole.
-
-        Raises:
-            RunDirError: it cannot be written.
-        """
-        file = self.path / METRICS
-        try:
-            if self._metrics_fd < 0:
-                self._open_metrics()
-            content = file.read_bytes()[:n_bytes]
-            os.ftruncate(self._metrics_fd, content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise RunDirError(_explain(file, error)) from error
-
     def trouble(self, what: str) -> None:
         """Warn of something that went wrong and does not end the run; the last status says it."""
         _log.warning("%s; the run goes on", what)
@@ -281,9 +297,37 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         file.unlink()
 
 
-def _forget_attempt(folder: Path) -> None:
-    for name in _OF_ONE_ATTEMPT:
-        (folder / name).unlink(missing_ok=True)
+@contextlib.contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunDirError(_explain(path, error)) from error
+    except CheckpointError as error:
+        raise RunDirError(f"run directory {str(path)!r}: {error}") from error
+
+
+def _check_regular(file: Path) -> None:
+    """See that a file, if it is there, is one: the opening of a pipe would wait for its writer."""
+    if file.exists() and not file.is_file():
+        raise RunDirError(f"{file}: is no regular file; remove it, or choose another folder")
+
+
+def _check_status(status: object, file: Path) -> None:
+    """See that it is what `_status` makes, as far as anybody reads it."""
+    kinds: dict[str, Any] = {
+        "state": str,
+        "updates": int,
+        "test_accuracy": (float, int, type(None)),
+        "reason": str,
+    }
+    fields = status if isinstance(status, dict) else {}
+    for name, kind in kinds.items():
+        value = fields.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise RunDirError(f"{file}: is not a run's status: {name!r} is {value!r:.100}")
+    if fields["state"] not in STATES:
+        raise RunDirError(f"{file}: is not a run's status: expected a 'state' of {STATES}")
 
 
 def _status(state: str, updates: int, test_accuracy: float | None, reason: str) -> str:

@@ -24,6 +24,8 @@ __all__ = ["RunSaver", "Saver", "ShardSaver"]
 
 # After the end of a run nobody waits longer for a disk that does not answer.
 _END_BOUND_S = 600.0
+# A checkpoint that is under way for so long is told of: meanwhile there are no others.
+_SLOW_S = 60.0
 # Of an error, in what one server tells another.
 _ERROR_CHARS_MAX = 1000
 
@@ -172,12 +174,15 @@ class RunSaver(ShardSaver):
         self._errors: list[str] = []
         self._entries: list[str] | None = None
         self._committing = False
+        self._began = 0.0  # when the last one was marked
+        self._slow_s = _SLOW_S
 
     def observe(self, event: HostEvent) -> None:
         """Take an event of the machine."""
         if isinstance(event, Marked):
             self._state = {**event.state, "run": dict(self._more())}
             self._own, self._errors, self._committing = None, [], False
+            self._slow_s, self._began = _SLOW_S, time.monotonic()
             self._entries = [] if self._servers == 1 else None
         elif isinstance(event, ShardsSaved):
             self._entries = list(event.entries)
@@ -188,6 +193,7 @@ class RunSaver(ShardSaver):
         job, mark = self._job, self._mark
         if mark is None:
             return None
+        self._tell_if_slow(mark)
         if job is not None:
             if not self._is_over(job):
                 return None
@@ -207,6 +213,17 @@ class RunSaver(ShardSaver):
         else:
             self._start(lambda: self._commit(mark.version, shards), "commit")
         return None
+
+    def _tell_if_slow(self, mark: Marked) -> None:
+        seconds = time.monotonic() - self._began
+        if seconds >= self._slow_s:
+            self._slow_s *= 4.0
+            _log.warning(
+                "the checkpoint at version %d is not written after %.0f s: is the disk slow or"
+                " gone? There is no newer one meanwhile, and the run goes on",
+                mark.version,
+                seconds,
+            )
 
     def _close(self, mark: Marked) -> Saved:
         self._mark = None

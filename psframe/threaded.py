@@ -61,6 +61,9 @@ def run_threads(
             reader = host.resume(plan.layout, plan.seed) if plan.resumes else None
             with contextlib.nullcontext() if reader is None else reader:
                 run = _ThreadRun(work, plan, workers, host, interrupts, reader)
+            with interrupts.held():
+                host.begin()
+            interrupts.check()
             result = run.run()
             with interrupts.held():  # it is complete, whatever comes now
                 host.verdict("completed", updates=result.version)

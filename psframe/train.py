@@ -176,7 +176,7 @@ def _parse_together(argv: Sequence[str], launched: Launcher | None) -> Settings:
 
 def _train(settings: Settings, launched: Launcher | None) -> int:
     start = time.monotonic()
-    if settings.resume and is_completed(settings.run_dir, launched):  # all ranks together
+    if settings.resume and is_completed(settings, launched):  # all ranks together
         return 0
     serving = find_serving(settings.placement(), launched)  # all ranks together, if at all
     try:

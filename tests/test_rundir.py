@@ -162,9 +162,32 @@ def test_a_survivor_can_attach_and_give_the_verdict(tmp_path: Path) -> None:
 def test_read_status(tmp_path: Path) -> None:
     assert RunDir.read_status(tmp_path) is None
     assert RunDir.read_status(tmp_path / "none") is None
-    for text in ("", "{", "[]", '{"state": "new"}'):
+    whole = '{"state": "running", "updates": 1, "test_accuracy": null, "reason": ""}'
+    for text in (
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"state": "new"}',
+        whole.replace('"running"', '["running"]'),
+        whole.replace('"running"', '"new"'),
+        whole.replace("null", '"much"'),
+        whole.replace("1", "true"),
+    ):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(RunDirError, match=r"status.json: is not a run's status"):
+            RunDir.read_status(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "config.toml"])
+def test_a_pipe_in_the_place_of_a_file_is_waited_for_by_nobody(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RunDirError, match=f"{name}: is no regular file"):
+        RunDir.reopen(tmp_path)
+    with pytest.raises(RunDirError, match=f"{name}: is no regular file"):
+        RunDir.create(tmp_path, overwrite=True)
+    if name == "status.json":
+        with pytest.raises(RunDirError, match="is no regular file"):
             RunDir.read_status(tmp_path)
 
 

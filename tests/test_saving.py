@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -345,8 +347,17 @@ def test_cadences(value: Any, found: tuple[int | None, float | None]) -> None:
     assert parse_cadence(value) == found
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
 def test_another_seed_or_other_parameters_do_not_go_on(tmp_path: Path) -> None:
     run(max_updates=5, checkpoint_every=5, run_dir=tmp_path)
+    before = files(tmp_path)
     optimizer = psframe.optim.Adam(lr=0.01)
     with pytest.raises(psframe.ArgumentError, match="seed: the run to go on with has seed 3"):
         psframe.run(work, PARAMS, optimizer=optimizer, seed=4, run_dir=tmp_path, resume=True)
@@ -356,7 +367,63 @@ def test_another_seed_or_other_parameters_do_not_go_on(tmp_path: Path) -> None:
         )
     with pytest.raises(psframe.CheckpointError, match="slot"):
         run(optimizer=psframe.optim.SGD(0.1, momentum=0.9), run_dir=tmp_path, resume=True)
-    assert versions(tmp_path) == [5]
+    assert files(tmp_path) == before, "the run is as it was"
+
+
+def test_a_status_of_a_run_that_goes_on_begins_at_its_checkpoint(tmp_path: Path) -> None:
+    run(max_updates=5, checkpoint_every=5, run_dir=tmp_path)
+    seen: list[dict[str, Any]] = []
+
+    def look(worker: psframe.Worker) -> None:
+        seen.append(status(tmp_path))
+
+    psframe.run(
+        look,
+        PARAMS,
+        optimizer=psframe.optim.Adam(lr=0.01),
+        seed=3,
+        run_dir=tmp_path,
+        resume=True,
+    )
+    assert (seen[0]["state"], seen[0]["updates"]) == ("running", 5)
+
+
+def test_a_checkpoint_of_a_later_psframe_is_kept(tmp_path: Path) -> None:
+    run(max_updates=10, checkpoint_every=5, run_dir=tmp_path)
+    manifest = tmp_path / "checkpoints" / "v000000010" / "manifest.json"
+    body = manifest.read_bytes().replace(b'"format_version":1', b'"format_version":2')
+    body = body[: body.rindex(b',"sha256":')] + b"}"
+    end = b',"sha256":"%s"}\n' % hashlib.sha256(body).hexdigest().encode()
+    manifest.write_bytes(body[:-1] + end)
+    before = files(tmp_path)
+    with pytest.raises(psframe.CheckpointError, match=r"format version 2.*psframe that wrote it"):
+        run(run_dir=tmp_path, resume=True)
+    assert files(tmp_path) == before
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told, write_shard = threading.Event(), saving.write_shard
+
+    def late(*args: Any, **more: Any) -> Any:
+        assert told.wait(30)
+        return write_shard(*args, **more)
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "is the disk slow" in record.getMessage():
+                told.set()
+
+    monkeypatch.setattr(saving, "_SLOW_S", 0.05)
+    monkeypatch.setattr(saving, "write_shard", late)
+    logging.getLogger("psframe").addHandler(heard := Heard())
+    try:
+        run(max_updates=10, checkpoint_every=10, run_dir=tmp_path)
+    finally:
+        logging.getLogger("psframe").removeHandler(heard)
+    assert "the checkpoint at version 10 is not written after 0 s" in caplog.text
+    assert versions(tmp_path) == [10]
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:

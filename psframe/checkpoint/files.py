@@ -65,7 +65,7 @@ def explained(path: str | Path, what: str) -> Iterator[None]:
         reason = f"{path}: {what}: {error.strerror or error}" + (remedy and f"; {remedy}")
         raise CheckpointError(reason) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {what}: {error}") from error
+        raise type(error)(f"{path}: {what}: {error}") from error
 
 
 @contextmanager

@@ -37,6 +37,7 @@ __all__ = [
     "MANIFEST_BYTES_MAX",
     "STATE_BYTES_MAX",
     "Manifest",
+    "NewerFormat",
     "check_layout",
     "installed_version",
 ]
@@ -52,6 +53,10 @@ _END_BYTES = len(',"sha256":""}\n') + 64
 _DIMENSIONS_MAX = 64  # NumPy's
 _ELEMENTS_MAX = 1 << 60
 _PROGRAM_MAX = 100
+
+
+class NewerFormat(CheckpointError):
+    """A later psframe has written it: it is not damaged, and older ones do not stand for it."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,9 @@ def _check_format(found: object) -> None:
         wrong(MANIFEST, f"the format {_FORMAT}", found)
     number = integer(found.get("format_version"), 1, VERSION_MAX, f"{MANIFEST}: format_version")
     if number != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{MANIFEST} is of format version {number}, this psframe reads {_FORMAT_VERSION}"
+        raise NewerFormat(
+            f"{MANIFEST} is of format version {number}, this psframe reads {_FORMAT_VERSION}; go on"
+            " with the psframe that wrote it, or a later one"
         )
 
 

@@ -29,6 +29,7 @@ from psframe.checkpoint.files import (
 from psframe.checkpoint.manifest import (
     MANIFEST_BYTES_MAX,
     Manifest,
+    NewerFormat,
     check_layout,
 )
 from psframe.checkpoint.names import MANIFEST, STATE, checkpoint_name, committed_versions
@@ -146,7 +147,7 @@ def newest(folder: str | Path, layout: Layout) -> Reader | None:
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used; it says why of the newest. Or
-            the folder cannot be listed.
+            a later psframe has written the newest, or the folder cannot be listed.
     """
     with explained(folder, "cannot be listed"):
         candidates = committed_versions(folder)
@@ -154,6 +155,8 @@ def newest(folder: str | Path, layout: Layout) -> Reader | None:
     for version in reversed(candidates):
         try:
             return open_checkpoint(folder, version, layout)
+        except NewerFormat:
+            raise  # to go on from an older one would be to lose it
         except CheckpointError as error:
             _log.warning("%s", error)
             reasons.append(str(error))
