@@ -1,6 +1,7 @@
 """psframe: a parameter server for MPI clusters, in Python."""
 
-from psframe import optim
+from psframe import local, optim, stale
+from psframe.batches import Buffered, Rennala, Ringleader
 from psframe.client import Worker
 from psframe.consistency import BSP, SSP, Async
 from psframe.errors import (
@@ -18,6 +19,7 @@ from psframe.errors import (
     WorkerFailed,
 )
 from psframe.ledger import Ledger
+from psframe.pacing import DynamicSSP, WarmStart
 from psframe.params import Params, Receipt
 from psframe.pending import Pending, PendingPull
 from psframe.runtime import Result, run
@@ -29,8 +31,10 @@ __all__ = [
     "SSP",
     "ArgumentError",
     "Async",
+    "Buffered",
     "CheckpointError",
     "Diverged",
+    "DynamicSSP",
     "Interrupted",
     "LaunchError",
     "Ledger",
@@ -42,15 +46,20 @@ __all__ = [
     "PsframeError",
     "RankLost",
     "Receipt",
+    "Rennala",
     "Result",
+    "Ringleader",
     "RunDirError",
     "SimResult",
     "Stopped",
     "Task",
     "WaitTimeout",
+    "WarmStart",
     "Worker",
     "WorkerFailed",
+    "local",
     "optim",
     "run",
     "simulate",
+    "stale",
 ]

@@ -20,9 +20,23 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from psframe.layout import Array
 from psframe.state import WORKERS_MAX, Fields
 
-__all__ = ["BSP", "SSP", "Async", "Mode", "Policy", "Verdict"]
+__all__ = [
+    "BSP",
+    "SSP",
+    "Async",
+    "BSPPolicy",
+    "Batch",
+    "Mode",
+    "Policy",
+    "SSPPolicy",
+    "Verdict",
+    "check_count",
+]
 
 
 class Verdict(enum.Enum):
@@ -31,9 +45,33 @@ class Verdict(enum.Enum):
     WAIT = "wait"
     TAKE = "take"
     LATE = "late"
+    STALE = "stale"
 
 
 _TAKE = Verdict.TAKE  # not looked up in the enum for every push
+
+
+class Batch(Protocol):
+    """Gradients of one shard that make one update together.
+
+    Attributes:
+        pending: how many have been taken in that no update has in it.
+    """
+
+    pending: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to make an update with."""
+
+    def add(self, worker: int, grad: Array) -> None:
+        """Take a gradient in; it is copied."""
+
+    def mean(self) -> Array:
+        """Give what the update is to be made with; valid until the next call."""
+
+    def forget(self, worker: int) -> None:
+        """Note that a worker gives no more."""
 
 
 class Policy:
@@ -42,10 +80,19 @@ class Policy:
     Attributes:
         clocks: steps finished, by worker.
         live: whether each worker is live.
-        aggregates: whether several pushes make one update (then `due` says which).
+        aggregates: whether the pushes of a round make one update (then `due` says which).
+        in_waves: whether a round's blocks of samples are assigned in worker order.
+        gathers: whether pushes are taken into a batch (then `gathered` says when it is complete).
+        forgets: whether a batch is told of workers that leave.
+        time_s: seconds, where `timed`; the driver says it before each event.
     """
 
     aggregates = False
+    in_waves = False
+    gathers = False
+    forgets = False
+    timed = False
+    time_s = 0.0
 
     def __init__(self, workers: int) -> None:
         self.clocks = [0] * workers
@@ -107,6 +154,14 @@ class Policy:
     def join(self, worker: int, round: int | None = None) -> None:
         """Bring a worker to a round, by default the current one (BSP)."""
 
+    def gathered(self, worker: int) -> bool:
+        """Count a push that is taken into the batch; True if it completes it."""
+        return False
+
+    def batch(self, size: int, dtype: np.dtype[Any]) -> Batch | None:
+        """Make the batch of a shard of `size` elements; None if pushes are not gathered."""
+        return None
+
     def due(self) -> list[int] | None:
         """Close the round if it is complete: its members in worker order, else None."""
         return None
@@ -123,6 +178,9 @@ class Policy:
         """Count a worker again that had left, as if it had kept pace with the slowest."""
         self.live[worker] = True
 
+    def follow(self) -> None:
+        """Leave to the first server what depends on time; called once, at the beginning."""
+
     def park(self, worker: int) -> None:
         """Note that the worker waits for a lease and cannot push before it has one."""
 
@@ -130,7 +188,9 @@ class Policy:
         """Note that the worker asks again, for a step of the current round."""
 
 
-class _SSPPolicy(Policy):
+class SSPPolicy(Policy):
+    """The bookkeeping of SSP; what is slowest is known without a look at all workers."""
+
     def __init__(self, workers: int, staleness: int) -> None:
         super().__init__(workers)
         self._staleness = staleness
@@ -139,10 +199,16 @@ class _SSPPolicy(Policy):
 
     def restore(self, fields: Fields) -> None:
         super().restore(fields)
-        clocks, self._slowest = self.clocks, min(self.clocks)
-        if max(clocks) > self._slowest + self._staleness + 1:  # of a mode that bounds them less
-            clocks[:] = [self._slowest] * len(clocks)
+        clocks, slowest = self.clocks, min(self.clocks)
+        if max(clocks) > slowest + self._staleness + 1:  # of a mode that bounds them less
+            clocks[:] = [slowest] * len(clocks)
+        self.count()
+
+    def count(self) -> None:
+        """Take clocks and live workers as they are now, however they have come to be so."""
+        clocks = [clock for clock, live in zip(self.clocks, self.live, strict=True) if live]
         self._at_clock = dict(Counter(clocks))
+        self._slowest = min(clocks, default=0)
 
     def may_start(self, worker: int) -> bool:
         return self.clocks[worker] - self._staleness <= self._slowest
@@ -185,8 +251,11 @@ class _SSPPolicy(Policy):
         return True
 
 
-class _BSPPolicy(Policy):
+class BSPPolicy(Policy):
+    """The bookkeeping of BSP: who is in the present round, and when it is complete."""
+
     aggregates = True
+    in_waves = True
 
     def __init__(self, workers: int, backup: int) -> None:
         super().__init__(workers)
@@ -313,11 +382,11 @@ class SSP:
     staleness: int
 
     def __post_init__(self) -> None:
-        _check_count("SSP: staleness", self.staleness)
+        check_count("SSP: staleness", self.staleness)
 
     def policy(self, workers: int) -> Policy:
         """Make the bookkeeping for `workers` workers."""
-        return _SSPPolicy(workers, self.staleness)
+        return SSPPolicy(workers, self.staleness)
 
 
 @dataclass(frozen=True)
@@ -340,15 +409,16 @@ class BSP:
     backup: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("BSP: backup", self.backup)
+        check_count("BSP: backup", self.backup)
 
     def policy(self, workers: int) -> Policy:
         """Make the bookkeeping for `workers` workers."""
-        return _BSPPolicy(workers, self.backup)
+        return BSPPolicy(workers, self.backup)
 
 
-def _check_count(what: str, value: object) -> None:
+def check_count(what: str, value: object, least: int = 0) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{what}: expected an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{what}: expected 0 or more, got {value}")
+    if value < least:
+        raise ValueError(f"{what}: expected {least} or more, got {value}")

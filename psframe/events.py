@@ -6,11 +6,11 @@ snapshot buffer), never the bytes. They are slotted dataclasses, not frozen: bui
 one costs half a microsecond, and these are made for every message. Whoever receives an event
 owns it.
 
-What the leader tells its followers (Decision, Gone, Pin, Mark, End) is its *log*; a position in it
-is a count of records. Messages between two processes arrive in order, but a worker that the leader
-has answered may reach a follower before the record that came before the answer. So answers say
-in `log` how many records came before them, the worker's later pulls repeat it, and a follower
-answers a pull only once it has handled so many.
+What the leader tells its followers (Decision, Forget, Gone, Pin, Mark, End) is its *log*; a
+position in it is a count of records. Messages between two processes arrive in order, but a worker
+that the leader has answered may reach a follower before the record that came before the answer. So
+answers say in `log` how many records came before them, the worker's later pulls repeat it, and a
+follower answers a pull only once it has handled so many.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
     "Evaluated",
     "Failure",
     "Finished",
+    "Forget",
     "FromWorker",
     "Gone",
     "HostEvent",
@@ -97,6 +98,7 @@ class Reason(enum.IntEnum):
     LATE = 4
     STOPPED = 5
     LOST = 6
+    STALE = 7
 
     @property
     def text(self) -> str:
@@ -112,6 +114,7 @@ _REASONS = {
     Reason.LATE: "late",
     Reason.STOPPED: "stopped",
     Reason.LOST: "lost",
+    Reason.STALE: "stale",
 }
 
 
@@ -172,6 +175,7 @@ class Push:
         log: the leader's records that a follower handles before it answers with parameters.
         arriving: the gradient is still on its way, and `finite` and `norm` with it; `Arrived` tells
             how much of it is there. Only server 0, if it is the only one, can handle such a push.
+        scale: factor on the gradient, filled in by server 0.
         receipt: filled in by the server between deciding the push and granting the pull.
     """
 
@@ -185,6 +189,7 @@ class Push:
     release: int
     log: int = 0
     arriving: bool = False
+    scale: float = 1.0
     receipt: Answer | None = None
 
 
@@ -407,14 +412,30 @@ class Lease:
 class Decision:
     """The leader's verdict on pushes, in the order in which it made them.
 
-    With reason NONE the pushes of `members` ((worker, seq), in worker order) make one update;
-    with another reason each is discarded. `round` marks the close of a BSP round, which may be
-    empty.
+    With reason NONE the pushes of `members` (in worker order) make one update; with another reason
+    each is discarded.
+
+    Attributes:
+        members: (worker, seq) of each push.
+        reason: why they are not applied.
+        round: whether it closes a BSP round, which may be empty.
+        step: where pushes are gathered, whether an update is made with what has been gathered, this
+            one in it; or with what there is, if there are no members.
+        scales: by member, the factor on its gradient; none if all are 1.
     """
 
     members: list[tuple[int, int]]
     reason: Reason = Reason.NONE
     round: bool = False
+    step: bool = True
+    scales: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Forget:
+    """The worker has left, and what has been gathered of it is left out from now on."""
+
+    worker: int
 
 
 @dataclass(slots=True)
@@ -452,7 +473,7 @@ class End:
     mark: bool = False
 
 
-Record = Decision | Gone | Pin | Mark | End  # of the leader's log
+Record = Decision | Forget | Gone | Pin | Mark | End  # of the leader's log
 
 
 @dataclass(slots=True)

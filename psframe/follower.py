@@ -18,6 +18,7 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    Forget,
     Gone,
     Leave,
     Lost,
@@ -32,6 +33,7 @@ from psframe.events import (
     ToServer,
     Withheld,
 )
+from psframe.reads import Correcting
 from psframe.server import Queued, Server, ServerMemory
 from psframe.state import Arrays
 from psframe.store import Store
@@ -49,6 +51,7 @@ class _Pending:
         waiting: parts that have still to arrive.
         parts: the others, by worker.
         open: whether it has still to be carried out.
+        missing: whether its part never comes.
     """
 
     decision: Decision
@@ -56,6 +59,7 @@ class _Pending:
     waiting: int
     parts: dict[int, Push] = field(default_factory=dict)
     open: bool = True
+    missing: bool = False
 
 
 class Follower(Server):
@@ -63,8 +67,7 @@ class Follower(Server):
 
     Args:
         index: which server this is.
-        workers, store, policy, memory: as for `Server`.
-        clip_norm: as for `Server`.
+        workers, store, policy, memory, correcting: as for `Server`.
     """
 
     def __init__(
@@ -74,15 +77,17 @@ class Follower(Server):
         store: Store,
         policy: Policy,
         memory: ServerMemory,
-        *,
-        clip_norm: float | None = None,
+        correcting: Correcting | None = None,
     ) -> None:
-        super().__init__(workers, store, policy, memory, clip_norm)
+        super().__init__(workers, store, policy, memory, correcting)
+        policy.follow()
         self.index = index
         self._may_start = self._may_start_here
         self._verdicts: list[deque[_Pending]] = [deque() for _ in range(workers)]
         self._rounds: deque[_Pending] = deque()  # closed in the leader's order
         self._closed = 0  # rounds, here
+        # Where pushes are gathered, what is in a batch hangs on the order: the leader's.
+        self._ordered: deque[_Pending | Forget] = deque()
         # What is to be carried out before the snapshot is pinned that the leader has pinned.
         self._pin_after: list[_Pending] | None = None
         # As for a mark, with its number; and the records after it, which must not be in it: they
@@ -99,7 +104,8 @@ class Follower(Server):
     def finished(self) -> bool:
         """Whether the run is over, every worker has left and every decision is carried out."""
         saved = self._keeper.number is None and not self._awaits_mark
-        return self.stopped and self.all_gone and not any(self._verdicts) and saved
+        done = not (any(self._verdicts) or self._ordered)
+        return self.stopped and self.all_gone and done and saved
 
     def restore(self, state: Mapping[str, Any], arrays: Arrays, begin: int) -> None:
         """Go on from a checkpoint; see `Server.restore`."""
@@ -157,6 +163,8 @@ class Follower(Server):
             self._wake = True
         if isinstance(event, Decision):
             self._decide(event)
+        elif isinstance(event, Forget):
+            self._ordered.append(event)
         elif isinstance(event, End):
             self.stopped = self._wake = True
             self._awaits_mark = event.mark
@@ -175,7 +183,13 @@ class Follower(Server):
 
     def _settle_all(self) -> None:
         super()._settle_all()
-        while self._give_up() or self._pin_now() or self._mark_now() or self._close_round():
+        while (
+            self._give_up()
+            or self._take_ordered()
+            or self._pin_now()
+            or self._mark_now()
+            or self._close_round()
+        ):
             super()._settle_all()
         if self.finished and not self._told:
             self._told = True
@@ -197,7 +211,8 @@ class Follower(Server):
 
     def _undone(self) -> list[_Pending]:
         """List the decisions that have still to be carried out."""
-        return [*self._rounds, *(p for verdicts in self._verdicts for p in verdicts)]
+        ordered = (p for p in self._ordered if isinstance(p, _Pending))
+        return [*self._rounds, *ordered, *(p for verdicts in self._verdicts for p in verdicts)]
 
     def _pin_now(self) -> bool:
         """Pin the snapshot once it has in it whatever the leader's has.
@@ -232,6 +247,8 @@ class Follower(Server):
         pending = _Pending(decision, self._decided, waiting=len(decision.members))
         if decision.round:
             self._rounds.append(pending)
+        elif self.policy.gathers:
+            self._ordered.append(pending)
         for worker, _ in decision.members:
             self._verdicts[worker].append(pending)
             if worker in self._blocked:
@@ -249,23 +266,31 @@ class Follower(Server):
         pending = self._verdicts[worker][0]
         if worker in pending.parts:
             return False  # until the round closes
+        if self._ordered and self._ordered[0] is not pending:
+            return False
         pending.parts[worker] = push
         pending.waiting -= 1
-        if pending.decision.round:
+        decision = pending.decision
+        if decision.round:
             return False
         self._verdicts[worker].popleft()
         pending.open = False
-        self._apply(push, pending)
+        if self._ordered:
+            self._ordered.popleft()
+            self._wake = True
+        self._apply(push, pending, decision)
         return self._serve_wanted(push)
 
-    def _apply(self, push: Push, pending: _Pending) -> None:
+    def _apply(self, push: Push, pending: _Pending, decision: Decision) -> None:
         worker = push.worker
-        reason = pending.decision.reason
+        reason = decision.reason
         if reason is not Reason.NONE:
             self._discard(worker, pending)
+            if reason is Reason.NON_FINITE_UPDATE:
+                self.store.drop_batch()
         else:
-            grad = self.memory.gradient(worker, push.slot)
-            if not self.store.update(grad, self._scale(push)):
+            push.scale = decision.scales[0] if decision.scales else 1.0
+            if not self._update(push, gather=self.policy.gathers, step=decision.step):
                 reason = Reason.NON_FINITE_UPDATE
             self._note(push, reason)
             self._wake |= self.policy.finish(worker)
@@ -280,6 +305,23 @@ class Follower(Server):
             # In BSP it belongs to the leader's round of that moment, which may be ahead of ours.
             self.policy.join(worker, pending.round + 1)
 
+    def _take_ordered(self) -> bool:
+        """Carry out what is next in the leader's order, if it waits for no part."""
+        first = self._ordered[0] if self._ordered else None
+        if isinstance(first, Forget):
+            self.store.forget(first.worker)
+        elif first is not None and (first.missing or not first.decision.members):
+            first.open = False
+            if first.decision.reason is Reason.NON_FINITE_UPDATE:
+                self.store.drop_batch()
+            elif first.decision.reason is Reason.NONE and first.decision.step:
+                self.store.step()
+        else:
+            return False
+        self._ordered.popleft()
+        self._wake = True
+        return True
+
     def _close_round(self) -> bool:
         """Carry out the leader's next round if all of its parts are here or given up."""
         if not self._rounds or self._rounds[0].waiting or self._awaits_refused():
@@ -292,7 +334,8 @@ class Follower(Server):
         pushes = [pending.parts[w] for w in members if w in pending.parts]
         if pushes and reason is Reason.NONE:
             grads = [self.memory.gradient(p.worker, p.slot) for p in pushes]
-            if not self.store.update_mean(grads, [self._scale(p) for p in pushes]):
+            scales = dict(zip(members, pending.decision.scales, strict=False))
+            if not self.store.update_mean(grads, [scales.get(p.worker, 1.0) for p in pushes]):
                 reason = Reason.NON_FINITE_UPDATE
             for push in pushes:
                 self._note(push, reason)
@@ -353,7 +396,10 @@ class Follower(Server):
                     self._out.append(Withheld(self.index, worker, seq, 0))
                 if pending.decision.round:
                     continue
-                pending.open = False
+                if self.policy.gathers:
+                    pending.missing = True  # and carried out when it is its turn
+                else:
+                    pending.open = False
                 if not self.policy.live[worker]:
                     continue
                 if pending.decision.reason is Reason.NONE:

@@ -22,10 +22,11 @@ class Keeper:
         arrays: by name, what is kept; they are written by nobody until they are let go.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, workers: int) -> None:
         self.number: int | None = None
         self.arrays: Mapping[str, Any] = {}
         self._store = store
+        self._workers = workers
         self._pinned = NO_BUFFER
 
     def keep(self, number: int, pinned: int, kept: Array | None) -> None:
@@ -38,7 +39,7 @@ class Keeper:
         """
         assert self.number is None, f"mark {self.number} is kept"
         store, self.number, self._pinned = self._store, number, pinned
-        marked = store.mark()
+        marked = store.mark(self._workers)
         arrays = {"params": marked.params}
         arrays |= {SLOT + name: slot for name, slot in marked.slots.items()}
         if pinned != NO_BUFFER:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from psframe.consistency import Policy, Verdict
 from psframe.errors import MessageError
 from psframe.events import (
@@ -14,6 +17,7 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    Forget,
     GiveBack,
     Gone,
     Joined,
@@ -40,7 +44,9 @@ from psframe.events import (
     Withheld,
 )
 from psframe.marking import MarkingServer, Marks
+from psframe.reads import Correcting
 from psframe.server import SLOTS, Queued, ServerMemory
+from psframe.stale import Rule, Stale, checked_factor
 from psframe.store import Store, is_finite
 from psframe.work import Score
 
@@ -53,11 +59,19 @@ _NONE, _TAKE = Reason.NONE, Verdict.TAKE
 _REFUSALS_PER_WORKER = 10
 
 
+def _scales(pushes: Sequence[Push]) -> list[float]:
+    """List the factors on gradients for a decision; none if all are 1."""
+    scales = [push.scale for push in pushes]
+    return [] if all(scale == 1.0 for scale in scales) else scales
+
+
 class Leader(MarkingServer):
     """The first server.
 
     Args:
-        workers, store, policy, memory, clip_norm: as for `Server`.
+        workers, store, policy, memory, correcting: as for `Server`.
+        stale: judges stale gradients; None if all are applied as they are.
+        clip_norm: a push whose gradient has a larger norm is scaled down to it.
         servers: S; decisions are made for followers only if there are some.
         max_updates: the run is over at this version.
         trace: make a `PushHandled` for every push.
@@ -78,6 +92,8 @@ class Leader(MarkingServer):
         policy: Policy,
         memory: ServerMemory,
         *,
+        correcting: Correcting | None = None,
+        stale: Rule | None = None,
         servers: int = 1,
         clip_norm: float | None = None,
         max_updates: int | None = None,
@@ -92,8 +108,8 @@ class Leader(MarkingServer):
             store,
             policy,
             memory,
-            clip_norm,
             score,
+            correcting,
             servers=servers,
             max_updates=max_updates,
             marks=marks,
@@ -107,8 +123,12 @@ class Leader(MarkingServer):
         self._arriving: dict[tuple[int, int], Push] = {}
         self._early: Push | None = None
         self._restless = policy.aggregates
-        self._in_parts = not policy.aggregates and clip_norm is None
-        self._plain = type(policy) is Policy and servers == 1 and clip_norm is None
+        self._stale = stale
+        self._clip_norm = clip_norm
+        as_it_is = clip_norm is None and stale is None and correcting is None
+        as_it_is = as_it_is and not store.per_worker
+        self._in_parts = as_it_is and not (policy.aggregates or policy.gathers)
+        self._plain = as_it_is and type(policy) is Policy and servers == 1
         self._log_max = 0
         self._ended = False
         self._respawn = respawn
@@ -373,9 +393,10 @@ class Leader(MarkingServer):
             if verdict is Verdict.WAIT:
                 return False
             self.policy.join(worker)
-            self._refuse(push, Reason.LATE, clock)
-            return self._serve_wanted(push)
-        reason = self._judge(push)
+            if verdict is Verdict.LATE:
+                self._refuse(push, Reason.LATE, clock)
+                return self._serve_wanted(push)
+        reason = self._judge(push) if verdict is _TAKE else Reason.STALE
         if reason is not _NONE:
             if self._early is push:
                 self._forget_early()
@@ -389,30 +410,43 @@ class Leader(MarkingServer):
         return self._serve_wanted(push)
 
     def _judge(self, push: Push) -> Reason:
+        """Say whether a push is to be applied, and find the factor on its gradient."""
         if not push.finite:
             return Reason.NON_FINITE
-        if not 0 <= push.version <= self.store.version:
+        staleness = self.store.version - push.version
+        if not 0 <= staleness <= self.store.version:
             return Reason.BAD_VERSION
+        clip, norm = self._clip_norm, push.norm
+        if clip is not None and norm > clip:
+            push.scale, norm = clip / norm, clip
+        if self._stale is not None:
+            norm = norm if self._stale.needs_norm else math.nan
+            found = Stale(push.worker, self.workers, staleness, norm)
+            factor = checked_factor(self._stale, found)
+            if factor is None:
+                return Reason.STALE
+            push.scale *= factor
         return _NONE
 
     def _apply(self, push: Push, clock: int) -> None:
-        worker = push.worker
-        staleness = self.store.version - push.version
+        worker, version = push.worker, self.store.version
+        gather = self.policy.gathers
+        step = not gather or self.policy.gathered(worker)
         if self._early is push:
             good = self.store.commit()
         else:
-            grad = self.memory.gradient(worker, push.slot)
-            good = self.store.update(grad, self._scale(push))
+            good = self._update(push, gather=gather, step=step)
         self._early = None
         if not good:
             self._wake |= self.policy.refuse(worker)
             self._refuse(push, self._blame(push), clock)
             return
         if self._followers:
-            self._out.append(Decision([(worker, push.seq)]))
+            self._out.append(Decision([(worker, push.seq)], step=step, scales=_scales([push])))
         self._wake |= self.policy.finish(worker)
-        self._settle(push, _NONE, clock, staleness)
-        self._updated()
+        self._settle(push, _NONE, clock, version - push.version)
+        if step:
+            self._updated()
 
     def _blame(self, push: Push) -> Reason:
         """Say why an update is not finite: where workers do not judge, for its gradient perhaps."""
@@ -425,10 +459,11 @@ class Leader(MarkingServer):
         reason = Reason.NONE
         if pushes:
             grads = [self.memory.gradient(p.worker, p.slot) for p in pushes]
-            if not self.store.update_mean(grads, [self._scale(p) for p in pushes]):
+            if not self.store.update_mean(grads, [p.scale for p in pushes]):
                 reason = Reason.NON_FINITE_UPDATE
         if self._followers:
-            self._out.append(Decision([(p.worker, p.seq) for p in pushes], reason, round=True))
+            decided = [(p.worker, p.seq) for p in pushes]
+            self._out.append(Decision(decided, reason, round=True, scales=_scales(pushes)))
         for push in pushes:
             # The policy has closed the round: a member had one step fewer before it.
             clock = self.policy.clocks[push.worker] - 1
@@ -447,7 +482,7 @@ class Leader(MarkingServer):
         self._settle(push, reason, clock, self.store.version - push.version)
 
     def _count_refusal(self, reason: Reason) -> None:
-        if reason is not Reason.LATE:
+        if reason is not Reason.LATE and reason is not Reason.STALE:
             self._refusals += 1
             self._diverge_at(self._refusals)
 
@@ -474,6 +509,8 @@ class Leader(MarkingServer):
     # ---- the end -------------------------------------------------------------------------
 
     def _stop(self) -> None:
+        if not self._ended:
+            self._apply_pending()
         if self._ended:
             return
         self._ended = self.stopped = self._wake = True
@@ -485,12 +522,26 @@ class Leader(MarkingServer):
         if self._followers:
             self._out.append(End(owed))
 
+    def _apply_pending(self) -> None:
+        """Make an update with what has been gathered, so that what counts as applied is."""
+        if not self.store.pending or self.failure is not None or self.diverged:
+            return
+        good = self.store.step()
+        if self._followers:
+            self._out.append(Decision([], _NONE if good else Reason.NON_FINITE_UPDATE))
+        if good:
+            self._updated()
+
     def _forget_early(self) -> None:
         self.store.abandon()
         self._early = None
 
     def _depart(self, worker: int) -> None:
         self._give_back_leases(worker)
+        if self.policy.forgets and not self.gone[worker]:
+            self.store.forget(worker)
+            if self._followers:
+                self._out.append(Forget(worker))
         super()._depart(worker)
         if not self.stopped:
             self._abandon_evaluation()

@@ -22,7 +22,7 @@ class Ledger:
         received: pushes that reached server 0.
         applied: pushes that made, or were part of, an update.
         refused: not finite, or of an unknown version, or from a worker that counts as lost.
-        dropped: left out by a rule (BSP's late ones).
+        dropped: left out by a rule: late, or too stale.
         lost: received, but their worker was lost before they were applied.
         stopped: came after the end of the run.
         partial: applied by server 0 but not by every other server.
@@ -97,7 +97,7 @@ class LedgerBook:
             received=self.received,
             applied=by_reason[Reason.NONE],
             refused=sum(by_reason[r] for r in _REFUSED) + self._fenced,
-            dropped=by_reason[Reason.LATE],
+            dropped=by_reason[Reason.LATE] + by_reason[Reason.STALE],
             lost=by_reason[Reason.LOST],
             stopped=by_reason[Reason.STOPPED],
             partial=self._partial_before + len(self._partial),

@@ -26,6 +26,7 @@ from psframe.events import (
     ShardsSaved,
 )
 from psframe.ledger import LedgerBook
+from psframe.reads import Correcting
 from psframe.server import ServerMemory
 from psframe.state import Arrays, Fields, plain_number
 from psframe.store import Store
@@ -58,7 +59,7 @@ class MarkingServer(WorkServer):
     """A server that owns the work and keeps the account of it, and marks both for checkpoints.
 
     Args:
-        workers, store, policy, memory, clip_norm, score: as for `WorkServer`.
+        workers, store, policy, memory, score: as for `WorkServer`.
         servers: S.
         max_updates: the run is over at this version.
         marks: when it marks itself.
@@ -77,14 +78,14 @@ class MarkingServer(WorkServer):
         store: Store,
         policy: Policy,
         memory: ServerMemory,
-        clip_norm: float | None,
         score: Score | None,
+        correcting: Correcting | None = None,
         *,
         servers: int,
         max_updates: int | None,
         marks: Marks | None,
     ) -> None:
-        super().__init__(workers, store, policy, memory, clip_norm, score, followers=servers > 1)
+        super().__init__(workers, store, policy, memory, score, correcting, followers=servers > 1)
         self.ledger = LedgerBook()
         self.staleness: dict[int, int] = {}
         self.diverged = False
@@ -102,6 +103,7 @@ class MarkingServer(WorkServer):
         # The version that the run began with, if at its end there need be no mark of that.
         self._began_at = 0 if max_updates == 0 else None
         self._draws = Draws()
+        self._mark_soon = False  # when the batch is complete: what is in it is not in a mark
         self._max_updates: int | None = None
         self._set_due()
 
@@ -118,8 +120,10 @@ class MarkingServer(WorkServer):
         Returns:
             What follows from it, in order; as `handle`.
         """
-        if not self.stopped:
-            self._mark()
+        if not self.stopped and not self._mark_soon:
+            self._mark_soon = self.store.pending > 0
+            if not self._mark_soon:
+                self._mark()
         return self._take_out()
 
     def _take_out(self) -> list[Output]:
@@ -167,6 +171,9 @@ class MarkingServer(WorkServer):
     def _updated(self) -> None:
         """Do what is due after an update that has been accounted for."""
         version, every = self.store.version, self._marks.every
+        if self._mark_soon:
+            self._mark_soon = False
+            self._mark()
         if version != self._max_updates:
             return
         ends = version == self._limit

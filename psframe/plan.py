@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,9 @@ from psframe.leader import Leader, Score
 from psframe.ledger import Ledger
 from psframe.marking import Marks
 from psframe.placement import Checked
+from psframe.reads import Correcting
 from psframe.server import Server, ServerMemory
+from psframe.stale import Accept, Rule, as_rule
 from psframe.state import Resume
 from psframe.store import Buffers, MarkableRule, Store, UpdateRule
 
@@ -119,6 +121,7 @@ class Plan:
     keep_checkpoints: int = 3
     resumes: bool = False  # goes on from the newest checkpoint
     respawn: int = 0  # lost workers that are replaced, in all; over MPI only
+    stale: Rule = field(default_factory=Accept)
 
     @classmethod
     def check(
@@ -143,6 +146,7 @@ class Plan:
         keep_checkpoints: int = 3,
         resumes: bool = False,
         respawn: int = 0,
+        stale: Rule | None = None,
     ) -> Plan:
         """Check the arguments.
 
@@ -209,6 +213,7 @@ class Plan:
             keep_checkpoints=keep_checkpoints,
             resumes=bool(resumes),
             respawn=int(respawn),
+            stale=Accept() if stale is None else as_rule(stale),
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
@@ -240,7 +245,7 @@ class Plan:
     def measured(self) -> tuple[tuple[int, int], ...] | None:
         """The runs of which a gradient's norm is, if it is clipped by that; None if all of it."""
         averaged = self.averaged
-        if self.clip_norm is None or not averaged:
+        if not averaged or (self.clip_norm is None and not self.stale.needs_norm):
             return None
         ends = [0, *(end for _, end in averaged)]
         begins = [*(begin for begin, _ in averaged), self.layout.size]
@@ -253,8 +258,10 @@ class Plan:
         They must where a decision hangs on it that is made without the whole gradient. Where one
         server applies pushes one by one, its kernel finds what is not finite.
         """
-        aggregates = self.mode.policy(1).aggregates
-        return self.servers > 1 or aggregates or self.clip_norm is not None
+        policy = self.mode.policy(1)
+        together = policy.aggregates or policy.gathers
+        normed = self.clip_norm is not None or self.stale.needs_norm
+        return self.servers > 1 or together or normed
 
     def build_worker(
         self, endpoint: Endpoint, device: Device, random_state: Numbers | None = None
@@ -282,6 +289,7 @@ class Plan:
             "seed": self.seed,
             "max_updates": self.max_updates,
             "clip_norm": self.clip_norm,
+            "stale": self.stale,
             "score": self.score,
             "trace": self.trace,
             "spans": self.spans,
@@ -326,17 +334,25 @@ class Plan:
             for b, e in self.averaged
             if max(b, begin) < min(e, end)
         ]
-        store = Store(buffers, self.initial[begin:end], rule, unscaled)
         policy = self.mode.policy(workers)
+        batch = policy.batch(end - begin, self.layout.dtype)
+        store = Store(buffers, self.initial[begin:end], rule, unscaled, batch)
+        correction = self.stale.correction(self.layout, begin, end, workers)
+        correcting = None
+        if correction is not None:
+            reads = self.stale.needs_read
+            correcting = Correcting(store, correction, workers, reads, unscaled)
         machine: Server
         if index:
-            machine = Follower(index, workers, store, policy, memory, clip_norm=self.clip_norm)
+            machine = Follower(index, workers, store, policy, memory, correcting)
         else:
             machine = Leader(
                 workers,
                 store,
                 policy,
                 memory,
+                correcting=correcting,
+                stale=None if isinstance(self.stale, Accept) else self.stale,
                 servers=self.servers,
                 clip_norm=self.clip_norm,
                 max_updates=self.max_updates,

@@ -32,7 +32,11 @@ _FIXED = (
 _TOLD = (
     "mode",
     "staleness",
+    "staleness_max",
     "backup",
+    "pushes",
+    "warm_start",
+    "stale",
     "lr",
     "momentum",
     "nesterov",

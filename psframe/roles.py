@@ -173,12 +173,20 @@ def _measured(
     return outs
 
 
-def handle(machine: Server, event: ToServer) -> list[Output]:
+def handle(
+    machine: Server, event: ToServer, clock: Callable[[], float] = time.monotonic
+) -> list[Output]:
     """Let a machine handle an event; a worker that sends an illegal one counts as lost.
+
+    Args:
+        machine, event: which.
+        clock: gives seconds; asked where the mode measures speeds.
 
     Raises:
         MessageError: another server sent it.
     """
+    if machine.policy.timed:
+        machine.policy.time_s = clock()
     try:
         return machine.handle(event)
     except MessageError:

@@ -24,6 +24,7 @@ from psframe.plan import (
     check_count,
     check_threads,
 )
+from psframe.stale import Rule
 from psframe.threaded import run_threads
 
 __all__ = ["Result", "run"]
@@ -45,6 +46,7 @@ def run(
     run_dir: str | Path | None = None,
     comm: Any = None,
     clip_norm: float | None = None,
+    stale: Rule | None = None,
     overwrite: bool = False,
     checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 3,
@@ -81,6 +83,7 @@ def run(
             "{time}" in it becomes the date and time.
         comm: an mpi4py communicator to run in, duplicated; default all ranks.
         clip_norm: scale a gradient whose Euclidean norm is larger down to it.
+        stale: what becomes of a stale gradient, one of `psframe.stale`; as it is, if None.
         overwrite: replace what an earlier run wrote into run_dir.
         checkpoint_every: write a checkpoint into run_dir every so many updates, or every "30s",
             "5min" or "2h", and at the end. One that is due while another is being written is left
@@ -148,6 +151,7 @@ def run(
             seed=seed,
             max_updates=max_updates,
             clip_norm=clip_norm,
+            stale=stale,
             score=score,
             trace=trace,
             spans=spans,
@@ -168,6 +172,7 @@ def run(
             "seed": checked.seed,
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),
+            **({} if stale is None else {"stale": repr(checked.stale)}),
             **({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}),
             **({} if checked.timeout_s == TIMEOUT_S else {"timeout_s": checked.timeout_s}),
             **({"respawn": checked.respawn} if checked.respawn else {}),

@@ -37,6 +37,7 @@ from psframe.events import (
 )
 from psframe.keeping import SLOT, Keeper
 from psframe.layout import Array
+from psframe.reads import Correcting
 from psframe.state import Arrays, Fields
 from psframe.store import Store
 
@@ -107,7 +108,7 @@ class Server(ABC):
         store: the snapshots of this shard.
         policy: who may go on.
         memory: where gradients lie and copied pulls go.
-        clip_norm: a push whose gradient has a larger norm is scaled down to it.
+        correcting: corrects stale gradients, if any rule does.
     """
 
     def __init__(
@@ -116,14 +117,14 @@ class Server(ABC):
         store: Store,
         policy: Policy,
         memory: ServerMemory,
-        clip_norm: float | None,
+        correcting: Correcting | None = None,
     ) -> None:
         self.workers = workers
         self.store = store
         self.policy = policy
         self._may_start: Callable[[int], bool] = policy.may_start  # with the next step
         self.memory = memory
-        self._clip_norm = clip_norm
+        self._correcting = correcting
         self.stopped = False
         self.gone = [False] * workers  # left or lost
         self.lost = [False] * workers
@@ -140,7 +141,7 @@ class Server(ABC):
         self._pinned = NO_BUFFER
         self._pinned_version = 0
         self.kept: Array | None = None
-        self._keeper = Keeper(store)
+        self._keeper = Keeper(store, workers)
         # The leader's records: how many it has made, or this follower has handled.
         self.position = 0
         self._log_max: float = math.inf  # that a worker can have seen
@@ -275,10 +276,24 @@ class Server(ABC):
         if not inbox:
             self._blocked.discard(worker)
 
-    def _scale(self, push: Push) -> float:
-        """The factor on a gradient; it follows from the header, so all shards agree."""
-        clip = self._clip_norm
-        return 1.0 if clip is None or push.norm <= clip else clip / push.norm
+    def _update(self, push: Push, *, gather: bool = False, step: bool = True) -> bool:
+        """Apply a push's gradient, or take it into the batch and perhaps make the update of that.
+
+        Returns:
+            False if a result is not finite: then nothing has been published.
+        """
+        grad = self.memory.gradient(push.worker, push.slot)
+        correcting = self._correcting
+        if correcting is not None:
+            grad = correcting.correct(push.worker, push.version, grad)
+        if gather:
+            self.store.gather(push.worker, grad, push.scale)
+            good = not step or self.store.step()
+        else:
+            good = self.store.update(grad, push.scale, push.worker)
+        if correcting is not None:
+            correcting.settled(good=good)
+        return good
 
     # ---- pulls and holds -----------------------------------------------------------------
 
@@ -295,18 +310,21 @@ class Server(ABC):
         receipt = event.receipt
         assert receipt is not None
         if event.want_params and not self.stopped:
-            return self._grant(receipt, event.log, pinned=False)
+            return self._grant(receipt, event.log, after_push=True)
         receipt.stopped = self.stopped
         self._out.append(receipt)
         return True
 
-    def _grant(self, answer: Answer, log: int, *, pinned: bool) -> bool:
+    def _grant(
+        self, answer: Answer, log: int, *, pinned: bool = False, after_push: bool = False
+    ) -> bool:
         """Answer with the parameters; False if the worker may not have them yet.
 
         Args:
             answer: what is answered.
             log: the position that the worker has seen; the parameters are not of before it.
             pinned: give the pinned ones.
+            after_push: it is a push that asks for them.
         """
         if log > self.position:
             self._awaited = log if self._awaited is None else min(self._awaited, log)
@@ -331,6 +349,8 @@ class Server(ABC):
             answer.buffer = COPIED
         else:
             return False  # both are in use: it releases one first
+        if self._correcting is not None and not pinned:
+            self._correcting.granted(worker, alone=after_push)
         self._out.append(answer)
         return True
 
@@ -420,6 +440,8 @@ class Server(ABC):
         self.gone[worker] = True
         self._n_gone += 1
         self._release(worker, RELEASE_HOLD | RELEASE_COPY)
+        if self._correcting is not None:
+            self._correcting.forget(worker)
         self.policy.leave(worker)
         self._wake = True
 

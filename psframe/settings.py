@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from psframe import optim, toml
 from psframe.cadence import parse_cadence
-from psframe.consistency import BSP, SSP, Async, Mode
+from psframe.choices import ModeName, make_mode, mode_of, parse_stale
+from psframe.consistency import Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
 from psframe.placement import Checked, parse_servers
@@ -45,11 +46,13 @@ _RULES: dict[str, Any] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
 }
-_STALENESS = 3
 # They say how one start was meant, not what the run is.
 _NOT_STORED = ("resume", "overwrite", "config")
 _LIMITS = {
     "staleness": 0,
+    "staleness_max": 0,
+    "pushes": 1,
+    "warm_start": 0,
     "backup": 0,
     "warmup": 0,
     "epochs": 1,
@@ -99,11 +102,25 @@ class Settings:
     split_seed: int = 1
     """chooses the held-out samples; not tied to --seed, so that seeds compare on the same ones"""
 
-    mode: Literal["async", "ssp", "bsp"] = "async"
-    """async: nobody waits; ssp: bounded clock lag; bsp: all workers in step"""
+    mode: ModeName = "async"
+    """async: nobody waits; ssp, dynamic-ssp: bounded clock lag; bsp: all workers in step; rennala,
+    buffered: the mean of some pushes; ringleader: the mean of each worker's latest gradient"""
 
     staleness: int | None = None
     """with --mode ssp: steps that a worker may be ahead of the slowest; else 3"""
+
+    staleness_max: int | None = None
+    """with --mode dynamic-ssp: how far --staleness may be overstepped; else 12"""
+
+    pushes: int | None = None
+    """with --mode rennala or buffered: pushes that make an update; else 4"""
+
+    warm_start: int = 0
+    """with --mode async, ssp or dynamic-ssp: rounds of bsp to begin with"""
+
+    stale: str = "accept"
+    """what becomes of stale gradients: inverse, delay-adaptive=4, compensate=0.04, gap-aware,
+    drop=16, clip=1.0, or some with + between; accept applies them as they are"""
 
     backup: int | None = None
     """with --mode bsp: workers that a round does not wait for; else 0"""
@@ -199,17 +216,10 @@ class Settings:
         self._check_ranges()
         self._check_contradictions()
         lr = self._usual_lr() if self.lr is None else self.lr
-        staleness, backup = self.staleness, self.backup
-        if self.mode == "ssp" and staleness is None:
-            staleness = _STALENESS
-        if self.mode == "bsp" and backup is None:
-            backup = 0
         decay = self.weight_decay
         if decay is None:
             decay = 0.01 if self.optimizer == "adamw" else 0.0
-        return dataclasses.replace(
-            self, lr=lr, weight_decay=decay, staleness=staleness, backup=backup
-        )
+        return dataclasses.replace(self, lr=lr, weight_decay=decay, **self._with_mode())
 
     def changed_from(self, file: Settings, given: Container[str]) -> Settings:
         """Drop what the file says of a mode or an optimizer that flags have changed.
@@ -222,13 +232,20 @@ class Settings:
         """
         default, dependent = Settings(), list[str]()
         if self.mode != file.mode:
-            dependent += ["staleness", "backup"]
+            dependent += [*self._of_mode()]
         if self.optimizer != file.optimizer:
             dependent += ["lr", "weight_decay", "momentum", "nesterov"]
         elif self.momentum != file.momentum and file.lr == file._usual_lr():
             dependent += ["lr"]
         stale = {name: getattr(default, name) for name in dependent if name not in given}
         return dataclasses.replace(self, **stale)
+
+    def _with_mode(self) -> Any:
+        return mode_of(self.mode, self._of_mode())
+
+    def _of_mode(self) -> dict[str, int | None]:
+        names = ("staleness", "staleness_max", "backup", "pushes")
+        return {name: getattr(self, name) for name in names}
 
     def _usual_lr(self) -> float:
         return _LR[self.optimizer] * (1.0 - self.momentum)
@@ -242,10 +259,12 @@ class Settings:
         return parse_servers(self.servers) if isinstance(self.servers, str) else self.servers
 
     def consistency(self) -> Mode:
-        """Make the mode."""
-        if self.mode == "ssp":
-            return SSP(_STALENESS if self.staleness is None else self.staleness)
-        return BSP(self.backup or 0) if self.mode == "bsp" else Async()
+        """Make the mode.
+
+        Raises:
+            ArgumentError: settings of the mode do not go together.
+        """
+        return make_mode(self.mode, self._of_mode(), self.warm_start)
 
     def rule(self, params: Mapping[str, Any], samples: int, workers: int | None) -> Any:
         """Make the update rule.
@@ -341,15 +360,14 @@ class Settings:
 
     def _check_contradictions(self) -> None:
         pairs = [
-            (self.staleness is not None, self.mode == "ssp", "staleness", "--mode ssp"),
-            (self.backup is not None, self.mode == "bsp", "backup", "--mode bsp"),
             (self.momentum > 0, self.optimizer == "sgd", "momentum", "--optimizer sgd"),
             (self.nesterov, self.momentum > 0, "nesterov", "--momentum above 0"),
         ]
         for given, fits, name, other in pairs:
             if given and not fits:
-                now = f" (the mode is {self.mode})" if "mode" in other else ""
-                raise ArgumentError(f"{_flag(name)} goes with {other} only{now}; drop one of them")
+                raise ArgumentError(f"{_flag(name)} goes with {other} only; drop one of them")
+        self.consistency()
+        parse_stale(self.stale)
         servers = self.placement()
         count = len(servers) if isinstance(servers, tuple) else servers
         if self.respawn and isinstance(count, int) and count > 1:

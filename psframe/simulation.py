@@ -21,6 +21,7 @@ from psframe.plan import Observer, OptimizerLike, Plan, Result, check_count
 from psframe.results import diverged, make_result, summarise
 from psframe.roles import handle, keeping_errors, route, take_part
 from psframe.server import Server
+from psframe.stale import Rule
 from psframe.state import Fields, Resume
 from psframe.transports.simulated import ComputeTime, Network, SimulatedPort, VirtualTime
 
@@ -71,13 +72,14 @@ def simulate(
     seed: int = 0,
     max_updates: int | None = None,
     clip_norm: float | None = None,
+    stale: Rule | None = None,
     observer: Observer | None = None,
 ) -> SimResult:
     """Run `work` on a simulated cluster; the same seed gives the same trace, byte for byte.
 
     Args:
-        work, params, optimizer, mode, servers, seed, max_updates, clip_norm, observer: as for
-            `psframe.run`.
+        work, params, optimizer, mode, servers, seed, max_updates, clip_norm, stale, observer: as
+            for `psframe.run`.
         workers: W >= 1; 1,000 are ordinary.
         compute_time_s: (rng, worker_index, clock) -> seconds from a worker's last answer with
             parameters to its next push; `clock` counts the pushes it has made, and `rng` is the
@@ -102,6 +104,7 @@ def simulate(
         seed=seed,
         max_updates=max_updates,
         clip_norm=clip_norm,
+        stale=stale,
     )
     check_count("workers", workers, 1)
     if not callable(compute_time_s):
@@ -226,9 +229,13 @@ class Simulation:
 
     def _deliverer(self, index: int) -> Callable[[ToServer], None]:
         machine, inspect, pass_on = self.machines[index], self._inspect, self._route
+        virtual = self._virtual
+
+        def clock() -> float:
+            return virtual.now
 
         def deliver(event: ToServer) -> None:
-            pass_on(index, handle(machine, event))
+            pass_on(index, handle(machine, event, clock))
             if machine.stopped and index == 0 and self._stop_time is None:
                 self._stop_time = self._virtual.now
             if inspect is not None:

@@ -3,10 +3,10 @@
 The store keeps a few parameter buffers. An update reads the current one and writes the next,
 then the current pointer moves. A pull answers from the current buffer and *holds* it; a held
 buffer is never written. With W + 2 buffers and one hold a worker, two buffers are always free
-of holds: the update's target is one that is neither held nor current. One buffer more is
-there for the pin of an evaluation, and two for a checkpoint that is being written: its own, and
-that of the evaluation that is in it. Buffers are taken lowest index first, so that no more of
-them are ever touched than were needed at once.
+of holds: the update's target is one that is neither held nor current. One buffer a worker more is
+there for rules that need what it had read, one for the pin of an evaluation, and two for a
+checkpoint that is being written: its own, and that of the evaluation that is in it. Buffers are
+taken lowest index first, so that no more of them are ever touched than were needed at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from psframe.consistency import Batch
 from psframe.layout import Array
 
 __all__ = [
@@ -42,8 +43,8 @@ STEP = 512 << 10
 
 
 def buffer_count(workers: int) -> int:
-    """Count the buffers that a store needs: one a worker, two for updates, three for pins."""
-    return workers + 2 + _PINS
+    """Count the buffers that a store needs: two a worker, two for updates, three for pins."""
+    return 2 * workers + 2 + _PINS
 
 
 def is_finite(grad: Array) -> bool:
@@ -147,6 +148,10 @@ class Store:
         rule: the optimizer bound to this shard.
         unscaled: the runs [begin, end) of the shard that are no gradients, but observations to be
             averaged: clipping does not scale them.
+        batch: where gradients are gathered, if they are.
+
+    Attributes:
+        per_worker: whether the rule tells workers apart.
     """
 
     def __init__(
@@ -155,10 +160,14 @@ class Store:
         initial: Array,
         rule: UpdateRule,
         unscaled: Sequence[tuple[int, int]] = (),
+        batch: Batch | None = None,
     ) -> None:
         self._buffers = buffers
+        self._batch = batch
+        self._scaled: Array | None = None
         self._unscaled = unscaled
         self._rule = rule
+        self.per_worker: bool = getattr(rule, "per_worker", False)
         self._holds = [0] * len(buffers)
         self._n_held = 0  # distinct buffers that are held
         self._free = list(range(1, len(buffers)))  # a heap: neither held nor current
@@ -214,12 +223,18 @@ class Store:
 
     # ---- checkpoints -------------------------------------------------------------------------
 
-    def mark(self) -> Marked:
-        """Keep the present version as it is until `unmark`, while updates go on."""
+    def mark(self, workers: int = 0) -> Marked:
+        """Keep the present version as it is until `unmark`, while updates go on.
+
+        Args:
+            workers: W, for rules that keep something for each: all shards have the same then.
+        """
         assert self._marked is None, "there is a mark already"
         index = self.hold()
         assert index is not None, "two buffers are there for a mark"
         rule = self._markable()
+        if self.per_worker:
+            rule.adopt(self.params, range(workers))  # type: ignore[attr-defined]
         rule.mark()
         self._marked = index
         return Marked(self.version, self._buffers[index], rule.slots)
@@ -250,14 +265,18 @@ class Store:
         assert not self.version, "there have been updates"
         rule = self._markable()
         expected = rule.slot_names
-        if set(names) != set(expected) and (version or names):
+        accepts = getattr(rule, "accepts", lambda names: set(names) == set(expected))
+        if not accepts(names) and (version or names):
             raise ValueError(
                 f"slots are {sorted(names)}, expected {sorted(expected)}; has the optimizer been"
                 " another one?"
             )
         fill("params", self.params)
         if names:
-            rule.load(self.params, fill)
+            if self.per_worker:
+                rule.load(self.params, fill, names)  # type: ignore[call-arg]
+            else:
+                rule.load(self.params, fill)
         self.version = version
 
     def hold_copy(self, fill: Callable[[Array], None]) -> int:
@@ -270,18 +289,21 @@ class Store:
 
     # ---- updates -----------------------------------------------------------------------------
 
-    def update(self, grad: Array, scale: float = 1.0) -> bool:
+    def update(self, grad: Array, scale: float = 1.0, worker: int = 0) -> bool:
         """Apply one gradient and publish the result as the next version.
 
         Args:
             grad: this shard's part of it; only read.
-            scale: factor on the gradient, from clipping by the global norm.
+            scale: factor on the gradient.
+            worker: whose it is, for rules that tell workers apart.
 
         Returns:
             False if a result is not finite: then nothing has been published or changed.
         """
         if self._early is not None:
             self.abandon()
+        if self.per_worker:
+            self._rule.select(worker)  # type: ignore[attr-defined]  # such rules have it
         free, buffers, current = self._free, self._buffers, self.current
         assert free, "every buffer is held: two must stay free for updates"
         target = heapq.heappop(free)
@@ -379,6 +401,43 @@ class Store:
         if self._early is not None:
             heapq.heappush(self._free, self._early)
             self._early = None
+
+    # ---- batches -----------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> int:
+        """Gradients that have been gathered, and are in no update yet."""
+        return 0 if self._batch is None else self._batch.pending
+
+    def gather(self, worker: int, grad: Array, scale: float = 1.0) -> None:
+        """Take a gradient into the batch."""
+        assert self._batch is not None, "gradients are applied one by one"
+        if scale != 1.0:
+            if self._scaled is None:
+                self._scaled = np.empty_like(grad)
+            with np.errstate(over="ignore", invalid="ignore"):  # judged by the rule
+                grad = self._scale(grad, scale, self._scaled)
+        self._batch.add(worker, grad)
+
+    def step(self) -> bool:
+        """Apply what the batch gives, if there is anything; as `update`."""
+        assert self._batch is not None, "gradients are applied one by one"
+        if self._batch.empty:
+            return True  # what was to be in it has not come
+        with np.errstate(over="ignore", invalid="ignore"):  # judged by the rule
+            mean = self._batch.mean()
+        return self.update(mean)
+
+    def drop_batch(self) -> None:
+        """Forget what has been gathered for the next step."""
+        if self.pending:
+            assert self._batch is not None, "it has something"
+            self._batch.mean()
+
+    def forget(self, worker: int) -> None:
+        """Have the batch leave a worker out from now on."""
+        if self._batch is not None:
+            self._batch.forget(worker)
 
     # ---- rounds ------------------------------------------------------------------------------
 

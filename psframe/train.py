@@ -26,6 +26,7 @@ if __name__ == "__main__":  # what follows takes a second to import, in which si
 
     sys.excepthook = _without_interrupts
 
+from psframe.choices import parse_stale
 from psframe.closing import print_summary
 from psframe.data import Augmentation, Parts, load, prepare
 from psframe.devices import choose_device
@@ -242,6 +243,7 @@ def _prepare(
         keep_checkpoints=settings.keep_checkpoints,
         resume=settings.resume,
         clip_norm=settings.clip_norm,
+        stale=parse_stale(settings.stale),
         timeout_s=settings.timeout_s,
         respawn=settings.respawn,
         config=settings.as_config(),

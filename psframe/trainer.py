@@ -32,6 +32,7 @@ from psframe.optim import Average, Grouped
 from psframe.placement import Servers
 from psframe.plan import TIMEOUT_S
 from psframe.runtime import Result, run
+from psframe.stale import Rule
 from psframe.stepping import Stepper
 
 __all__ = ["Evaluation", "TrainResult", "Trainer", "initial_params"]
@@ -96,7 +97,7 @@ class Trainer:
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
         servers, workers, overwrite, checkpoint_every, keep_checkpoints: as for `psframe.run`.
-        resume, clip_norm, timeout_s, respawn, comm, config: as for `psframe.run`.
+        resume, clip_norm, stale, timeout_s, respawn, comm, config: as for `psframe.run`.
         run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
             ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
@@ -130,6 +131,7 @@ class Trainer:
         keep_checkpoints: int = 3,
         resume: bool = False,
         clip_norm: float | None = None,
+        stale: Rule | None = None,
         timeout_s: float = TIMEOUT_S,
         respawn: int = 0,
         comm: Any = None,
@@ -173,6 +175,7 @@ class Trainer:
             "keep_checkpoints": keep_checkpoints,
             "resume": resume,
             "clip_norm": clip_norm,
+            "stale": stale,
             "timeout_s": timeout_s,
             "respawn": respawn,
             "config": config,

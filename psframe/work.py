@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from psframe.consistency import Policy
 from psframe.events import EpochDone, Lease, LeaseKind, LeaseRequest, Pin
 from psframe.leases import LeaseBook
+from psframe.reads import Correcting
 from psframe.server import Server, ServerMemory
 from psframe.store import Store
 
@@ -24,7 +25,7 @@ class WorkServer(Server):
     """A server that owns the work.
 
     Args:
-        workers, store, policy, memory, clip_norm: as for `Server`.
+        workers, store, policy, memory: as for `Server`.
         score: of an evaluation's sums, higher is better; every server keeps the parameters of the
             best one. Without it none are kept.
         followers: whether other servers are to be told of pins.
@@ -39,17 +40,17 @@ class WorkServer(Server):
         store: Store,
         policy: Policy,
         memory: ServerMemory,
-        clip_norm: float | None,
         score: Score | None,
+        correcting: Correcting | None = None,
         *,
         followers: bool,
     ) -> None:
-        super().__init__(workers, store, policy, memory, clip_norm)
+        super().__init__(workers, store, policy, memory, correcting)
         self._followers = followers
         self._score = score
         self._best = -math.inf
         self.kept_version: int | None = None
-        self._book = LeaseBook(workers, policy.live, waves=policy.aggregates)
+        self._book = LeaseBook(workers, policy.live, waves=policy.in_waves)
         # Staleness since the last epoch was done: sum and count.
         self._epoch_staleness = [0, 0]
 

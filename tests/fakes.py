@@ -120,7 +120,9 @@ class Desk:
     ) -> None:
         self.rule = ExactRule(1.0)
         buffers = HeapBuffers(buffer_count(workers), 2, np.dtype(np.float64))
-        self.store = Store(buffers, np.zeros(2), self.rule)
+        policy = (mode or Async()).policy(workers)
+        batch = policy.batch(2, np.dtype(np.float64))
+        self.store = Store(buffers, np.zeros(2), self.rule, batch=batch)
         self.slots = np.zeros((workers, 2, 2))
         self.landing = np.full((workers, 2), np.nan)
         # How far gradients are that arrive, where that can be seen.
@@ -131,11 +133,10 @@ class Desk:
             in_place=[True] * workers if in_place is None else in_place,
             progress=lambda worker, slot: self.progress.get((worker, slot)),
         )
-        policy = (mode or Async()).policy(workers)
         arguments = (workers, self.store, policy, memory)
         self.machine: Server
         if follower:
-            self.machine = Follower(1, *arguments, clip_norm=clip_norm)
+            self.machine = Follower(1, *arguments)
         else:
             self.machine = Leader(*arguments, clip_norm=clip_norm, **leader)
         self.policy = policy

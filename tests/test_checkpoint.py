@@ -222,7 +222,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
         ({"arrays": {"params": np.zeros(2, int)}}, "params: expected float32 or float64, got 'int"),
         ({"arrays": {"../x": np.zeros(2)}}, "expected names of letters"),
         ({"arrays": {"__metadata__": np.zeros(2)}}, "expected names of letters"),
-        ({"arrays": {}}, "expected 1 to 64 arrays, got 0"),
+        ({"arrays": {}}, "expected 1 to 4096 arrays, got 0"),
     ],
 )
 def test_what_makes_no_shard(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:

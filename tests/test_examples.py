@@ -14,6 +14,7 @@ FOLDER = ROOT / "examples"
 PRINTS = {
     "work_function.py": r"400 updates\nw = \[ 2\.\S* +-1\.\S* +0\.5\S*\]  b = \[3\.\S*\]\npushes",
     "model_class.py": r"test accuracy 9[4-9]\.\d% after 900 updates",
+    "local_steps.py": r"local_sgd: 1080 steps, 120 updates, 9[3-9]\.\d%\nelastic: .* 9[3-9]\.",
     "simulate.py": r"mode .*\nBSP\(backup=0\) .*\nBSP\(backup=1\) .*\nSSP.* 1280 .*\nAsync\(\) ",
 }
 

@@ -30,6 +30,9 @@ FLOORS = (
     ("errors", "layout", "packing", "snapshots", "optim", "stale", "codecs"),
     (
         "consistency",
+        "batches",
+        "pacing",
+        "reads",
         "state",
         "blocks",
         "draws",

@@ -209,11 +209,13 @@ class Player:
 class Scenario:
     """What one seed stands for."""
 
+    watcher: type[Watcher] = Watcher
+
     def __init__(self, seed: int, *, faults: bool = False) -> None:
         self.seed = seed
         rng = random.Random(seed)
         self.workers = rng.choice([1, 2, 2, 3, 3, 4, 5, 7, 9])
-        self.mode = rng.choice([Async(), *(SSP(s) for s in range(4)), BSP(), BSP(), BSP(1), BSP(2)])
+        self.mode = self.draw_mode(rng)
         self.servers = rng.choice([1, 1, 2, 2, 3, 3])
         self.network = Network(
             rng.choice([0.0, 0.25, 1.0, rng.random()]),
@@ -260,12 +262,15 @@ class Scenario:
             max_updates=self.max_updates,
         )
         self.add_marks(random.Random(f"{seed} marks"))
-        self.watch = Watcher(self.plan, self.optimizer, self.workers)
+        self.watch = self.watcher(self.plan, self.optimizer, self.workers)
         self.faults: list[Fault] = []
         if faults:
             self.faults = drawn(random.Random(f"{seed} faults"), self.workers, self.servers)
             self.streams &= not any(isinstance(fault, Twice) for fault in self.faults)
             self.writes_in_place &= all(isinstance(f, (Death, Delay)) for f in self.faults)
+
+    def draw_mode(self, rng: random.Random) -> Any:
+        return rng.choice([Async(), *(SSP(s) for s in range(4)), BSP(), BSP(), BSP(1), BSP(2)])
 
     def add_marks(self, rng: random.Random) -> None:
         """Checkpoints of most runs: every few updates, at some times, at the end."""

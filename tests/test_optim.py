@@ -45,6 +45,19 @@ def test_rules_of_different_kinds_differ() -> None:
     assert optim.Adam(0.1, weight_decay=0.01) != optim.AdamW(0.1)
 
 
+def test_a_delayed_rule_is_frozen_equal_and_printed_alike() -> None:
+    a, b = optim.DelayedNesterov(1, 4), optim.DelayedNesterov(1.0, every=4, momentum=0.9)
+    assert a == b
+    assert repr(a) == (
+        "DelayedNesterov(lr=1.0, every=4, momentum=0.9, activation=0.0, weight_decay=0.0,"
+        " no_decay=())"
+    )
+    assert eval(repr(a), vars(optim)) == a
+    assert a != optim.DelayedNesterov(1, 5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        any_of(a).every = 2
+
+
 def test_positional_arguments() -> None:
     assert optim.SGD(0.1, 0.9, True, 1e-4) == optim.SGD(
         lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
@@ -91,6 +104,15 @@ def test_bad_arguments_of_all(
             lambda: optim.SGD(0.1, 0.9, nesterov=any_of(1)),
             TypeError,
             "nesterov is 1, expected True or",
+        ),
+        (lambda: optim.DelayedNesterov(0.1, every=0), ValueError, "every is 0, .* >= 1"),
+        (lambda: optim.DelayedNesterov(0.1, any_of(2.0)), TypeError, "every is 2.0 of type float"),
+        (lambda: optim.DelayedNesterov(0.1, 2, momentum=1.0), ValueError, "momentum is 1.0"),
+        (lambda: optim.DelayedNesterov(0.1, 2, activation=-0.1), ValueError, "activation is -0.1"),
+        (
+            lambda: optim.DelayedNesterov(0.1, 4, activation=0.3),
+            ValueError,
+            r"activation is 0.3, .*\[0, 1/every\], so at most 0.25; leave it out",
         ),
         (lambda: optim.Adagrad(eps=0.0), ValueError, "Adagrad: eps is 0.0, .* > 0"),
         (lambda: optim.RMSProp(rho=1.0), ValueError, "rho is 1.0"),
@@ -218,7 +240,7 @@ def test_importing_and_choosing_a_rule_imports_neither_numba_nor_cupy() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("module", ["clipping", "rules", "schedules"])
+@pytest.mark.parametrize("module", ["clipping", "delayed", "rules", "schedules"])
 def test_the_examples_in_docstrings(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"psframe.optim.{module}"))
     assert result.attempted > 0

@@ -25,6 +25,7 @@ RULES: dict[str, Any] = {
     "sgd": optim.SGD(0.1, weight_decay=0.02),
     "momentum": optim.SGD(0.1, momentum=0.9, weight_decay=0.02),
     "nesterov": optim.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.02),
+    "delayed": optim.DelayedNesterov(0.1, 3, 0.9, 0.2, weight_decay=0.02),
     "adagrad": optim.Adagrad(0.1, weight_decay=0.02),
     "rmsprop": optim.RMSProp(0.01, weight_decay=0.02),
     "adam": optim.Adam(0.01, weight_decay=0.02),

@@ -20,6 +20,7 @@ RULES: dict[str, optim.Optimizer] = {
     "sgd-decay": optim.SGD(0.1, weight_decay=0.02),
     "momentum": optim.SGD(0.1, momentum=0.9, weight_decay=0.02),
     "nesterov": optim.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.02),
+    "delayed": optim.DelayedNesterov(0.1, 3, 0.9, 0.2, weight_decay=0.02),
     "adagrad": optim.Adagrad(0.1, weight_decay=0.02),
     "rmsprop": optim.RMSProp(0.01, rho=0.9, weight_decay=0.02),
     "adam": optim.Adam(0.01),
@@ -66,6 +67,14 @@ def paper(rule: Any, w: Vector, grads: Iterator[Vector], scale: float) -> Vector
             case optim.SGD():
                 velocity = rule.momentum * velocity + g
                 step = g + rule.momentum * velocity if rule.nesterov else velocity
+            case optim.DelayedNesterov(every=n, activation=c, momentum=beta):
+                second = second + g
+                if t % n == 0:
+                    velocity = beta * velocity + second / n
+                    step = (1 - c * n + c) * beta * velocity + g / n
+                    second = np.zeros_like(w)
+                else:
+                    step = c * beta * velocity + g / n
             case optim.Adagrad():
                 second = second + g**2
                 step = g / (second**0.5 + rule.eps)
@@ -115,6 +124,14 @@ def op_by_op(rule: Any, w: Vector, grads: Iterator[Vector], scale: float) -> Vec
                 slots[0] = real(rule.momentum) * slots[0] + g
                 g = g + real(rule.momentum) * slots[0] if rule.nesterov else slots[0]
             w = w - real(lr) * g
+        elif isinstance(rule, optim.DelayedNesterov):
+            n, c, ahead = rule.every, rule.activation, rule.activation
+            g = g * real(1 / n)
+            slots[1] = slots[1] + g
+            if t % n == 0:
+                slots = [real(rule.momentum) * slots[0] + slots[1], np.zeros_like(w)]
+                ahead = 1 - c * n + c
+            w = w - real(lr) * (real(ahead * rule.momentum) * slots[0] + g)
         elif isinstance(rule, optim.Adam):
             b1, b2 = rule.beta1, rule.beta2
             slots[0] = real(b1) * slots[0] + real(1 - b1) * g
@@ -185,6 +202,29 @@ def test_momentum_of_a_constant_gradient_has_a_closed_form() -> None:
     got = train(updater, np.zeros(1), iter([np.ones(1)] * steps))
     velocity_sum = (steps - mu * (1 - mu**steps) / (1 - mu)) / (1 - mu)
     np.testing.assert_allclose(got, -lr * velocity_sum, rtol=1e-14)
+
+
+def test_delayed_nesterov_is_nesterov_on_the_means_of_gradients() -> None:
+    n, size = 4, 50
+    grads = list(gradients(size, 5 * n, np.float64))
+    means = [np.mean(grads[k : k + n], axis=0) for k in range(0, len(grads), n)]
+    rule = optim.DelayedNesterov(0.1, every=n, momentum=0.9)
+    same = optim.SGD(0.1, momentum=0.9, nesterov=True)
+    layout = layout_of(size, np.float64)
+    got = train(rule.updater(layout, 0, size), np.zeros(size), iter(grads))
+    want = train(same.updater(layout, 0, size), np.zeros(size), iter(means))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_delayed_nesterov_of_every_update_is_nesterov() -> None:
+    size = 50
+    rule = optim.DelayedNesterov(0.1, every=1, momentum=0.9, activation=0.3)
+    same = optim.SGD(0.1, momentum=0.9, nesterov=True)
+    got, want = (
+        train(r.updater(layout_of(size), 0, size), start(size), gradients(size, 9))
+        for r in (rule, same)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_adagrad_of_a_constant_gradient_is_a_sum_of_inverse_roots() -> None:

@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psframe import BSP, SSP, Async, optim, toml
+from psframe import (
+    BSP,
+    SSP,
+    Async,
+    Buffered,
+    DynamicSSP,
+    Rennala,
+    Ringleader,
+    WarmStart,
+    optim,
+    stale,
+    toml,
+)
+from psframe.choices import parse_stale
 from psframe.errors import ArgumentError
 from psframe.settings import Settings, from_file
 
@@ -19,9 +32,24 @@ PARAMS = {"w1": np.zeros((2, 3), np.float32), "b[1]": np.zeros(3, np.float32)}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"staleness": 2}, "--staleness goes with --mode ssp only .the mode is async"),
+        (
+            {"staleness": 2},
+            "staleness goes with --mode ssp or dynamic-ssp only .the mode is",
+        ),
         ({"staleness": 2, "mode": "bsp"}, "--staleness goes with --mode ssp"),
         ({"backup": 1, "mode": "ssp"}, "--backup goes with --mode bsp"),
+        ({"pushes": 1}, "--pushes goes with --mode rennala or buffered only .the mode is async"),
+        ({"staleness_max": 1, "mode": "ssp"}, "--staleness-max goes with --mode dynamic-ssp only"),
+        ({"staleness": 5, "staleness_max": 4, "mode": "dynamic-ssp"}, "--staleness-max: .* high"),
+        ({"warm_start": 3, "mode": "bsp"}, "--warm-start goes with --mode async, ssp, dynamic-ssp"),
+        ({"warm_start": -1}, "--warm-start: expected 0 or more"),
+        ({"pushes": 0, "mode": "rennala"}, "--pushes: expected 1 or more, got 0"),
+        ({"stale": "inverted"}, r"--stale: expected one of accept, .*; got 'inverted'"),
+        ({"stale": "drop"}, "--stale: expected one of .*drop=16"),
+        ({"stale": "drop=x"}, "--stale: expected one of"),
+        ({"stale": "drop=0.5"}, "--stale: Drop: threshold"),
+        ({"stale": "clip=-1"}, "--stale: Clip: norm"),
+        ({"stale": "inverse+"}, "--stale: expected one of"),
         ({"momentum": 0.9, "optimizer": "adam"}, "--momentum goes with --optimizer sgd"),
         ({"nesterov": True, "optimizer": "sgd"}, "--nesterov goes with --momentum"),
         ({"resume": True, "overwrite": True, "run_dir": "x"}, "--resume and --overwrite"),
@@ -77,6 +105,19 @@ def test_modes() -> None:
     assert isinstance(Settings().consistency(), Async)
     assert Settings(mode="ssp", staleness=5).consistency() == SSP(5)
     assert Settings(mode="bsp", backup=2).consistency() == BSP(2)
+    assert Settings(mode="dynamic-ssp").consistency() == DynamicSSP(3, 12)
+    assert Settings(mode="rennala", pushes=7).consistency() == Rennala(7)
+    assert Settings(mode="buffered").consistency() == Buffered(4)
+    assert Settings(mode="ringleader").consistency() == Ringleader()
+    assert Settings(mode="ssp", warm_start=9).consistency() == WarmStart(9, SSP(3))
+
+
+def test_rules_for_stale_gradients() -> None:
+    assert parse_stale("accept") == stale.Accept()
+    assert parse_stale("drop=16 + inverse") == stale.chain(stale.Drop(16), stale.Inverse())
+    assert parse_stale("compensate=0.04") == stale.DelayCompensation(0.04)
+    assert parse_stale("delay-adaptive=4") == stale.DelayAdaptive(4)
+    assert parse_stale("gap-aware+clip=1.5") == stale.chain(stale.GapAware(), stale.Clip(1.5))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "adamw"])

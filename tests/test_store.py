@@ -56,14 +56,14 @@ def test_a_refused_update_publishes_nothing() -> None:
     assert store.version == 2
 
 
-def test_one_hold_a_worker_and_the_pins_leave_two_for_updates() -> None:
+def test_two_holds_a_worker_and_the_pins_leave_two_for_updates() -> None:
     workers = 3
     store = make(workers)
     held = []
-    for _ in range(workers + 3):  # the pins are three more
+    for _ in range(2 * workers + 3):  # the pins are three more
         held.append(store.hold())
         assert store.update(ones())
-    assert store.held == workers + 3
+    assert store.held == 2 * workers + 3
     assert store.hold() is None, "one more would leave updates one buffer"
     for _ in range(4):
         assert store.update(ones())

@@ -205,7 +205,7 @@ def test_a_runs_configuration_starts_the_same_run_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--staleness", "2"], "--staleness goes with --mode ssp only"),
+        (["--staleness", "2"], "--staleness goes with --mode ssp or"),
         (["--mode", "ssp", "--backup", "1"], "--backup goes with --mode bsp"),
         (["--epochs", "0"], "--epochs: expected 1 or more"),
         (["--config", "none.toml"], "none.toml: cannot be read"),
@@ -227,7 +227,11 @@ def test_flags_that_make_no_sense(
     ("text", "flags", "words"),
     [
         ("epochs = 0", [], "--config: c.toml: epochs: expected 1 or more, got 0"),
-        ("staleness = 2", [], "--config: c.toml: staleness goes with --mode ssp only"),
+        (
+            "staleness = 2",
+            [],
+            "--config: c.toml: staleness goes with --mode ssp or",
+        ),
         ("seed = 18446744073709551616", [], "--config: c.toml: seed: expected 4611686018427387904"),
         ("epochs = 3", ["--batch-size", "0"], "psframe: error: --batch-size: expected 1 or more"),
         ("epochs = 0", ["--epochs", "-1"], "psframe: error: --epochs: expected 1 or more, got -1"),
@@ -269,7 +273,8 @@ def test_a_wrong_word_suggests_the_right_one(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = fails(flags, capsys, status=2)
-    assert "--mode: expected one of async, ssp, bsp; got 'asnyc'; did you mean 'async'?" in said
+    assert "--mode: expected one of async, ssp, bsp, " in said
+    assert "; got 'asnyc'; did you mean 'async'?" in said
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from psframe.events import (
     End,
     Failure,
     Finished,
+    Forget,
     GiveBack,
     Gone,
     Lease,
@@ -171,6 +172,12 @@ PLAIN = [
         header(10, 0, 0, 0, 0, 0, 0, 0, 0.0, 12, 0) + struct.pack("<iq", 3, 6),
     ),
     (Decision([], round=True), TO_FOLLOWER, header(10, 4, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
+    (
+        Decision([(1, 7), (4, 2)], step=False, scales=[0.5, 1.0]),
+        TO_FOLLOWER,
+        header(10, 24, 0, 0, 0, 0, 0, 0, 0.0, 40, 0) + struct.pack("<iqdiqd", 1, 7, 0.5, 4, 2, 1.0),
+    ),
+    (Forget(3), TO_FOLLOWER, header(22, 0, 0, 3, 0, 0, 0, 0, 0.0, 0, 0)),
     (Gone(3), TO_FOLLOWER, header(11, 0, 0, 3, 0, 0, 0, 0, 0.0, 0, 0)),
     (Pin(True), TO_FOLLOWER, header(12, 4, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
     (Pin(False), TO_FOLLOWER, header(12, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)),
@@ -319,7 +326,7 @@ BLOCKS = st.builds(
     RANGES,
     COUNTS,
 )
-DECIDED = st.sampled_from([r for r in Reason if r < Reason.STOPPED])
+DECIDED = st.sampled_from([r for r in Reason if r < Reason.STOPPED or r is Reason.STALE])
 MEMBERS = st.dictionaries(WORKER, COUNTS).map(lambda members: sorted(members.items()))
 NUMBERS = st.tuples(
     st.integers(0, 2**128 - 1),
@@ -331,6 +338,15 @@ TIMES = st.floats(0, 1e12).map(abs)
 SPANS = st.lists(
     st.tuples(st.integers(0, 7), TIMES, TIMES).map(lambda s: (s[0], *sorted(s[1:]))), max_size=5
 )
+
+
+def scaled(members: list[tuple[int, int]]) -> st.SearchStrategy[Decision]:
+    factors = st.lists(st.floats(0, 1e300), min_size=len(members), max_size=len(members))
+    return st.builds(
+        Decision, st.just(members), DECIDED, st.booleans(), st.booleans(), factors | st.just([])
+    )
+
+
 EVENTS = {
     TO_LEADER: st.one_of(
         PUSHES,
@@ -347,8 +363,10 @@ EVENTS = {
     TO_WORKER: st.one_of(APPLIED, REFUSED, PARAMS, BLOCKS),
     TO_FOLLOWER: st.one_of(
         st.builds(Decision, MEMBERS.filter(bool), DECIDED, st.booleans()),
-        st.builds(Decision, MEMBERS, DECIDED, st.just(True)),
+        st.builds(Decision, MEMBERS, DECIDED, st.booleans()),
+        MEMBERS.filter(bool).flatmap(scaled),
         st.builds(Gone, WORKER),
+        st.builds(Forget, WORKER),
         st.builds(Pin, st.booleans()),
         st.builds(Mark, COUNTS),
     ),
@@ -501,16 +519,16 @@ STOP = [6, 0, 0, 4, 0, 0, 0, 0, 0.0, 0, 0, 0]
         (PULL, {LOG: -1}, "log is -1"),
         (PULL, {LOG: 2**62 + 1}, "log is 4611686018427387905"),
         (STOP, {LOG: 1}, "does not use"),
-        (ANSWER, {REASON: 7}, "reason is 7, expected 0 to 6"),
-        (ANSWER, {REASON: 1}, "reason is 1, expected 0 to 6, and 0 if applied"),
+        (ANSWER, {REASON: 8}, "reason is 8, expected 0 to 7"),
+        (ANSWER, {REASON: 1}, "reason is 1, expected 0 to 7, and 0 if applied"),
         (ANSWER, {STALENESS: -1}, "staleness is -1"),
         (ANSWER, {FLAGS: 0}, "staleness, push_version"),
         (ANSWER, {AUX: -1}, "push_version is -1"),
         (ANSWER, {SEQ: -1}, "seq is -1"),
         (ANSWER, {SEQ: -2, FLAGS: 12}, "seq is -2"),
-        (ANSWER, {FLAGS: 12}, "buffer is 6, expected -2 to 9, -1 if stopped"),
-        (ANSWER, {SLOT: 10}, "buffer is 10, expected -2 to 9"),
-        (ANSWER, {SLOT: -3}, "buffer is -3, expected -2 to 9"),
+        (ANSWER, {FLAGS: 12}, "buffer is 6, expected -2 to 14, -1 if stopped"),
+        (ANSWER, {SLOT: 15}, "buffer is 15, expected -2 to 14"),
+        (ANSWER, {SLOT: -3}, "buffer is -3, expected -2 to 14"),
         (ANSWER, {SLOT: -1}, "buffer is -1, expected one, since parameters are announced"),
         (ANSWER, {SLOT: -2, FLAGS: 10, PAYLOAD: 24}, "the array has been copied"),
         (ANSWER, {VERSION: -1}, "version is -1"),
@@ -576,7 +594,12 @@ def sums(*named: tuple[bytes, int], count: int | None = None) -> bytes:
         (7, 4, b"", "payload_bytes is 0, expected at least 2"),
         (7, 4, b"\0" * 7, "payload_bytes is 7, expected 6"),
         (7, 4, struct.pack("<H257sHH", 257, b"", 0, 0), "text is 257, expected at most 256"),
-        (10, 0, b"", "count of members is 0"),
+        (10, 8, b"", "count of members is 0, expected at least 1 that is scaled or only gathered"),
+        (10, 16, b"", "count of members is 0"),
+        (10, 16, struct.pack("<iqd", 1, 0, -0.5), "factor is -0.5, expected a finite number"),
+        (10, 16, struct.pack("<iqd", 1, 0, float("nan")), "factor is nan"),
+        (10, 16, struct.pack("<iqd", 1, 0, float("inf")), "factor is inf"),
+        (10, 16, b"\0" * 12, "payload_bytes is 12, expected a multiple of 20 up to 100"),
         (10, 4, b"\0" * 13, "payload_bytes is 13, expected a multiple of 12 up to 60"),
         (10, 4, b"\0" * 72, "payload_bytes is 72, expected a multiple of 12 up to 60"),
         (10, 4, struct.pack("<iqiq", 1, 0, 1, 0), "member is 1, expected 2 to 4"),
@@ -590,7 +613,7 @@ def test_a_wrong_payload_is_named(kind: int, flags: int, payload: bytes, text: s
     refuse(data, LIMITS[link], text)
 
 
-@pytest.mark.parametrize("reason", [Reason.STOPPED, Reason.LOST, 7])
+@pytest.mark.parametrize("reason", [Reason.STOPPED, Reason.LOST, 8])
 def test_nobody_decides_that_a_push_was_lost(reason: int) -> None:
     refuse(header(10, 4, reason, 0, 0, 0, 0, 0, 0.0, 0, 0), LIMITS[TO_FOLLOWER], "reason is")
 
@@ -666,7 +689,8 @@ def test_the_longest_payloads_fit() -> None:
         assert len(data) <= HEADER_BYTES + payload_limit(1)
         read(data, LIMITS[TO_LEADER])
     many = 10_000
-    decision = Decision([(worker, 2**62) for worker in range(many)], round=True)
+    members = [(worker, 2**62) for worker in range(many)]
+    decision = Decision(members, round=True, scales=[0.1] * many)
     data = encode(decision)
     assert len(data) == HEADER_BYTES + payload_limit(many)
     assert read(data, Limits(TO_FOLLOWER, many, 2))[0] == decision

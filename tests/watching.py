@@ -13,7 +13,7 @@ import numpy as np
 from fakes import POISON, ExactSGD
 from saving import Checkpoint, Saver
 
-from psframe import BSP, SSP, Params, Receipt
+from psframe import BSP, SSP, Params, Receipt, WarmStart
 from psframe.draws import read_draws
 from psframe.errors import MessageError
 from psframe.events import Arrived, EpochDone, Evaluated, Leave, PushHandled, Withheld
@@ -90,9 +90,12 @@ class Watcher:
         workers: W.
     """
 
+    ahead: tuple[int, ...] = (0,)  # by how much a mark's version may be ahead of the last push's
+
     def __init__(self, plan: Plan, optimizer: ExactSGD, workers: int) -> None:
         self.plan = plan
         self.optimizer = optimizer
+        self.in_rounds = isinstance(plan.mode, (BSP, WarmStart))  # at times
         self.shards = plan.layout.shards(plan.servers)
         self.rows: list[PushHandled] = []
         self.grads: list[list[Array]] = [[] for _ in range(workers)]  # as pushed
@@ -328,14 +331,14 @@ class Watcher:
             self._check_pace()
 
     def _handled(self, row: PushHandled) -> None:
-        worker, mode = row.worker, self.plan.mode
+        worker = row.worker
         assert not self.leader.lost[worker], "a push of a worker that counts as lost"
         k = self._steps[worker]
         self._steps[worker] += 1
         self.rows.append(row)
         assert row.version_read == self.read[worker][k]
         assert row.staleness == row.version_applied - row.applied - row.version_read >= 0
-        if not isinstance(mode, BSP):
+        if not self.in_rounds:
             assert row.clock == k + self._gained[worker]
 
     def _check_ledger(self, *, queued: bool) -> None:
@@ -389,7 +392,7 @@ class Watcher:
         partial = set().union(*self.withheld)
         assert self.leader.ledger.ledger().partial == len(partial)
         for server, machine in enumerate(self.machines[1:], 1):
-            if isinstance(self.plan.mode, BSP):
+            if self.in_rounds:
                 assert machine.store.version <= version
                 if not self.withheld[server]:
                     assert machine.store.version == version
@@ -402,7 +405,7 @@ class Watcher:
         for row in self.rows:
             rows[row.worker, kth[row.worker]] = row
             kth[row.worker] += 1
-        if not isinstance(self.plan.mode, BSP):  # there a round is refused for one of them
+        if not self.in_rounds:  # there a round is refused for one of them
             for (worker, k), row in rows.items():
                 grad = self.grads[worker][k]
                 bad = not np.isfinite(grad).all() or bool((grad == POISON).any())
@@ -438,7 +441,7 @@ class Watcher:
         for version in sorted(round_):
             members = [worker for worker, _ in round_[version]]
             assert members == sorted(set(members)), "a round is summed in worker order"
-            assert len(members) == 1 or isinstance(self.plan.mode, BSP)
+            assert len(members) == 1 or self.in_rounds
             mean = round_[version][0][1]
             for _, grad in round_[version][1:]:
                 mean = mean + grad
@@ -458,7 +461,8 @@ class Watcher:
             assert len(one.shards) == self.plan.servers, "a server has not marked itself"
             n_rows, blocks, stopped = self.cuts[one.number]
             rows = self.rows[:n_rows]
-            assert one.version == one.state["version"] == (rows[-1].version_applied if rows else 0)
+            assert one.version == one.state["version"]
+            assert one.version - (rows[-1].version_applied if rows else 0) in self.ahead
             for server in range(self.plan.servers):
                 self._check_shard(one, server, rows)
             plans = {plan["plan"]: plan for plan in one.state["leases"]["plans"]}
@@ -504,7 +508,7 @@ class Watcher:
                 withheld += 1
             elif row.applied:
                 updates[row.version_applied].append(self.grads[row.worker][k][begin:end])
-        if withheld and isinstance(self.plan.mode, BSP):
+        if withheld and self.in_rounds:
             return  # its means are of fewer
         for _, grads in sorted(updates.items()):
             mean = grads[0]

@@ -26,8 +26,8 @@ __all__ = ["Shard", "check_arrays", "file_bytes", "header_of", "offsets_of"]
 
 # P, and what follows from it: 2^60 elements are more than any machine has.
 _ELEMENTS_MAX = 1 << 60
-# Parameters, an optimizer's slots, averages: a handful. And what their names may be.
-_ARRAYS_MAX = 64
+# Parameters, averages, an optimizer's slots, perhaps one a worker. And what their names may be.
+_ARRAYS_MAX = 4096
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]{0,63}")
 _DTYPES = {"float32": "F32", "float64": "F64"}
 _FORMAT = "psframe-shard-1"

@@ -15,7 +15,16 @@ from __future__ import annotations
 
 from math import sqrt
 
-__all__ = ["SCALARS_MAX", "adagrad", "adam", "average", "momentum", "rmsprop", "sgd"]
+__all__ = [
+    "SCALARS_MAX",
+    "adagrad",
+    "adam",
+    "average",
+    "delayed_nesterov",
+    "momentum",
+    "rmsprop",
+    "sgd",
+]
 
 # The length of the array in which the scalars reach a kernel: Adam's number.
 SCALARS_MAX = 10
@@ -46,6 +55,29 @@ def momentum(
     m = mu * m + g
     step = g + mu * m if nesterov != 0 else m
     return w - lr * step, m
+
+
+def delayed_nesterov(
+    w: float,
+    g: float,
+    m: float,
+    d: float,
+    scale: float,
+    decay: float,
+    lr: float,
+    mu: float,
+    part: float,
+    ahead: float,
+    full: float,
+) -> tuple[float, float, float]:
+    """Step against part g + ahead m; the velocity m takes in d, the sum of part g, if it is full.
+
+    d - d is 0 where d is finite; where it is not, neither is m, and the update is refused.
+    """
+    g = (g * scale + decay * w) * part
+    d = d + g
+    m = mu * m + d if full != 0 else m
+    return w - lr * (ahead * m + g), m, d - d if full != 0 else d
 
 
 def adagrad(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -14,7 +14,9 @@ from psframe.layout import Layout
 from psframe.optim import formulas
 from psframe.optim.base import Optimizer
 from psframe.optim.checks import as_float
+from psframe.optim.per_worker import PerWorker
 from psframe.optim.updater import Updater, load_slot
+from psframe.optim.worker_updater import WorkerUpdater, worker_of
 
 __all__ = ["Average", "Grouped", "GroupedUpdater"]
 
@@ -125,6 +127,10 @@ class GroupedUpdater:
 
     As `Updater`; not thread-safe. A slot is one array as long as the shard, of which a rule that
     has it uses its runs; the rest is never touched, and takes no memory.
+
+    Where some rule has slots for every worker (`per_worker`, the same in every shard), so has this:
+    it is then used as `WorkerUpdater`. All its updaters of such rules are treated alike, so that
+    their arrays of one number are parts of one array.
     """
 
     def __init__(self, grouped: Grouped, layout: Layout, begin: int, end: int) -> None:
@@ -141,26 +147,82 @@ class GroupedUpdater:
             if runs and runs[-1][0] is rule:
                 b = runs.pop()[1]
             runs.append((rule, b, e))
-        self._parts: list[tuple[Updater, slice]] = []
+        # The same in every shard, whatever rules it has.
+        rules = [grouped.rule_of(name) for name in layout.names]
+        slots = {slot for rule in rules if not isinstance(rule, PerWorker) for slot in rule.slots}
+        self._shared_names = tuple(sorted(slots))
+        of_workers = next((rule for rule in rules if isinstance(rule, PerWorker)), None)
+        self.per_worker = of_workers is not None
+        # What the slots of workers are in, by number. The first of their updaters is of no
+        # elements: it is there in shards without such a rule, too, and knows who has a slot.
+        self._arrays: list[Any] = []
+        self._of_workers: list[tuple[WorkerUpdater, slice]] = []
+        if of_workers is not None:
+            self._add_of_workers(of_workers, layout, begin, begin, slice(0, 0))
+        self._parts: list[tuple[Updater, slice]] = [*self._of_workers]
         for rule, b, e in runs:
             part = slice(b - begin, e - begin)
-            make_set = partial(self._make_set, rule.slots, part)
-            self._parts.append((Updater(rule, layout, b, e, make_set), part))
-        # The same in every shard, whatever rules it has.
-        slots = {name for each in layout.names for name in grouped.rule_of(each).slots}
-        self.slot_names: tuple[str, ...] = tuple(sorted(slots))
+            if isinstance(rule, PerWorker):
+                self._parts.append(self._add_of_workers(rule, layout, b, e, part))
+            else:
+                make_set = partial(self._make_set, rule.slots, part)
+                self._parts.append((Updater(rule, layout, b, e, make_set), part))
+
+    def _add_of_workers(
+        self, rule: PerWorker, layout: Layout, begin: int, end: int, part: slice
+    ) -> tuple[WorkerUpdater, slice]:
+        updater = WorkerUpdater(rule, layout, begin, end, partial(self._make_array, part))
+        self._of_workers.append((updater, part))
+        return updater, part
+
+    def _make_array(self, part: slice, xp: Any, number: int) -> Any:
+        """Give one rule its part of the array of that number."""
+        while len(self._arrays) <= number:
+            self._arrays.append(xp.zeros(self.size, self._dtype))
+        return self._arrays[number][part]
 
     def _make_set(self, names: tuple[str, ...], part: slice, xp: Any, k: int) -> tuple[Any, ...]:
         """Give one rule its part of set `k` of the slots."""
         if k not in self._sets:
-            self._sets[k] = {name: xp.zeros(self.size, self._dtype) for name in self.slot_names}
+            self._sets[k] = {name: xp.zeros(self.size, self._dtype) for name in self._shared_names}
         return tuple(self._sets[k][name][part] for name in names)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The names of the slots; as `Updater` and, for slots of workers, `WorkerUpdater`."""
+        return (*self._shared_names, *self._numbers)
+
+    @property
+    def _numbers(self) -> dict[str, int]:
+        return self._of_workers[0][0].numbers if self._of_workers else {}
 
     @property
     def slots(self) -> dict[str, Any]:
         """The slots by name, as they are now; as `Updater`."""
-        current = next((u.current_set for u, _ in self._parts if u.slot_names), 0)
-        return self._sets.get(current, {}).copy()
+        shared = (u for u, _ in self._parts if not isinstance(u, WorkerUpdater))
+        current = next((u.current_set for u in shared if u.slot_names), 0)
+        slots = self._sets.get(current, {}).copy()
+        return slots | {name: self._arrays[number] for name, number in self._numbers.items()}
+
+    def accepts(self, names: Collection[str]) -> bool:
+        """Tell whether these may be the names of slots that were marked after an update."""
+        others = set(names) - set(self._shared_names)
+        if len(names) != len(self._shared_names) + len(others):
+            return False  # a shared one is missing
+        if not self.per_worker:
+            return not others
+        return bool(others) and all(worker_of(name) is not None for name in others)
+
+    def select(self, worker: int) -> None:
+        """Have the updates that begin from now on be of that worker's gradients."""
+        for updater, _ in self._of_workers:
+            updater.select(worker)
+
+    def adopt(self, params: Any, workers: Iterable[int]) -> None:
+        """Give each of these workers a slot, unless it has one; as `WorkerUpdater`."""
+        workers = list(workers)
+        for updater, part in self._of_workers:
+            updater.adopt(params[part], workers)
 
     def mark(self) -> None:
         """Let nobody write the present `slots` until `unmark`; as `Updater`."""
@@ -172,9 +234,24 @@ class GroupedUpdater:
         for updater, _ in self._parts:
             updater.unmark()
 
-    def load(self, params: Any, fill: Callable[[str, Any], None]) -> None:
-        """Give the slots the values that an updater with as many updates had; as `Updater`."""
+    def load(
+        self,
+        params: Any,
+        fill: Callable[[str, Any], None],
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Give the slots the values that an updater with as many updates had.
+
+        As `Updater` and, if there are slots of workers, `WorkerUpdater`: that needs the names.
+        """
+        if self.per_worker and (names is None or not self.accepts(names)):
+            raise ValueError(
+                f"slots are {names if names is None else sorted(names)}, expected"
+                f" {[*self._shared_names, 'momentum.0']} and the like, one for each worker that has"
+                " pushed"
+            )
         self.prepare(params)
+        self.adopt(params, sorted(w for w in map(worker_of, names or ()) if w is not None))
         for name, slot in self.slots.items():
             load_slot(name, slot, fill)
 
@@ -188,8 +265,10 @@ class GroupedUpdater:
 
     def begin(self, step: int, params: Any, scale: float = 1.0) -> None:
         """Begin an update that is made in parts; as `Updater`."""
-        if not self._parts and not self._sets:
+        if not self._sets:
             self.prepare(params)
+        for of_worker, part in self._of_workers:  # all, before something can fail
+            of_worker.take(params[part])
         for updater, part in self._parts:
             updater.begin(step, params[part], scale)
 
@@ -220,7 +299,7 @@ class GroupedUpdater:
 
     def prepare(self, params: Any) -> None:
         """Compile the kernels and allocate the slots; as `Updater`."""
-        if not self._parts:  # an empty shard: nobody else makes them
-            self._make_set((), slice(0), np, 0)
         for updater, part in self._parts:
             updater.prepare(params[part])
+        if not self._sets:  # a shard in which nobody uses them: nobody else makes them
+            self._make_set((), slice(0), np, 0)

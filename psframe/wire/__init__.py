@@ -16,7 +16,7 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
     7  Leave           failure                                                              texts
     8  Answer          stopped applied    reason  buffer  version  staleness  push_version  array
     9  Lease                              kind            epoch    begin      end
-    10 Decision        round              reason                                            members
+    10 Decision        round held scaled  reason                                            members
     11 Gone
     12 Pin             on keep
     13 End             mark
@@ -28,6 +28,7 @@ A message is a header of 72 bytes, little-endian, the same for all kinds, and a 
     19 RandomState                                                                          numbers
     20 Mark
     21 ShardSaved                                 server                                    entry
+    22 Forget
 
 `worker` and `seq` are the event's, where it has them (a mark's number is its `seq`); `norm` is
 Push's, and the clock of Spans; `log`, a position in the leader's log, is in Push, Pull, Answer and
@@ -39,7 +40,7 @@ The other payloads follow in the same message:
     task      7 i64: plan, n_samples, batch_size, epochs, shuffle, eval_samples, eval_batch_size
     sums      u32 count, then for each: text name, f64 sum, and in a Log i64 count
     texts     if `failure` is set: text type, text message, text traceback
-    members   for each: i32 worker, i64 seq; in worker order
+    members   for each: i32 worker, i64 seq and, if `scaled`, f64 factor; in worker order
     numbers   u128 state, u128 increment, u8 has_uint32, u32 uinteger
     entry     UTF-8
     spans     for each: u8 kind, f64 begin, f64 end

@@ -10,6 +10,7 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    Forget,
     GiveBack,
     Gone,
     Lease,
@@ -31,6 +32,7 @@ from psframe.events import (
 from psframe.wire.header import (
     BIT2,
     BIT3,
+    BIT4,
     HEADER,
     HEADER_BYTES,
     MAGIC,
@@ -215,7 +217,7 @@ def _encode_lease(event: Lease) -> bytes:
 
 
 def _encode_decision(event: Decision) -> bytes:
-    flags = BIT2 if event.round else 0
+    flags = BIT2 * event.round | BIT3 * (not event.step) | BIT4 * bool(event.scales)
     payload = pack_members(event)
     return _message(Kind.DECISION, flags=flags, reason=event.reason, payload=payload)
 
@@ -247,6 +249,7 @@ _WHOLE: Mapping[type, Callable[[Any], bytes]] = {
     Leave: _encode_leave,
     Lease: _encode_lease,
     Decision: _encode_decision,
+    Forget: lambda event: _message(Kind.FORGET, event.worker),
     Gone: lambda event: _message(Kind.GONE, event.worker),
     Pin: lambda event: _message(Kind.PIN, flags=BIT2 * event.on | BIT3 * event.keep),
     Mark: lambda event: _message(Kind.MARK, seq=event.number),

@@ -26,6 +26,7 @@ from psframe.store import buffer_count
 __all__ = [
     "BIT2",
     "BIT3",
+    "BIT4",
     "COUNT_MAX",
     "DELIVERY_BITS",
     "Delivery",
@@ -41,6 +42,7 @@ __all__ = [
     "Link",
     "MAGIC",
     "MEMBER",
+    "SCALED_MEMBER",
     "RELEASE_BITS",
     "ReadBuffer",
     "WriteBuffer",
@@ -73,9 +75,9 @@ def lead_of(kind: int, flags: int) -> int:
 
 
 DELIVERY_BITS = 3  # of flags
-BIT2, BIT3 = 4, 8  # the flags of a kind's own
+BIT2, BIT3, BIT4 = 4, 8, 16  # the flags of a kind's own
 RELEASE_BITS = RELEASE_HOLD | RELEASE_COPY
-MEMBER = struct.Struct("<iq")  # of a Decision
+MEMBER, SCALED_MEMBER = struct.Struct("<iq"), struct.Struct("<iqd")  # of a Decision
 
 # Counts fit a signed 64-bit integer with room for the sum or the difference of two.
 COUNT_MAX = 2**62
@@ -112,6 +114,7 @@ class Kind(enum.IntEnum):
     RANDOM_STATE = 19
     MARK = 20
     SHARD_SAVED = 21
+    FORGET = 22
 
 
 class Delivery(enum.IntEnum):
@@ -139,7 +142,7 @@ _LEGAL: Mapping[Link, str] = {
     ),
     Link.WORKER_TO_FOLLOWER: "PUSH PULL LEAVE",  # all else is the leader's business
     Link.SERVER_TO_WORKER: "ANSWER LEASE",
-    Link.LEADER_TO_FOLLOWER: "DECISION GONE PIN MARK END",
+    Link.LEADER_TO_FOLLOWER: "DECISION FORGET GONE PIN MARK END",
     Link.FOLLOWER_TO_LEADER: "WITHHELD LOST SHARD_SAVED FINISHED SPANS",
 }
 
@@ -153,7 +156,7 @@ _HOT = {
 
 def payload_limit(workers: int) -> int:
     """Bound the bytes of every payload that is not an array, for W workers."""
-    return max(_PAYLOAD_BYTES_MIN, MEMBER.size * workers)
+    return max(_PAYLOAD_BYTES_MIN, SCALED_MEMBER.size * workers)
 
 
 def _plain_pushes(

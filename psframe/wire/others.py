@@ -13,6 +13,7 @@ from psframe.events import (
     Decision,
     End,
     Finished,
+    Forget,
     GiveBack,
     Gone,
     Lease,
@@ -34,6 +35,7 @@ from psframe.events import (
 from psframe.wire.header import (
     BIT2,
     BIT3,
+    BIT4,
     COUNT_MAX,
     FIELDS,
     HEADER_BYTES,
@@ -175,13 +177,14 @@ def _read_lease(fields: Fields, payload: memoryview, limits: Limits) -> Lease:
 
 
 def _read_decision(fields: Fields, payload: memoryview, limits: Limits) -> Decision:
-    reason, is_round = fields[3], fields[2] != 0
+    reason, flags = fields[3], fields[2]
     if reason not in _DECIDED:
         raise bad(fields, "reason", reason, f"one of {sorted(map(int, _DECIDED))}")
-    members = read_members(fields, payload, limits)
-    if not (members or is_round):
-        raise bad(fields, "the count of members", 0, "at least 1 unless it closes a round")
-    return Decision(members, _REASONS[reason], is_round)
+    is_round, step = bool(flags & BIT2), not flags & BIT3
+    members, scales = read_members(fields, payload, limits, scaled=bool(flags & BIT4))
+    if not members and (flags & BIT4 or not step):
+        raise bad(fields, "the count of members", 0, "at least 1 that is scaled or only gathered")
+    return Decision(members, _REASONS[reason], is_round, step, scales)
 
 
 def _read_withheld(fields: Fields, payload: memoryview, limits: Limits) -> Withheld:
@@ -220,7 +223,8 @@ _RULES: Mapping[int, _Rule] = {
     Kind.STOP: _rule(lambda fields, payload, limits: Stop(fields[4]), "worker"),
     Kind.LEAVE: _rule(_read_leave, "worker payload_bytes", flags=BIT2),
     Kind.LEASE: _rule(_read_lease, "worker seq reason version staleness aux log"),
-    Kind.DECISION: _rule(_read_decision, "reason payload_bytes", flags=BIT2),
+    Kind.DECISION: _rule(_read_decision, "reason payload_bytes", flags=BIT2 | BIT3 | BIT4),
+    Kind.FORGET: _rule(lambda fields, payload, limits: Forget(fields[4]), "worker"),
     Kind.GONE: _rule(lambda fields, payload, limits: Gone(fields[4]), "worker"),
     Kind.PIN: _rule(_read_pin, flags=BIT2 | BIT3),
     Kind.MARK: _rule(lambda fields, payload, limits: Mark(fields[6]), "seq"),

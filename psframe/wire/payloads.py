@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 from psframe.events import Decision, Failure, LeaseRequest, SpanKind, Spans, TaskSpec
-from psframe.wire.header import COUNT_MAX, MEMBER, Fields, Limits, bad, bad_count
+from psframe.wire.header import COUNT_MAX, MEMBER, SCALED_MEMBER, Fields, Limits, bad, bad_count
 
 __all__ = [
     "NAMES_MAX",
@@ -264,22 +265,32 @@ def read_numbers(fields: Fields, payload: memoryview) -> tuple[int, int, int, in
 
 
 def pack_members(event: Decision) -> bytes:
-    """Pack the (worker, seq) pairs of a decision."""
-    return b"".join([MEMBER.pack(worker, seq) for worker, seq in event.members])
+    """Pack the (worker, seq) pairs of a decision, with the factors on their gradients if any."""
+    if not event.scales:
+        return b"".join([MEMBER.pack(worker, seq) for worker, seq in event.members])
+    scaled = zip(event.members, event.scales, strict=True)
+    return b"".join([SCALED_MEMBER.pack(worker, seq, scale) for (worker, seq), scale in scaled])
 
 
-def read_members(fields: Fields, payload: memoryview, limits: Limits) -> list[tuple[int, int]]:
-    """Read the (worker, seq) pairs of a decision, in worker order."""
-    size, longest = MEMBER.size, MEMBER.size * limits.workers
+def read_members(
+    fields: Fields, payload: memoryview, limits: Limits, *, scaled: bool
+) -> tuple[list[tuple[int, int]], list[float]]:
+    """Read the (worker, seq) pairs of a decision, in worker order, and their factors if any."""
+    record = SCALED_MEMBER if scaled else MEMBER
+    size, longest = record.size, record.size * limits.workers
     if len(payload) % size or len(payload) > longest:
         raise bad(fields, "payload_bytes", len(payload), f"a multiple of {size} up to {longest}")
     members: list[tuple[int, int]] = []
+    scales: list[float] = []
     least = 0
-    for worker, seq in MEMBER.iter_unpack(payload):
+    for worker, seq, *scale in record.iter_unpack(payload):
         if not least <= worker < limits.workers:
             raise bad(fields, "a member", worker, f"{least} to {limits.workers - 1}")
         if not 0 <= seq <= COUNT_MAX:
             raise bad_count(fields, "a member's seq", seq)
+        if scaled and not 0.0 <= scale[0] < math.inf:
+            raise bad(fields, "a member's factor", scale[0], "a finite number of 0 or more")
         least = worker + 1
         members.append((worker, seq))
-    return members
+        scales += scale
+    return members, scales

@@ -1,0 +1,129 @@
+"""How modes and rules for stale gradients are said on a command line and in a file of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from psframe import stale
+from psframe.batches import Buffered, Rennala, Ringleader
+from psframe.consistency import BSP, SSP, Async, Mode
+from psframe.errors import ArgumentError
+from psframe.pacing import DynamicSSP, WarmStart
+
+__all__ = ["ModeName", "make_mode", "mode_of", "parse_stale"]
+
+ModeName = Literal["async", "ssp", "bsp", "dynamic-ssp", "rennala", "buffered", "ringleader"]
+
+# With which modes a setting goes, and what it is if nobody says.
+_GOES_WITH: Mapping[str, tuple[tuple[str, ...], int]] = {
+    "staleness": (("ssp", "dynamic-ssp"), 3),
+    "staleness_max": (("dynamic-ssp",), 12),
+    "backup": (("bsp",), 0),
+    "pushes": (("rennala", "buffered"), 4),
+}
+_WARM = ("async", "ssp", "dynamic-ssp")
+
+
+def mode_of(mode: str, given: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Fill in what goes with a mode and was not given.
+
+    Args:
+        mode: its name.
+        given: staleness, staleness_max, backup and pushes; None where they were not given.
+
+    Raises:
+        ArgumentError: something was given that does not go with the mode.
+    """
+    found = dict(given)
+    for name, (modes, usual) in _GOES_WITH.items():
+        flag = "--" + name.replace("_", "-")
+        if mode in modes:
+            found[name] = usual if found[name] is None else found[name]
+        elif found[name] is not None:
+            raise ArgumentError(
+                f"{flag} goes with --mode {' or '.join(modes)} only (the mode is {mode}); drop one"
+                " of them"
+            )
+    return found
+
+
+def make_mode(mode: str, given: Mapping[str, int | None], warm_start: int = 0) -> Mode:
+    """Make a mode of its name and numbers.
+
+    Raises:
+        ArgumentError: they do not go together.
+    """
+    numbers = {name: value or 0 for name, value in mode_of(mode, given).items()}
+    try:
+        made = _make(mode, numbers)
+    except ValueError as error:
+        raise ArgumentError(f"--staleness-max: {error}") from error
+    if not warm_start:
+        return made
+    if mode not in _WARM:
+        raise ArgumentError(f"--warm-start goes with --mode {', '.join(_WARM)} only, not {mode}")
+    return WarmStart(warm_start, made)
+
+
+def _make(mode: str, numbers: Mapping[str, int]) -> Mode:
+    if mode == "ssp":
+        return SSP(numbers["staleness"])
+    if mode == "bsp":
+        return BSP(numbers["backup"])
+    if mode == "dynamic-ssp":
+        return DynamicSSP(numbers["staleness"], numbers["staleness_max"])
+    if mode == "rennala":
+        return Rennala(numbers["pushes"])
+    if mode == "buffered":
+        return Buffered(numbers["pushes"])
+    return Ringleader() if mode == "ringleader" else Async()
+
+
+# A rule's name on the command line: how it is made of the numbers after it, and what is expected.
+_RULES: Mapping[str, tuple[Callable[..., stale.Rule], int, str]] = {
+    "accept": (stale.Accept, 0, "accept"),
+    "inverse": (stale.Inverse, 0, "inverse"),
+    "delay-adaptive": (stale.DelayAdaptive, 1, "delay-adaptive=4"),
+    "compensate": (stale.DelayCompensation, 1, "compensate=0.04"),
+    "gap-aware": (stale.GapAware, 0, "gap-aware"),
+    "drop": (stale.Drop, 1, "drop=16"),
+    "clip": (stale.Clip, 1, "clip=1.0"),
+}
+
+
+def parse_stale(text: str, flag: str = "--stale") -> stale.Rule:
+    """Make the rule that a text such as "drop=16+inverse" names.
+
+    Raises:
+        ArgumentError: it names none; the text says what is expected.
+    """
+    rules = [_parse_rule(part.strip(), text, flag) for part in text.split("+")]
+    return rules[0] if len(rules) == 1 else stale.chain(*rules)
+
+
+def _parse_rule(part: str, text: str, flag: str) -> stale.Rule:
+    name, _, rest = part.partition("=")
+    found = _RULES.get(name)
+    numbers: list[Any] = []
+    if found is not None:
+        try:
+            numbers = [_number(word) for word in rest.split(",")] if rest else []
+        except ValueError:
+            numbers = [None, None]
+    if found is None or len(numbers) != found[1]:
+        examples = ", ".join(example for *_, example in _RULES.values())
+        raise ArgumentError(
+            f"{flag}: expected one of {examples}, or some of them with + between; got {text!r}"
+        )
+    try:
+        return found[0](*numbers)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{flag}: {error}") from error
+
+
+def _number(word: str) -> float:
+    try:
+        return int(word)
+    except ValueError:
+        return float(word)
