@@ -52,7 +52,7 @@ from psframe.transports.meeting import Neighbours, meet
 from psframe.transports.mpi import SETUP_BOUND_S, Mesh, abort, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.transports.mpi_port import MpiServerPort
-from psframe.transports.parting import arrives, hear_end, tell_end
+from psframe.transports.parting import Ending, tell_end
 from psframe.transports.replacements import Replacements
 from psframe.transports.vigil import keep_watch
 from psframe.transports.watch import CountedOut, Pulse, Watch
@@ -198,11 +198,13 @@ class _ClusterRun:
         with contextlib.closing(Pulse(watch, self.abort)):
             if mesh.rank == 0:
                 return self._lead(plan, neighbours, watch)
+            ending = Ending(mesh)
             if mesh.rank < plan.servers:
                 self._follow(plan, neighbours, watch)
             else:
-                self._take_part(plan, neighbours, watch)
-            summary, counted_out = map(json.loads, hear_end(mesh))
+                self._take_part(plan, neighbours, watch, ending)
+            ending.wait()
+        summary, counted_out = json.loads(ending.summary), json.loads(ending.last_word)
         why = counted_out.get(str(mesh.rank))
         if why is not None:
             raise CountedOut(f"this rank ({mesh.name}) counts as lost: {why}")
@@ -293,9 +295,10 @@ class _ClusterRun:
         return make_result(plan, summary, params, self.host.path), error
 
     def _count_out(self, counted_out: Mapping[str, str], watch: Watch) -> None:
-        """Do without those who are lost from now on, as everybody else does."""
+        """Do without those who are lost from now on, as everybody else does, and nobody else."""
         ranks = set(map(int, counted_out))
-        watch.lost |= ranks
+        # A rank that shows no more signs of life once it has heard the last word is none of them.
+        watch.lost = ranks | watch.faults.dead
         self.mesh.count_out(ranks)
 
     def _lose(self, rank: int, why: str, plan: Plan, port: MpiServerPort, watch: Watch) -> None:
@@ -382,10 +385,15 @@ class _ClusterRun:
         plan.forget_initial()
         return machine
 
-    def _take_part(self, plan: Plan, neighbours: Neighbours, watch: Watch) -> None:
-        mesh = self.mesh
+    def _take_part(self, plan: Plan, neighbours: Neighbours, watch: Watch, ending: Ending) -> None:
+        place = str(self.mesh.rank)
+
+        def why_without_this_rank() -> str | None:
+            # The summary may come before this rank's last answers; the last word says who is lost.
+            return json.loads(ending.last_word).get(place) if ending.poll() else None
+
         watch.tell(lambda rank, why: self._miss(rank, plan, watch))
-        watch.over = lambda: arrives(mesh)
+        watch.over = why_without_this_rank
         self._work_as(plan, neighbours)
         watch.over = None
 

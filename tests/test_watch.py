@@ -157,8 +157,10 @@ def test_what_cannot_go_on_is_said_at_every_look() -> None:
 
 def test_who_comes_back_after_the_end_is_told() -> None:
     desk = Desk(pulsed=True)
-    desk.watch.over = lambda: True
-    with pytest.raises(CountedOut):
+    words: list[str | None] = [None, "it has been silent for 3 s"]
+    desk.watch.over = lambda: words.pop(0)
+    desk.watch.look(desk.now)  # it is over, or not; this rank is none of the lost
+    with pytest.raises(CountedOut, match="silent for 3 s"):
         desk.watch.look(desk.now)
 
 

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +98,14 @@ def _leave() -> None:
     if MPI.Is_finalized() or not _last:
         return
     mesh = _last[0]
+    absent = [one for one in _absent if not one.has_replied()]
     others = set(range(1, mesh.size) if mesh.rank == 0 else [0]) - mesh.watch.lost
+    # Of the last run, those that stopped when they had heard its last word are not lost.
+    others -= {one.rank for one in absent if one.faults is mesh.watch.faults}
     leads = mesh.rank == 0
     late = _hear(mesh, others, SETUP_BOUND_S) if leads else _ask(mesh)
-    if late or not _end_absent(mesh):
-        names = [mesh.names[rank] for rank in sorted(late)] + [one.name for one in _absent]
+    if late or not _end_absent(mesh, absent):
+        names = [mesh.names[rank] for rank in sorted(late)] + [one.name for one in absent]
         _log.error("ranks %s have not come to the end; the job is aborted", names)
         mesh.abort(1)
     if leads:
@@ -153,14 +156,13 @@ def _hear(mesh: Mesh, ranks: set[int], bound_s: float | None) -> set[int]:
     return set(waiting)
 
 
-def _end_absent(mesh: Mesh) -> bool:
+def _end_absent(mesh: Mesh, absent: Sequence[_Absent]) -> bool:
     """End the processes that will not come; whether MPI knows that they have ended."""
     deadline = time.monotonic() + _LEARN_BOUND_S
-    waiting = [one for one in _absent if not one.has_replied()]
-    for one in waiting:
+    for one in absent:
         one.end()
     mesh.patience.reset()
-    while not all(one.is_dead for one in waiting):
+    while not all(one.is_dead for one in absent):
         if mesh.patience.wait() and time.monotonic() > deadline:
             return False
     return True

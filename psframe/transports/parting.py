@@ -19,7 +19,7 @@ import numpy as np
 from psframe.errors import RankLost
 from psframe.transports.mpi import MPI, TAG_END, Mesh  # type: ignore[attr-defined]
 
-__all__ = ["arrives", "hear_end", "tell_end"]
+__all__ = ["Ending", "tell_end"]
 
 # To say that it has the summary, a rank has only to receive it.
 _REPLY_BOUND_S = 30.0
@@ -115,26 +115,77 @@ def _replied(farewell: _Farewell, mesh: Mesh) -> bool:
         return False
 
 
-def hear_end(mesh: Mesh) -> tuple[bytes, bytes]:
-    """Wait for the summary, say that it is here, and wait for the last word.
+class Ending:
+    """The end of a run as every rank hears it but the first: the summary, then the last word.
 
-    Raises:
-        RankLost: rank 0 is lost.
+    Who is lost the last word alone tells. The summary comes to everybody, and to one who has left
+    perhaps before the servers' answers do.
+
+    Args:
+        mesh: the ranks.
+
+    Attributes:
+        summary: as rank 0 sent it; empty until it is here.
+        last_word: the same.
     """
-    summary = _receive(mesh)
-    mesh.complete([mesh.comm.Isend([bytearray(1), MPI.BYTE], 0, TAG_END)], None, "the reply")
-    return summary, _receive(mesh)
 
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self.summary = self.last_word = b""
+        self._request: Any = None
+        self._buffer = np.zeros(0, np.int64)
+        self._reply: Any = None
+        self._byte = bytearray(1)
 
-def arrives(mesh: Mesh) -> bool:
-    """Whether the summary is there to be received."""
-    return bool(mesh.comm.Iprobe(0, TAG_END))
+    def poll(self) -> bool:
+        """Take what has come, and say that the summary is here; True once both have come.
 
+        Raises:
+            RankLost: rank 0 is lost.
+        """
+        watch = self._mesh.watch
+        try:
+            while not self.last_word and self._take():
+                pass
+            return bool(self.last_word) and bool(self._reply.Test())
+        except MPI.Exception as error:
+            watch.failed(error)
+            if 0 in watch.lost:
+                raise watch.faults.lost(self._mesh.names, "the end of the run") from error
+            return False
 
-def _receive(mesh: Mesh) -> bytes:
-    # The others may be at it for long; should the run fail, rank 0 ends the job.
-    length = np.zeros(1, np.int64)
-    mesh.complete([mesh.comm.Irecv([length, MPI.BYTE], 0, TAG_END)], None, "the summary")
-    content = np.empty(int(length[0]), np.uint8)
-    mesh.complete([mesh.comm.Irecv([content, MPI.BYTE], 0, TAG_END)], None, "the summary")
-    return content.tobytes()
+    def wait(self) -> None:
+        """Wait until both have come, for as long as rank 0 lives: the others may be at it for long.
+
+        Should the run fail, rank 0 ends the job.
+
+        Raises:
+            RankLost: rank 0 is lost.
+        """
+        self._mesh.patience.reset()
+        while not self.poll():
+            self._mesh.patience.wait()
+
+    def _take(self) -> bool:
+        """Take a length or a content; False if it is not here yet."""
+        comm = self._mesh.comm
+        if self._request is None:
+            if not comm.Iprobe(0, TAG_END):
+                return False
+            self._expect(np.zeros(1, np.int64))
+        if not self._request.Test():
+            return False
+        if self._buffer.dtype == np.int64:
+            self._expect(np.empty(int(self._buffer[0]), np.uint8))
+            return True
+        content, self._request = self._buffer.tobytes(), None
+        if self.summary:
+            self.last_word = content
+            return True
+        self.summary = content
+        self._reply = comm.Isend([self._byte, MPI.BYTE], 0, TAG_END)
+        return True
+
+    def _expect(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self._request = self._mesh.comm.Irecv([buffer, MPI.BYTE], 0, TAG_END)

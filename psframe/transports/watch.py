@@ -26,9 +26,6 @@ _LOOKS = 8
 _STUCK_S = 60.0
 # So long has a rank that does not compute to end by itself, before its `Pulse` ends the job.
 _NOTICE_S = 2.0
-_COUNTED_OUT = (
-    "this rank had been silent for so long that it counts as lost, and the run has ended without it"
-)
 
 
 class CountedOut(RankLost):
@@ -87,7 +84,8 @@ class Watch(Unwatched):
         on_lost: called with each rank that is lost, and why, once; may raise.
         last_message: rank -> a number that its messages have, and that grows, for the error; -1
             if it has none.
-        over: whether the run has ended without this rank, which had been silent; None: who knows.
+        over: called with every look: tells, if the run has ended without this rank, why it counts
+            as lost; None: there is nobody to ask.
         fatal: raised at every look once it is set.
         left_behind: whether the processes are still needed after the end, to be ended.
     """
@@ -109,7 +107,7 @@ class Watch(Unwatched):
         self.why: dict[int, str] = {}
         self.on_lost: Callable[[int, str], None] = _ignore
         self.last_message: Callable[[int], int] | None = None
-        self.over: Callable[[], bool] | None = None
+        self.over: Callable[[], str | None] | None = None
         self.fatal: RankLost | None = None
         self.left_behind = False
         self.beats = beats
@@ -167,8 +165,9 @@ class Watch(Unwatched):
         self.due = now + self.every_s
         if self.fatal is not None:
             raise self.fatal
-        if self.over is not None and self.over():
-            raise CountedOut(_COUNTED_OUT)
+        why = None if self.over is None else self.over()
+        if why is not None:
+            raise CountedOut(f"this rank counts as lost, and the run has ended without it: {why}")
         if not self._pulsed:
             self.inspect(now)
 

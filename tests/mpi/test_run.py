@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from psframe import BSP, SSP, Async, Worker
 from psframe.cluster import fail_together
 from psframe.events import EpochDone, Evaluated, HostEvent
 from psframe.launcher import find_launcher
+from psframe.transports.mpi import TAG_END
+from psframe.transports.mpi_endpoint import MpiEndpoint
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -354,3 +357,25 @@ def test_who_cannot_call_run_tells_the_others() -> None:
             run(lambda worker: None)
     mine = ValueError(str(RANK))
     assert fail_together(launcher, mine) is mine
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_end_of_a_run_is_no_exclusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker looks up when the summary is here, and before it has closed its own end."""
+    close = MpiEndpoint.close
+
+    def late(endpoint: MpiEndpoint) -> None:
+        mesh = endpoint._mesh
+        while not mesh.comm.Iprobe(0, TAG_END):
+            pass
+        mesh.watch.look(time.monotonic())
+        close(endpoint)
+
+    monkeypatch.setattr(MpiEndpoint, "close", late)
+
+    def work(worker: Worker) -> None:
+        worker.pull()
+        worker.push_pull(ONES)
+
+    for _ in range(3):
+        assert run(work).version == SIZE - 1
