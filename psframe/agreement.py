@@ -14,17 +14,19 @@ from psframe.placement import no_room, serving_ranks
 from psframe.plan import Plan
 from psframe.roles import describe
 from psframe.transports.mpi import Mesh
+from psframe.transports.rounds import Rounds
 
 __all__ = ["agree", "tell"]
 
 _TEXT_BYTES_MAX = 2048
+_CHECK = "the check of the arguments"
 _TOLD = struct.Struct(f"<?H{_TEXT_BYTES_MAX}s")
 
 
 def agree(
     mesh: Mesh,
     make_plan: Callable[[], Plan],
-    open_host: Callable[[Plan], None],
+    open_host: Callable[[Plan, Callable[[], None]], None],
     same: Mapping[str, object],
 ) -> tuple[Plan | None, Exception | None]:
     """Check the arguments on every rank and compare them.
@@ -32,7 +34,8 @@ def agree(
     Args:
         mesh: the ranks.
         make_plan: checks this rank's arguments.
-        open_host: opens the run directory (called on rank 0).
+        open_host: opens the run directory (called on rank 0); where it takes long, it calls its
+            second argument now and then.
         same: further arguments that must be equal on every rank.
 
     Returns:
@@ -44,6 +47,7 @@ def agree(
     """
     plan: Plan | None = None
     error: Exception | None = None
+    rounds = Rounds(mesh, _CHECK)
     try:
         plan = make_plan()
         serving = serving_ranks(plan.placement, mesh.nodes)
@@ -51,12 +55,12 @@ def agree(
             serving = tuple(_place_of(rank, mesh) for rank in serving)
         plan = plan.placed(serving)
         if mesh.rank == 0:
-            open_host(plan)
+            open_host(plan, rounds.alive)
         elif mesh.rank not in plan.serving:
             choose_device(plan.device, worker=0)
     except Exception as raised:  # every other rank has to hear of it, whatever it is
         error = raised
-    error = tell(mesh, error)
+    error = tell(mesh, error, rounds)
     if error is None:
         assert plan is not None
         error = _compare(mesh, plan.digests(**same))
@@ -64,20 +68,24 @@ def agree(
     return plan, error
 
 
-def tell(mesh: Mesh, error: Exception | None) -> Exception | None:
-    """Tell every rank this one's error.
+def tell(mesh: Mesh, error: Exception | None, rounds: Rounds | None = None) -> Exception | None:
+    """Tell every rank this one's error, when all have done what may have failed.
+
+    Args:
+        mesh: the ranks.
+        error: this one's, if it has one.
+        rounds: with which this rank has shown that it gets on, where its work took long.
 
     Returns:
         The error; if there is none, an ArgumentError with that of the first rank that has one.
     """
+    (rounds or Rounds(mesh, _CHECK)).wait()
     text = b""
     if error is not None:
         what = describe(error)
         text = f"{what.type}: {what.message[:_TEXT_BYTES_MAX]}".encode("utf-8", "backslashreplace")
         text = text[:_TEXT_BYTES_MAX]
-    everyone = mesh.all_gather(
-        _TOLD.pack(error is not None, len(text), text), "the check of the arguments"
-    )
+    everyone = mesh.all_gather(_TOLD.pack(error is not None, len(text), text), _CHECK)
     if error is not None:
         return error
     for rank, record in enumerate(everyone):

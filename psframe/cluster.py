@@ -15,6 +15,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.transports.mpi_port import MpiServerPort
 from psframe.transports.parting import Ending, tell_end
 from psframe.transports.replacements import Replacements
+from psframe.transports.rounds import Rounds
 from psframe.transports.vigil import keep_watch
 from psframe.transports.watch import CountedOut, Pulse, Watch
 
@@ -101,7 +103,7 @@ def run_cluster(
     error: BaseException | None = None
     try:
         with run.interrupts:
-            plan, wrong = agree(mesh, make_plan, lambda plan: run.open(make_host, plan), same)
+            plan, wrong = agree(mesh, make_plan, partial(run.open, make_host), same)
             if wrong is None:
                 assert plan is not None
                 result, error = run.run(plan)
@@ -168,12 +170,14 @@ class _ClusterRun:
 
     # ---- the run -------------------------------------------------------------------------
 
-    def open(self, make_host: Callable[[Plan], Host], plan: Plan) -> None:
-        """Open the run directory, on rank 0."""
+    def open(
+        self, make_host: Callable[[Plan], Host], plan: Plan, alive: Callable[[], None]
+    ) -> None:
+        """Open the run directory, on rank 0; `alive` shows that it gets on."""
         with self.interrupts.held():  # or it might say "running" for ever
             self.host = make_host(plan)
         self.interrupts.check()
-        reader = self.host.resume(plan.layout, plan.seed) if plan.resumes else None
+        reader = self.host.resume(plan.layout, plan.seed, alive) if plan.resumes else None
         self.restart = Restart.of(self.host.path, reader)
 
     def run(self, plan: Plan) -> tuple[Result | None, BaseException | None]:
@@ -224,12 +228,14 @@ class _ClusterRun:
         if self.restart.version is None:
             return None
         error: Exception | None = None
+        rounds = Rounds(mesh, "the checkpoint to go on from")
         if mesh.rank < plan.servers:
+            begin, end = plan.layout.shards(plan.servers)[mesh.rank]
             try:
-                self.restart.open(plan.layout, *plan.layout.shards(plan.servers)[mesh.rank])
+                self.restart.open(plan.layout, begin, end, rounds.alive)
             except CheckpointError as raised:
                 error = raised
-        wrong = tell(mesh, error)
+        wrong = tell(mesh, error, rounds)
         if wrong is not None:
             self.verdict_of(wrong)
         return wrong
@@ -372,6 +378,8 @@ class _ClusterRun:
 
     def _build_server(self, plan: Plan, port: MpiServerPort, respawn: int = 0) -> Server:
         restart = self.restart
+        if restart.reader is not None and self._watch is not None:
+            restart.reader.alive = self._watch.tick  # it may be long
         with explained_state(restart.reader):
             machine = plan.build_server(
                 self.mesh.rank,

@@ -96,13 +96,16 @@ class Host:
         self._witness = Witness(self.run_dir.path)
         getattr(self._observer, "opened", lambda folder: None)(self.run_dir.path)
 
-    def resume(self, layout: Layout, seed: int) -> Reader | None:
+    def resume(
+        self, layout: Layout, seed: int, alive: Callable[[], None] | None = None
+    ) -> Reader | None:
         """Find the checkpoint to go on from, and let records and observer go on from it.
 
         Nothing is written yet, if there is one: that is for `begin`.
 
         Args:
             layout, seed: of the run.
+            alive: called now and then while a checkpoint is verified.
 
         Returns:
             The newest one that verifies, which the caller closes; None if there is none yet.
@@ -113,7 +116,7 @@ class Host:
         """
         assert self.run_dir is not None, "there is a folder to go on in"
         folder = self.run_dir.path / CHECKPOINTS
-        reader = newest(folder, layout)
+        reader = newest(folder, layout, alive)
         if reader is None:
             _log.warning("%s: there is no checkpoint yet; the run begins anew", folder)
             self.begin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,12 @@ class Restart:
             draws[worker] = (state, increment, has_half, half)
         return cls(None if folder is None else Path(folder), version, digest, draws)
 
-    def open(self, layout: Layout, begin: int, end: int) -> None:
+    def open(
+        self, layout: Layout, begin: int, end: int, alive: Callable[[], None] | None = None
+    ) -> None:
         """Open the part of the checkpoint that a server needs which is not the first.
+
+        `alive` is called now and then while it is verified.
 
         Raises:
             CheckpointError: it cannot be read here.
@@ -77,7 +81,13 @@ class Restart:
             return
         try:
             self.reader = open_checkpoint(
-                self.folder, self.version, layout, begin=begin, end=end, digest=self.digest
+                self.folder,
+                self.version,
+                layout,
+                begin=begin,
+                end=end,
+                digest=self.digest,
+                alive=alive,
             )
         except CheckpointError as error:
             raise CheckpointError(

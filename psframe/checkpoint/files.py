@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -222,8 +222,14 @@ def read_file(folder: int, name: str, bytes_max: int) -> bytes:
     return bytes(data)
 
 
-def read_exactly(fd: int, offset: int, into: memoryview, name: str) -> None:
-    """Fill a buffer of bytes from a file, from `offset` on.
+def read_exactly(
+    fd: int,
+    offset: int,
+    into: memoryview,
+    name: str,
+    alive: Callable[[], None] | None = None,
+) -> None:
+    """Fill a buffer of bytes from a file, from `offset` on; call `alive` after each piece.
 
     Raises:
         CheckpointError: the file ends before.
@@ -233,14 +239,19 @@ def read_exactly(fd: int, offset: int, into: memoryview, name: str) -> None:
         if count == 0:
             raise CheckpointError(f"{name} ends at byte {offset}, too early")
         offset, into = offset + count, into[count:]
+        if alive is not None:
+            alive()
 
 
-def digest_of(fd: int, size: int, name: str) -> str:
-    """Compute the sha256 of a file's first `size` bytes, in hexadecimal digits."""
+def digest_of(fd: int, size: int, name: str, alive: Callable[[], None] | None = None) -> str:
+    """Compute the sha256 of a file's first `size` bytes, in hexadecimal digits.
+
+    `alive` is called after each piece.
+    """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(size, _PIECE_BYTES)))
     for begin in range(0, size, _PIECE_BYTES):
         piece = buffer[: size - begin]
-        read_exactly(fd, begin, piece, name)
+        read_exactly(fd, begin, piece, name, alive)
         digest.update(piece)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,7 @@ class Reader:
         state: what `commit` was given.
         arrays: names to "float32" or "float64", each of P elements.
         digest: the manifest's sha256, for `open_checkpoint` in other processes.
+        alive: called between two pieces that are read; None for nothing.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Reader:
         self.state = state
         self.arrays = dict(manifest.shards[0].arrays)
         self.digest = manifest.digest
+        self.alive: Callable[[], None] | None = None
         self._files = files
         self._opened = opened
 
@@ -96,7 +98,7 @@ class Reader:
             offset = offsets_of(shard.arrays, self.version, shard.begin, shard.end)[name]
             offset += (low - shard.begin) * out.itemsize
             with explained(self.path, "cannot be read"):
-                read_exactly(self._files[shard.index], offset, into, shard.file)
+                read_exactly(self._files[shard.index], offset, into, shard.file, self.alive)
 
     def _check_request(self, name: str, begin: int, end: int, out: Array) -> None:
         dtype = self.arrays.get(name)
@@ -135,12 +137,15 @@ class Reader:
         self.close()
 
 
-def newest(folder: str | Path, layout: Layout) -> Reader | None:
+def newest(
+    folder: str | Path, layout: Layout, alive: Callable[[], None] | None = None
+) -> Reader | None:
     """Open the newest checkpoint that verifies; what does not is warned of, and the next one tried.
 
     Args:
         folder: the run's checkpoints/.
         layout: of the model.
+        alive: called between two pieces of what is verified, which may take minutes.
 
     Returns:
         A reader, which the caller closes; None if nothing was ever committed.
@@ -154,7 +159,7 @@ def newest(folder: str | Path, layout: Layout) -> Reader | None:
     reasons = []
     for version in reversed(candidates):
         try:
-            return open_checkpoint(folder, version, layout)
+            return open_checkpoint(folder, version, layout, alive=alive)
         except NewerFormat:
             raise  # to go on from an older one would be to lose it
         except CheckpointError as error:
@@ -175,6 +180,7 @@ def open_checkpoint(
     begin: int = 0,
     end: int | None = None,
     digest: str | None = None,
+    alive: Callable[[], None] | None = None,
 ) -> Reader:
     """Verify the checkpoint of a version and open it.
 
@@ -187,6 +193,7 @@ def open_checkpoint(
         layout: of the model.
         begin, end: the range that will be read; all files are verified if `end` is None.
         digest: what `Reader.digest` must be.
+        alive: as for `newest`.
 
     Raises:
         CheckpointError: it does not verify; it says why. Nothing large has been allocated.
@@ -200,7 +207,9 @@ def open_checkpoint(
             check_layout(manifest.layout, layout)
             state = _read_state(fd, manifest)
             shards = manifest.shards if end is None else _overlapping(manifest, begin, end)
-            files = {shard.index: _open_verified(fd, shard, version, opened) for shard in shards}
+            files = {
+                shard.index: _open_verified(fd, shard, version, opened, alive) for shard in shards
+            }
         return Reader(path, manifest, state, files, opened.pop_all())
 
 
@@ -218,7 +227,9 @@ def _read_state(fd: int, manifest: Manifest) -> dict[str, Any]:
     return state
 
 
-def _open_verified(fd: int, shard: Shard, version: int, opened: ExitStack) -> int:
+def _open_verified(
+    fd: int, shard: Shard, version: int, opened: ExitStack, alive: Callable[[], None] | None
+) -> int:
     """Open a shard's file and see that it is, to the byte, the one that the manifest means."""
     file, size = open_file(fd, shard.file)
     opened.callback(os.close, file)
@@ -229,6 +240,6 @@ def _open_verified(fd: int, shard: Shard, version: int, opened: ExitStack) -> in
     read_exactly(file, 0, memoryview(header), shard.file)
     if header != expected:
         raise CheckpointError(f"{shard.file} is damaged: its header is not that of the manifest")
-    if digest_of(file, size, shard.file) != shard.sha256:
+    if digest_of(file, size, shard.file, alive) != shard.sha256:
         raise CheckpointError(f"{shard.file} is damaged: its sha256 is not that of the manifest")
     return file

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import mpi4py
@@ -39,6 +40,7 @@ __all__ = [
     "SETUP_BOUND_S",
     "TAG_END",
     "TAG_POST",
+    "Gathering",
     "Mesh",
     "Patience",
     "Transfers",
@@ -76,6 +78,18 @@ def _start() -> None:
 
 
 _start()
+
+
+@dataclass
+class Gathering:
+    """Bytes of every rank that are being gathered, by `requests`."""
+
+    requests: list[Any]
+    everyone: Array
+
+    def rows(self) -> list[bytes]:
+        """Give each rank's, once the requests are complete."""
+        return [row.tobytes() for row in self.everyone]
 
 
 class Mesh:
@@ -165,10 +179,15 @@ class Mesh:
         Raises:
             RankLost: some rank did not take part within the bound.
         """
-        mine = np.frombuffer(data, np.uint8)
+        gathering = self.start_all_gather(data)
+        self.complete(gathering.requests, bound_s, what)
+        return gathering.rows()
+
+    def start_all_gather(self, data: bytes) -> Gathering:
+        """Start to gather equally many bytes of every rank."""
         everyone = np.empty((self.size, len(data)), np.uint8)
-        self.complete([self._comm.Iallgather(mine, everyone)], bound_s, what)
-        return [row.tobytes() for row in everyone]
+        request = self._comm.Iallgather(np.frombuffer(data, np.uint8), everyone)
+        return Gathering([request], everyone)
 
     def broadcast(self, data: bytes | None, what: str, bound_s: float | None) -> bytes:
         """Give every rank the bytes of rank 0; only rank 0's `data` counts."""
@@ -243,7 +262,7 @@ class Mesh:
         patience = self.patience
         patience.reset()
         deadline = None if bound_s is None else time.monotonic() + bound_s
-        while not self._test(requests, what):
+        while not self.test(requests, what):
             if patience.wait() and deadline is not None and time.monotonic() > deadline:
                 raise RankLost(
                     f"rank {self.name}: {what} did not come within {bound_s:g} s: some rank has"
@@ -251,7 +270,12 @@ class Mesh:
                     " best started with python -m mpi4py, which ends the job when a rank raises)"
                 )
 
-    def _test(self, requests: list[Any], what: str) -> bool:
+    def test(self, requests: list[Any], what: str) -> bool:
+        """Whether such requests are complete.
+
+        Raises:
+            RankLost: they cannot be.
+        """
         try:
             return bool(MPI.Request.Testall(requests))
         except MPI.Exception as error:

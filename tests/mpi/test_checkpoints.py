@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from mpi4py import MPI
 
 import psframe
-from psframe.checkpoint import committed_versions
+from psframe.checkpoint import Reader, committed_versions, reading
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -66,6 +67,38 @@ def test_stopped_and_resumed(folder: Path, stop: int, after: int) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+def test_a_large_checkpoint_may_take_longer_than_anybody_is_silent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verification, while the others wait, and its reading, which is no hanging loop."""
+    digest_of, read = reading.digest_of, Reader.read
+
+    def slow_digest_of(fd: int, size: int, name: str, alive: Any) -> str:
+        _spend(1.5, alive)
+        return digest_of(fd, size, name, alive)
+
+    def slow_read(self: Reader, *arguments: Any) -> None:
+        _spend(1.0, self.alive)
+        read(self, *arguments)
+
+    servers = min(2, SIZE - 1)
+    run(servers=servers, max_updates=5, checkpoint_every=5, run_dir=folder)
+    monkeypatch.setattr("psframe.transports.rounds._BOUND_S", 0.5)
+    monkeypatch.setattr("psframe.transports.watch._STUCK_S", 0.5)
+    monkeypatch.setattr("psframe.transports.watch._NOTICE_S", 0.0)
+    monkeypatch.setattr(reading, "digest_of", slow_digest_of)
+    monkeypatch.setattr(Reader, "read", slow_read)
+    assert run(servers=servers, resume=True, run_dir=folder, timeout_s=0.5).version == UPDATES
+
+
+def _spend(seconds: float, alive: Any) -> None:
+    """Be at something for so long, in small pieces."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        alive()
+
+
+@pytest.mark.mpi(min_size=2)
 def test_a_signal_to_every_rank_ends_the_run_with_a_checkpoint(folder: Path) -> None:
     def endless(worker: psframe.Worker) -> None:
         params = worker.pull()
@@ -96,7 +129,7 @@ def test_a_server_that_cannot_read_its_part_ends_the_run_on_all(
         monkeypatch.setattr("psframe.restoring.open_checkpoint", refuses)
     with pytest.raises(psframe.PsframeError, match="file system that all servers share"):
         run(servers=2, resume=True, run_dir=folder)
-    if RANK == 0:  # it has not begun
-        assert json.loads((folder / "status.json").read_text())["updates"] == 5
+    if RANK == 0:  # it has not begun: what the attempt before has left stays
+        assert json.loads((folder / "status.json").read_text())["state"] == "completed"
     monkeypatch.undo()
     assert run(servers=2, resume=True, run_dir=folder).version == UPDATES
