@@ -313,3 +313,25 @@ def test_settings_that_one_rank_lacks_are_told_by_rank_0(venv: str, tmp_path: Pa
     assert done.returncode != 0
     assert "rank 2: ArgumentError: --config: c.toml: cannot be read: No such file" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(".venv" not in VENVS, reason="needs .venv of `make test`")
+@pytest.mark.parametrize("status", ["0", "1"])
+def test_nobody_waits_for_a_rank_0_that_has_ended_without_a_word(status: str) -> None:
+    """After a good run, where MPI goes on without those who die."""
+    done = subprocess.run(
+        [
+            *(ROOT / ".venv" / "bin" / "mpirun", "--with-ft", "ulfm", "-n", "3"),
+            *(ROOT / ".venv" / "bin" / "python", ROOT / "tests" / "mpi" / "leaving_job.py", status),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=bare(),
+        cwd=ROOT,
+        timeout=START_BOUND_S,
+        check=False,
+    )
+    assert "rank 0 has nothing more to say" in done.stdout
+    assert done.returncode != 0
+    assert "ranks [0] have not come to the end" in done.stderr

@@ -74,7 +74,7 @@ class Messages:
             self.receive()
             if self._receive is not None:
                 self._receive.Cancel()
-                self._receive.Wait()
+                self._receive.Wait()  # for nobody: what has been cancelled, or come, is complete
                 self._receive.Free()
         for rank in self._sends.keys() - set(lost):
             with contextlib.suppress(RuntimeError):

@@ -35,6 +35,8 @@ _LEARN_BOUND_S = 2.0
 # deaths does not mind.
 _FINALIZE_BOUND_S = 5
 
+_BYTE = bytearray(1)  # which says nothing but that it has come
+
 _log = logging.getLogger("psframe")
 
 
@@ -76,15 +78,26 @@ def part(mesh: Mesh, absent: Mapping[int, Callable[[], bool]]) -> None:
     if not (watch.lost or fault_tolerant()):
         mesh.close()
         return
-    if isinstance(watch, Watch) and absent:
-        watch.left_behind = True
+    if isinstance(watch, Watch):
+        watch.left_behind = True  # of whom the kernel tells until the end
         for rank, has_replied in absent.items():
             name, faults = mesh.names[rank], watch.faults
             _absent.append(_Absent(rank, name, has_replied, faults, watch.processes))
     mesh.close(keep=True)
+    _forget_last()
     _last[:] = [mesh]
     atexit.unregister(_leave)  # once is enough
     atexit.register(_leave)
+
+
+def _forget_last() -> None:
+    """Let the processes of the run before go, but for those that are to be ended."""
+    for before in _last:
+        watch = before.watch
+        if isinstance(watch, Watch) and all(
+            one.processes is not watch.processes for one in _absent
+        ):
+            watch.processes.close()
 
 
 def part_alone(mesh: Mesh) -> None:
@@ -109,7 +122,7 @@ def _leave() -> None:
         _log.error("ranks %s have not come to the end; the job is aborted", names)
         mesh.abort(1)
     if leads:
-        for rank in others - mesh.watch.faults.dead:
+        for rank in others - mesh.watch.lost - mesh.watch.faults.dead:
             _say(mesh, rank)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -120,17 +133,27 @@ def _leave() -> None:
 
 
 def _ask(mesh: Mesh) -> set[int]:
-    """Tell rank 0 that this one has come, and wait for its word; {0} if that cannot come."""
+    """Tell rank 0 that this one has come, and wait for its word; {0} if that cannot come.
+
+    The wait has no bound but rank 0's life, of whose end MPI or the kernel tells: what the program
+    does there after its last run may take hours, and MPI_Finalize would wait for it, too.
+    """
     if 0 in mesh.watch.lost:
         return {0}
     _say(mesh, 0)
-    return {0} if _hear(mesh, {0}, None) or 0 in mesh.watch.faults.dead else set()
+    _hear(mesh, {0}, None)
+    return {0} & (mesh.watch.lost | mesh.watch.faults.dead)
 
 
 def _say(mesh: Mesh, rank: int) -> None:
-    """Send a byte, which never waits for its receiver."""
+    """Send a byte, which does not need its receiver to leave; should it not, there is the end."""
+    deadline = time.monotonic() + _LEARN_BOUND_S
     try:
-        mesh.comm.Send([bytearray(1), MPI.BYTE], rank, TAG_END)
+        request = mesh.comm.Isend([_BYTE, MPI.BYTE], rank, TAG_END)
+        mesh.patience.reset()
+        while not request.Test():
+            if mesh.patience.wait() and time.monotonic() > deadline:
+                return
     except MPI.Exception as error:
         mesh.watch.failed(error)
 
@@ -141,19 +164,30 @@ def _hear(mesh: Mesh, ranks: set[int], bound_s: float | None) -> set[int]:
     for rank in ranks - mesh.watch.faults.dead:
         waiting[rank] = mesh.comm.Irecv([bytearray(1), MPI.BYTE], rank, TAG_END)
     deadline = None if bound_s is None else time.monotonic() + bound_s
+    ended: set[int] = set()
     mesh.patience.reset()
     while waiting:
         for rank, request in tuple(waiting.items()):
             try:
                 if request.Test():
                     del waiting[rank]
+                elif rank in ended:
+                    mesh.watch.lost.add(rank)
+                    del waiting[rank]
             except MPI.Exception as error:
                 mesh.watch.failed(error)
                 if rank in mesh.watch.faults.dead:
                     del waiting[rank]
-        if waiting and mesh.patience.wait() and deadline and time.monotonic() > deadline:
-            break
+        if waiting and mesh.patience.wait():
+            if deadline and time.monotonic() > deadline:
+                break
+            ended.update(_ended(mesh))  # what they have sent is here by the next turn
     return set(waiting)
+
+
+def _ended(mesh: Mesh) -> list[int]:
+    """Give the ranks whose processes the kernel says have ended, once each."""
+    return mesh.watch.processes.ended() if isinstance(mesh.watch, Watch) else []
 
 
 def _end_absent(mesh: Mesh, absent: Sequence[_Absent]) -> bool:

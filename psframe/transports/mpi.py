@@ -7,11 +7,12 @@ touched until its request is complete.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -151,7 +152,8 @@ class Mesh:
         if tuple(line) == tuple(range(self.size)):
             return
         before = self._comm
-        self._use(before.Split(0, line.index(self.rank)))
+        with _bounded():
+            self._use(before.Split(0, line.index(self.rank)))
         before.Free()
         self.rank = self._comm.rank
         self.names = tuple(self.names[place] for place in line)
@@ -325,11 +327,19 @@ def _without(comm: Any, gone: set[int]) -> Any:
     Not of the communicator: once it has dead ranks, Open MPI makes no other of it.
     """
     group = comm.group.Excl(sorted(gone))
+    with _bounded():
+        try:
+            return MPI.Intracomm.Create_from_group(group, "psframe", errhandler=MPI.ERRORS_RETURN)
+        except NotImplementedError:  # before MPI 4
+            return comm.Create_group(group, _TAG_GROUP)
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """End this process, with its stack on stderr, if a call of MPI does not come back."""
     faulthandler.dump_traceback_later(SETUP_BOUND_S, exit=True)
     try:
-        return MPI.Intracomm.Create_from_group(group, "psframe", errhandler=MPI.ERRORS_RETURN)
-    except NotImplementedError:  # before MPI 4
-        return comm.Create_group(group, _TAG_GROUP)
+        yield
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -52,6 +52,9 @@ _TRIES, _ONCE = range(16), range(1)
 _BYTE = MPI.BYTE
 _STREAMED = Delivery.STREAMED
 
+# Whose requests may still write into their buffers, at the end of the program.
+_kept: list[Post] = []
+
 _HEADER_ONLY = frozenset((Answer, End, Gone, Lease, Lost, Pin, Pull, Push, Stop, Withheld))
 
 
@@ -204,8 +207,12 @@ class Post:
             self._restart()
         for request in self._receives:
             request.Cancel()
+        deadline = time.monotonic() + _CLOSE_BOUND_S
         while not self._cancelled():
             os.sched_yield()
+            if time.monotonic() > deadline:  # a long message whose sender has stopped in its middle
+                _kept.append(self)
+                return
         for request in self._receives:
             request.Free()
         for target in self._peers.keys() - self._watch.lost:

@@ -7,6 +7,7 @@ both, and the child inherits them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -138,7 +139,8 @@ class Replacements:
         """End all that are still there."""
         for one in self._all:
             one.process.kill()  # nothing, if it has ended
-            one.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a dead file system holds it
+                one.process.wait(_END_BOUND_S)
             one.frames.close()
             one.segment.close_file()
         self._all.clear()

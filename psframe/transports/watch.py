@@ -87,7 +87,7 @@ class Watch(Unwatched):
         over: called with every look: tells, if the run has ended without this rank, why it counts
             as lost; None: there is nobody to ask.
         fatal: raised at every look once it is set.
-        left_behind: whether the processes are still needed after the end, to be ended.
+        left_behind: whether the processes are still needed after the end.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class Pulse:
         """End the thread."""
         self._over.set()
         if self._watch.paced:
-            self._thread.join()
+            self._thread.join()  # it waits for nobody, or is ending the job
 
     def _run(self) -> None:
         while not self._over.wait(self._watch.every_s):

@@ -17,7 +17,8 @@ from psframe import BSP, SSP, Async, Worker
 from psframe.cluster import fail_together
 from psframe.events import EpochDone, Evaluated, HostEvent
 from psframe.launcher import find_launcher
-from psframe.transports.mpi import TAG_END
+from psframe.transports import mpi_post
+from psframe.transports.mpi import TAG_END, Mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 
 WORLD = MPI.COMM_WORLD
@@ -379,3 +380,17 @@ def test_the_end_of_a_run_is_no_exclusion(monkeypatch: pytest.MonkeyPatch) -> No
 
     for _ in range(3):
         assert run(work).version == SIZE - 1
+
+
+def test_receives_that_cannot_be_taken_back_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a long message whose sender has stopped in its middle: nobody waits for it."""
+    mesh = Mesh(WORLD)
+    post = mpi_post.Post(mesh.comm, watch=mesh.watch)
+    monkeypatch.setattr(mpi_post, "_CLOSE_BOUND_S", 0.0)
+    monkeypatch.setattr(mpi_post, "_kept", [])
+    monkeypatch.setattr(post, "_cancelled", lambda: False)
+    post.close()
+    assert mpi_post._kept == [post]
+    monkeypatch.undo()
+    post.close()  # they have been cancelled, in truth
+    mesh.close()
