@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -170,13 +171,12 @@ def test_a_pulse_beats_and_ends_what_notices_too_late(monkeypatch: pytest.Monkey
     desk = Desk(pulsed=True)
     desk.watch.every_s = 0.001
     desk.watch.tell(lambda rank, why: desk.watch.give_up(rank, "server 0"))
-    desk.comm.dead.append(1)
-    desk.watch.lost.add(2)  # so that MPI is asked
+    monkeypatch.setattr(desk.watch.processes, "ended", lambda: [1])
     ended: list[RankLost] = []
     pulse = Pulse(desk.watch, ended.append)
     pulse._thread.join()
     pulse.close()
-    assert [str(lost) for lost in ended] == ["server 0 (rank 5) is lost: it has died"]
+    assert [str(lost) for lost in ended] == ["server 0 (rank 5) is lost: its process has ended"]
     assert memoryview(desk.lines.memory[0]).cast("q")[0] > 0
 
 
@@ -198,6 +198,36 @@ def test_a_process_that_ends_is_told_and_one_can_be_ended() -> None:
     children[0].communicate()
     assert processes.ended() == [0]
     assert processes.kill(0)  # it is not there any more
+    processes.close()
+
+
+def test_a_look_at_the_processes_may_come_into_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a signal's handler beside the pulse; one object of the kernel's lets only one in."""
+
+    class Poll:
+        def __init__(self) -> None:
+            self.files: list[int] = []
+            self.running = False
+
+        def register(self, file: int, mask: int) -> None:
+            self.files.append(file)
+
+        def poll(self, timeout: int) -> list[tuple[int, int]]:
+            if self.running:
+                raise RuntimeError("concurrent poll() invocation")
+            self.running = True
+            if not inner:
+                inner.append([])
+                inner[0] = processes.ended()
+            self.running = False
+            return [(file, 1) for file in self.files]
+
+    inner: list[list[int]] = []
+    monkeypatch.setattr("psframe.transports.processes.select.poll", Poll)
+    processes = Processes({3: os.getpid()})
+    assert processes.ended() == [3]
+    assert inner == [[3]]
+    assert processes.ended() == []
     processes.close()
 
 
@@ -246,6 +276,49 @@ def test_transfers_of_the_dead_are_given_up_and_the_others_go_on() -> None:
     transfers.progress()
     assert not transfers.busy
     assert transfers.done == ["alive"]  # type: ignore[attr-defined]
+
+
+def test_a_transfer_to_one_who_dies_in_the_middle_of_a_turn_stays_until_the_end() -> None:
+    """Its requests and buffers are MPI's, although it was tested before the death was known."""
+    dead: list[int] = []
+    transfers, _, then = _transfers(dead)
+    failure = RuntimeError("a process has failed")
+    under_way, failed = FakeRequest([False]), FakeRequest([failure])
+    transfers.add([under_way], then("never"), peer=2)
+    transfers.add([failed], then("never"), peer=2)
+    dead.append(2)
+    transfers.progress()
+    assert not transfers.busy
+    assert [t._requests for t in transfers._given_up] == [[under_way], [failed]]
+
+
+def test_what_fails_with_a_rank_that_counts_as_lost_is_no_error() -> None:
+    """Whether MPI knows it to be dead or not; and whoever else is dead is no excuse."""
+    desk = Desk()
+    desk.watch.lose(2, "it has been silent")
+    desk.watch.failed_with(2, RuntimeError("connection reset"))
+    assert not desk.watch.faults.dead
+    desk.comm.dead.append(3)
+    with pytest.raises(RuntimeError, match="truncated"):
+        desk.watch.failed_with(1, RuntimeError("truncated"))
+    assert [rank for rank, _ in desk.told] == [2, 3]
+
+
+def test_two_threads_lose_a_rank_once() -> None:
+    """The reason is there before the loss can be seen, and the loss is told once."""
+
+    class Slow(dict[int, str]):
+        def __setitem__(self, rank: int, why: str) -> None:
+            assert rank not in desk.watch.lost
+            other.start()  # finds the same, and has to wait
+            super().__setitem__(rank, why)
+
+    desk = Desk()
+    desk.watch.why = Slow()
+    other = threading.Thread(target=lambda: desk.watch.lose(1, "its process has ended"))
+    desk.watch.lose(1, "it has died")
+    other.join()
+    assert desk.told == [(1, "it has died")]
 
 
 def test_an_error_of_a_transfer_that_is_no_death_is_raised() -> None:

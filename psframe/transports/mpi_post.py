@@ -237,11 +237,9 @@ class Post:
         """Send nothing to a rank any more with which MPI has failed.
 
         Raises:
-            Exception: the error itself, if it is none of a dead rank; RankLost.
+            Exception: the error itself, if it is none of a lost rank; RankLost.
         """
-        self._watch.failed(error)
-        if target not in self._watch.faults.dead:
-            raise error
+        self._watch.failed_with(target, error)
         self._late.discard(target)
         self._given_up.append(self._peers[target])
         self._peers[target] = _Nobody(self._comm, target, None)
@@ -343,7 +341,7 @@ class _Peer:
 
 
 class _Nobody(_Peer):
-    """A dead rank: what goes to it is dropped."""
+    """A lost rank: what goes to it is dropped."""
 
     def free_header(self) -> None:
         return None

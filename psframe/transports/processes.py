@@ -19,22 +19,26 @@ class Processes:
     """
 
     def __init__(self, pids: Mapping[int, int]) -> None:
-        self._poll = select.poll()
         self._files: dict[int, int] = {}
         self._ranks: dict[int, int] = {}
         for rank, pid in pids.items():
             with contextlib.suppress(OSError):  # an old kernel, or a sandbox's: MPI may tell
                 file = os.pidfd_open(pid)
                 self._files[rank], self._ranks[file] = file, rank
-                self._poll.register(file, select.POLLIN)
+        self._alive = set(self._ranks)  # their files
 
     def ended(self) -> list[int]:
-        """The ranks whose processes have ended; each is told once."""
-        ranks = []
-        for file, _ in self._poll.poll(0):
-            self._poll.unregister(file)
-            ranks.append(self._ranks[file])
-        return ranks
+        """The ranks whose processes have ended; each is told once.
+
+        It may be called while it is at it, from another thread or a signal's handler, of which each
+        is told then; so it has a poll of its own.
+        """
+        poll = select.poll()
+        for file in tuple(self._alive):
+            poll.register(file, select.POLLIN)
+        files = [file for file, _ in poll.poll(0)]
+        self._alive -= set(files)
+        return [self._ranks[file] for file in files]
 
     def kill(self, rank: int) -> bool:
         """End a rank's process, stopped or not; False if it cannot be reached from here."""
@@ -47,6 +51,6 @@ class Processes:
 
     def close(self) -> None:
         """Let them go."""
-        for file in self._ranks:
+        files, self._files, self._alive, self._ranks = self._ranks, {}, set(), {}
+        for file in files:
             os.close(file)
-        self._files, self._ranks, self._poll = {}, {}, select.poll()

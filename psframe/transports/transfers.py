@@ -56,10 +56,8 @@ class Transfers:
             return False
         some = False
         done = []
-        lost = self._watch.lost
         for transfer in self._open:
-            if transfer.peer in lost:
-                self._given_up.append(transfer)
+            if transfer.peer in self._watch.lost:
                 continue
             before = transfer.complete
             if self._test(transfer):
@@ -67,10 +65,12 @@ class Transfers:
             elif transfer.each is not None and transfer.complete > before:
                 transfer.each(transfer.complete * PIECE_BYTES)
             some |= transfer.complete > before
+        lost = self._watch.lost  # some perhaps only since they were tested
         if done or lost:
+            self._given_up += [t for t in self._open if t not in done and t.peer in lost]
             self._open = [t for t in self._open if t not in done and t.peer not in lost]
         for transfer in done:
-            if transfer.peer not in lost:  # perhaps only since it was tested
+            if transfer.peer not in lost:
                 transfer.then()
         return some or bool(done)
 
@@ -78,10 +78,7 @@ class Transfers:
         try:
             return transfer.test()
         except RuntimeError as error:  # MPI's
-            self._watch.failed(error)
-            if transfer.peer not in self._watch.lost:
-                raise
-            self._given_up.append(transfer)
+            self._watch.failed_with(transfer.peer, error)
             return False
 
     @property

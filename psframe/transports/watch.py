@@ -2,6 +2,10 @@
 
 Nothing is looked at for a message; now and then, while nothing comes or between two events, a rank
 looks up.
+
+There are two threads. The main one alone asks MPI who has died, and what it looks at raises there.
+The other is the `Pulse`: it shows that the rank lives, and on a worker, which may compute for long,
+it inspects: beats and silence are its own then. Whom either finds lost, `lose` takes.
 """
 
 from __future__ import annotations
@@ -56,6 +60,17 @@ class Unwatched:
             Exception: the error itself, if nobody is dead.
         """
         self.faults.explain(error)
+
+    def failed_with(self, peer: int, error: Exception) -> None:
+        """Learn why a call that has to do with one rank has failed; return if that rank is lost.
+
+        Raises:
+            Exception: the error itself, if it is not.
+        """
+        if peer not in self.lost:
+            self.failed(error)
+            if peer not in self.lost:
+                raise error
 
     def look(self, now: float) -> None:
         """Look."""
@@ -122,6 +137,7 @@ class Watch(Unwatched):
         self._signs: dict[int, tuple[int, float]] = {}
         self._messages: dict[int, tuple[int, float]] = {}
         self._looked = 0.0
+        self._losing = threading.Lock()  # held for a moment, by one who calls nobody
 
     def tell(self, on_lost: Callable[[int, str], None]) -> None:
         """Have every loss told, those included that there have been."""
@@ -180,7 +196,9 @@ class Watch(Unwatched):
         self._exchange_signs()
         for rank in self.processes.ended():
             self.lose(rank, "its process has ended")
-        if not self.lost <= self.faults.dead:  # MPI may be late, or tell only who waits for them
+        # MPI may be late, or tell only who waits for them. A worker loses none but servers so, and
+        # with them the run.
+        if not self._pulsed and not self.lost <= self.faults.dead:
             for rank in self.faults.learn():
                 self.lose(rank, "it has died")
         # Time in which this rank did not look is nobody else's silence.
@@ -206,10 +224,11 @@ class Watch(Unwatched):
         Raises:
             RankLost, whatever `on_lost` does.
         """
-        if rank in self.lost:
-            return
-        self.lost.add(rank)  # before anybody can raise
-        self.why[rank] = why = why + self._last_words(rank)
+        with self._losing:
+            if rank in self.lost:
+                return
+            self.why[rank] = why = why + self._last_words(rank)
+            self.lost.add(rank)  # before anybody can raise
         self.on_lost(rank, why)
 
     def give_up(self, rank: int, what: str) -> None:
