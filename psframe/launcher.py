@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from psframe.alarm import told_after
 
 __all__ = [
     "Launcher",
@@ -20,7 +23,11 @@ __all__ = [
 ]
 
 # To start MPI every rank has to have come so far; on a large machine imports alone take a minute.
-_START_BOUND_S = 300.0
+_START_BOUND_S = 120.0
+# When that has been said, the process ends.
+_LATER_S = 1.0
+
+_log = logging.getLogger("psframe")
 
 
 class Launcher(NamedTuple):
@@ -122,17 +129,34 @@ def lone_process_message(launcher: Launcher, library: str, prefix: str) -> str:
 
 @contextlib.contextmanager
 def starting_mpi() -> Iterator[None]:
-    """End this process, with its stack on stderr, if MPI has not started in time.
+    """End this process, and say so on stderr, if MPI has not started in time.
 
-    MPI_Init waits for every rank, holding the interpreter; for one that has exited before it came
-    so far it would wait for ever. Only faulthandler's thread can run then. It does nothing once
-    mpi4py is there: to start MPI is to import it.
+    MPI_Init waits for every rank, holding the interpreter; for one that has ended before it came
+    so far it would wait for ever, where the launcher does not end the job. Only faulthandler's
+    thread can run then, and it says but where the process is; so another process says why. Nothing
+    is done once mpi4py is there: to start MPI is to import it.
     """
-    if "mpi4py.MPI" in sys.modules or sys.__stderr__ is None:
+    if "mpi4py.MPI" in sys.modules:
         yield
         return
-    faulthandler.dump_traceback_later(_START_BOUND_S, exit=True, file=sys.__stderr__)
-    try:
+    with contextlib.ExitStack() as bounds:
+        stack: Any = sys.__stderr__
+        try:
+            bounds.enter_context(told_after(_START_BOUND_S, _not_started(_START_BOUND_S)))
+            stack = None
+        except OSError as error:
+            _log.warning("nobody will say so should MPI not start: %s", error)
+        if stack is None:  # it is told in words, or there is no stderr
+            stack = bounds.enter_context(open(os.devnull, "wb"))
+        faulthandler.dump_traceback_later(_START_BOUND_S + _LATER_S, exit=True, file=stack)
+        bounds.callback(faulthandler.cancel_dump_traceback_later)
         yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+
+
+def _not_started(bound_s: float) -> str:
+    launcher = find_launcher()
+    who = "this process" if launcher is None else f"rank {launcher.rank}"
+    return (
+        f"psframe: error: {who} ends: MPI has not started within {bound_s:g} s. Some rank has died,"
+        " or ended, before it came so far, or is still far from it: what has it said above?"
+    )

@@ -335,3 +335,30 @@ def test_nobody_waits_for_a_rank_0_that_has_ended_without_a_word(status: str) ->
     assert "rank 0 has nothing more to say" in done.stdout
     assert done.returncode != 0
     assert "ranks [0] have not come to the end" in done.stderr
+
+
+@pytest.mark.skipif(".venv" not in VENVS, reason="needs .venv of `make test`")
+def test_a_death_before_mpi_has_started_is_told_and_bounded() -> None:
+    """Where MPI goes on without those who die, its beginning waits for them all the same."""
+    program = (
+        "import os, signal, psframe.launcher as launcher\n"
+        "launcher._START_BOUND_S = 2.0\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with launcher.starting_mpi():\n"
+        "    from psframe.transports import mpi\n"
+    )
+    venv = ROOT / ".venv" / "bin"
+    done = subprocess.run(
+        [*(venv / "mpirun", "--with-ft", "ulfm", "-n", "3"), *(venv / "python", "-c", program)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=bare(),
+        cwd=ROOT,
+        timeout=START_BOUND_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    for rank in (0, 2):
+        assert f"rank {rank} ends: MPI has not started within 2 s" in done.stderr

@@ -49,7 +49,7 @@ FLOORS = (
         "follower",
         "worker",
     ),
-    ("wire", "devices", "launcher", "transports"),
+    ("wire", "devices", "launcher", "alarm", "transports"),
 )
 PURE = FLOORS[1]
 IMPURE_MODULES = frozenset(

@@ -1,5 +1,6 @@
 """What a process's environment tells of its launcher."""
 
+import os
 import subprocess
 import sys
 
@@ -49,20 +50,41 @@ def test_the_message_names_the_remedy() -> None:
         assert part in text
 
 
-def test_mpi_that_does_not_start_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that holds the interpreter, as MPI_Init does, is ended from outside of it."""
+def start_no_mpi(more: str = "") -> subprocess.CompletedProcess[str]:
+    """A call that holds the interpreter, as MPI_Init does."""
     program = (
         "import ctypes, psframe.launcher as launcher\n"
-        "launcher._START_BOUND_S = 0.2\n"
+        f"launcher._START_BOUND_S = 0.2; launcher._LATER_S = 1.0{more}\n"
         "with launcher.starting_mpi():\n"
         "    ctypes.PyDLL(None).sleep(60)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    environ = {**os.environ, "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, env=environ
     )
+
+
+def test_mpi_that_does_not_start_ends_the_process() -> None:
+    """Another process says why."""
+    done = start_no_mpi()
     assert done.returncode == 1
+    assert "Timeout" not in done.stderr
+    assert "psframe: error: rank 3 ends: MPI has not started within 0.2 s" in done.stderr
+
+
+def test_mpi_that_does_not_start_ends_the_process_that_can_start_no_other() -> None:
+    done = start_no_mpi("; import sys; sys.executable = '/nowhere'")
+    assert done.returncode == 1
+    assert "nobody will say so should MPI not start" in done.stderr
     assert "Timeout" in done.stderr
     assert 'File "<string>", line 4' in done.stderr
+
+
+def test_mpi_that_starts_leaves_no_process_behind() -> None:
+    with launcher.starting_mpi():
+        pass
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_mpi_that_is_there_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
