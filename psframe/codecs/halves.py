@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from psframe.codecs.compiling import Bits, compile_kernel
+from psframe.codecs.compiling import Bits, Number, compile_kernel
 from psframe.codecs.shard import BLOCK, FeedbackCodec, ShardDecoder, ShardEncoder
 from psframe.layout import Array, Layout
 
@@ -210,7 +210,7 @@ def _widen(codes: Array, out: Array) -> None:
             code = Bits(c[i] & np.uint16(0x7FFF))
             wide = Bits(Bits(code << SHIFT) + REBIAS)
             near_bits[i] = wide if code < INFINITE else Bits(wide | WIDE_INFINITE)
-            below[i] = out.dtype.type(np.int32(code)) * STEP
+            below[i] = Number(np.int32(code)) * STEP
         for i in range(c.size):
             a = near[i] if Bits(c[i] & np.uint16(0x7FFF)) >= NORMAL_NARROW else below[i]
             o[i] = -a if c[i] & np.uint16(0x8000) else a

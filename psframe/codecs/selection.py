@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from psframe.codecs.compiling import Bits, Signed, compile_kernel
+from psframe.codecs.compiling import Signed, compile_kernel
 from psframe.codecs.shard import BLOCK
 from psframe.layout import Array
 
@@ -150,4 +150,4 @@ def _keep_largest(magnitudes: Array, indices: Array, count: int, keep: int) -> i
         indices[kept] = indices[i]
         kept += (m > found) | (equal & (wanted > 0))
         wanted -= equal
-    return found
+    return int(found)

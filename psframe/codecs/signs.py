@@ -143,7 +143,7 @@ class _Decoder(ShardDecoder):
             used = (end - begin) % 8
             if used and payload[last - 1] >> used:
                 raise MessageError(
-                    f"gradient payload: byte {last - 1} has bits behind the last sign, expected none"
+                    f"gradient payload: byte {last - 1} has bits behind the last sign"
                 )
             self._unpack(payload[first:last], scale, out[begin:end])
 
@@ -195,7 +195,7 @@ def _pack(grad: Array, has_residual: bool, residual: Array, scale: float, out: A
 
 
 def _unpack(signs: Array, scale: float, out: Array) -> None:
-    x = np.empty(8, out.dtype)
+    """Write the magnitude with each sign."""
     whole = out.size // 8
     for i in range(whole):
         o = out[8 * i :][:8]
