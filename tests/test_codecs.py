@@ -309,10 +309,13 @@ TARGETS = {
 def check_refused_or_decoded(pair: Pair, payload: Any) -> None:
     before = payload.copy()
     out = np.full(pair.size + 2, 7.0, pair.dtype)
+    refusal = None
     try:
         pair.decoder.decode(payload, out[1:-1])
     except MessageError as error:
-        assert "gradient payload" in str(error)
+        refusal = str(error)
+    if refusal is not None:
+        assert refusal.startswith("gradient payload: ")
     else:
         again = np.full(pair.size, -3.0, pair.dtype)
         pair.decoder.decode(payload, again)
