@@ -1,6 +1,6 @@
 """psframe: a parameter server for MPI clusters, in Python."""
 
-from psframe import local, optim, stale
+from psframe import codecs, local, optim, stale
 from psframe.batches import Buffered, Rennala, Ringleader
 from psframe.client import Worker
 from psframe.consistency import BSP, SSP, Async
@@ -57,6 +57,7 @@ __all__ = [
     "WarmStart",
     "Worker",
     "WorkerFailed",
+    "codecs",
     "local",
     "optim",
     "run",

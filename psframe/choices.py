@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-from psframe import stale
+from psframe import codecs, stale
 from psframe.batches import Buffered, Rennala, Ringleader
 from psframe.consistency import BSP, SSP, Async, Mode
 from psframe.errors import ArgumentError
 from psframe.pacing import DynamicSSP, WarmStart
 
-__all__ = ["ModeName", "make_mode", "mode_of", "parse_stale"]
+__all__ = ["ModeName", "make_mode", "mode_of", "parse_codec", "parse_stale"]
 
+_Made = TypeVar("_Made")
 ModeName = Literal["async", "ssp", "bsp", "dynamic-ssp", "rennala", "buffered", "ringleader"]
 
 # With which modes a setting goes, and what it is if nobody says.
@@ -103,23 +104,61 @@ def parse_stale(text: str, flag: str = "--stale") -> stale.Rule:
 
 
 def _parse_rule(part: str, text: str, flag: str) -> stale.Rule:
-    name, _, rest = part.partition("=")
-    found = _RULES.get(name)
-    numbers: list[Any] = []
-    if found is not None:
-        try:
-            numbers = [_number(word) for word in rest.split(",")] if rest else []
-        except ValueError:
-            numbers = [None, None]
-    if found is None or len(numbers) != found[1]:
+    try:
+        rule = _make_of(_RULES, part)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{flag}: {error}") from error
+    if rule is None:
         examples = ", ".join(example for *_, example in _RULES.values())
         raise ArgumentError(
             f"{flag}: expected one of {examples}, or some of them with + between; got {text!r}"
         )
+    return rule
+
+
+def _make_of(known: Mapping[str, tuple[Callable[..., _Made], int, str]], text: str) -> _Made | None:
+    """Make what a name and numbers say; None if there is no such name, or other numbers go with it.
+
+    Raises:
+        TypeError, ValueError: a number will not do.
+    """
+    name, _, rest = text.partition("=")
+    words = rest.split(",") if rest else []
+    if name not in known or len(words) != known[name][1]:
+        return None
     try:
-        return found[0](*numbers)
+        numbers = [_number(word) for word in words]
+    except ValueError:
+        return None
+    return known[name][0](*numbers)
+
+
+_CODECS: Mapping[str, tuple[Callable[..., codecs.Codec], int, str]] = {
+    "float16": (codecs.Float16, 0, "float16"),
+    "bfloat16": (codecs.BFloat16, 0, "bfloat16"),
+    "topk": (codecs.TopK, 1, "topk=0.01"),
+    "sign": (codecs.Sign, 0, "sign"),
+    "qsgd": (codecs.QSGD, 1, "qsgd=127"),
+    "powersgd": (codecs.PowerSGD, 1, "powersgd=4"),
+}
+
+
+def parse_codec(text: str, flag: str) -> codecs.Codec | None:
+    """Make the codec that a text such as "topk=0.01" names; None of "none".
+
+    Raises:
+        ArgumentError: it names none; the text says what is expected.
+    """
+    if text == "none":
+        return None
+    try:
+        codec = _make_of(_CODECS, text)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{flag}: {error}") from error
+    if codec is None:
+        examples = ", ".join(example for *_, example in _CODECS.values())
+        raise ArgumentError(f"{flag}: expected none or one of {examples}; got {text!r}")
+    return codec
 
 
 def _number(word: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psframe.coding import PushCoder
 from psframe.devices import Device
 from psframe.errors import Stopped
 from psframe.events import Answer, Failure, Leave, RandomState, SpanKind, Stop
@@ -22,6 +23,7 @@ from psframe.pending import Pending, PendingPull
 from psframe.snapshots import Snapshots
 from psframe.tasks import Task, task_spec
 from psframe.worker import Request
+from psframe.worth import Worth
 
 __all__ = ["Worker"]
 
@@ -32,6 +34,7 @@ class Worker:
     Args:
         endpoint, layout, device, seed: of the run, and this worker's end of a transport.
         judges, measured: as `Plan` has them.
+        coder: codes gradients, if they do not travel as they are.
         tells_random: whether server 0 is to be told how far `rng` has got, with each push.
         random_state: how far it had got in the run that this one goes on from; None for a new one.
 
@@ -51,6 +54,7 @@ class Worker:
         *,
         judges: bool = True,
         measured: Sequence[tuple[int, int]] | None = None,
+        coder: PushCoder | None = None,
         tells_random: bool = False,
         random_state: tuple[int, int, int, int] | None = None,
     ) -> None:
@@ -63,12 +67,19 @@ class Worker:
         self._snapshots = Snapshots(layout, endpoint.servers, endpoint.snapshot)
         self._slots: list[GradientSlot | None] = [None, None]
         self._staging: list[Mapping[str, Any] | None] = [None, None]
-        self._progress = [endpoint.progress(k, judges=judges) for k in (0, 1)]
+        self._coder = coder
+        judged = coder is not None and endpoint.index == 0 and not endpoint.virtual_time
+        self._worth = Worth(coder.codec) if coder is not None and judged else None
+        self._progress = [
+            None if coder is not None else endpoint.progress(k, judges=judges) for k in (0, 1)
+        ]
         self._judges = judges  # whether it says if gradients are finite, and their norms
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"
         # Whether pushes are copied at once, whole, in host memory that stays the slot's.
-        self._plain = self._on_host and measured is None and all(endpoint.in_place)
+        self._plain = (
+            self._on_host and measured is None and coder is None and all(endpoint.in_place)
+        )
         plain = self._plain and not judges and endpoint.servers == 1
         self._direct = endpoint.direct if plain else None
         self._filling: int | None = None  # the slot that `gradients` gave out
@@ -309,8 +320,12 @@ class Worker:
         self._leasing.give_back()
         self._protocol.drop_params()
         request, messages = self._protocol.pull(pinned=pinned)
+        begin_s = self._endpoint.now()
         self._exchange.send_each(messages)
         self._exchange.wait(request)
+        if self._worth is not None:
+            n_bytes = self._layout.size * self._layout.dtype.itemsize
+            self._worth.pulled(n_bytes, self._endpoint.now() - begin_s)
         return self._take(request)
 
     def _pull_pinned(self) -> Params:
@@ -410,9 +425,33 @@ class Worker:
             self._tell_random(self._rng)
         if progress is not None:
             return self._stream(index, slot, progress, grads, want_params, read)
+        if self._coder is not None:
+            return self._push_coded(self._coder, index, slot, grads, want_params, read)
         finite, norm = self._fill(index, slot, grads)
         request, messages = protocol.push(index, finite, norm, want_params, read=read)
         exchange.send_each(messages)
+        return request
+
+    def _push_coded(
+        self,
+        coder: PushCoder,
+        index: int,
+        slot: GradientSlot,
+        grads: Mapping[str, Any] | None,
+        want_params: bool,
+        read: Sequence[Answer],
+    ) -> Request:
+        """Push what a codec makes of a gradient; the slot has it, too."""
+        self._fill(index, slot, grads)
+        flat, begin_s = self._endpoint.slot(index), self._endpoint.now()
+        coded = coder.encode(index, flat)
+        if self._worth is not None:
+            self._worth.coded(flat.nbytes - sum(map(len, coded)), self._endpoint.now() - begin_s)
+        judged = self._measure(slot, *slot.judge()) if self._judges else (True, 0.0)
+        request, messages = self._protocol.push(index, *judged, want_params, read=read)
+        for message, payload in zip(messages, coded, strict=True):
+            message.coded = payload
+        self._exchange.send_each(messages)
         return request
 
     def _stream(

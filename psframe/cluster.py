@@ -23,6 +23,7 @@ import numpy as np
 from psframe.agreement import agree, tell
 from psframe.blas import limited_threads
 from psframe.client import Worker
+from psframe.coding import Traffic
 from psframe.devices import choose_device, make_device
 from psframe.errors import CheckpointError, Diverged, Interrupted, RankLost, WorkerFailed
 from psframe.events import Failure
@@ -252,7 +253,7 @@ class _ClusterRun:
     def _lead(
         self, plan: Plan, neighbours: Neighbours, watch: Watch
     ) -> tuple[Result, BaseException | None]:
-        port = MpiServerPort(self.mesh, plan.layout, neighbours)
+        port = MpiServerPort(self.mesh, plan.layout, neighbours, plan.codec)
         leader = self._build_server(plan, port, self._respawn(plan, neighbours))
         assert isinstance(leader, Leader)
         with self.interrupts.held():
@@ -289,7 +290,8 @@ class _ClusterRun:
 
         try:
             port.close()
-            params = self._collect(plan, leader, bound_s)
+            params, traffic = self._collect(plan, leader, bound_s)
+            summary["traffic"] = vars(traffic)
             told = json.dumps(summary).encode()
             self.absent = tell_end(self.mesh, told, last_word, bound_s)
         except RankLost as lost:
@@ -321,7 +323,7 @@ class _ClusterRun:
         port.lose(rank)
 
     def _follow(self, plan: Plan, neighbours: Neighbours, watch: Watch) -> None:
-        port = MpiServerPort(self.mesh, plan.layout, neighbours)
+        port = MpiServerPort(self.mesh, plan.layout, neighbours, plan.codec)
         follower = self._build_server(plan, port)
         watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         spans = port.to_leader if plan.spans else None
@@ -334,6 +336,8 @@ class _ClusterRun:
                 watch.lose(plan.servers + worker, "server 0 says so")
         port.close()
         self.mesh.send(follower.outcome, 0, "this server's parameters", None)
+        counts = np.array(list(vars(follower.traffic).values()), np.int64)
+        self.mesh.send(counts, 0, "this server's counts", None)
 
     def _respawn(self, plan: Plan, neighbours: Neighbours) -> int:
         """Say how many lost workers can be replaced, and why none, if some are to be."""
@@ -411,7 +415,7 @@ class _ClusterRun:
             watch.give_up(rank, f"server {rank}")
 
     def _work_as(self, plan: Plan, neighbours: Neighbours) -> None:
-        endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours)
+        endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours, plan.pull_codec)
         device = choose_device(plan.device, neighbours.local_worker)
         if plan.device == "auto" and device == "cpu":
             _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
@@ -429,16 +433,19 @@ class _ClusterRun:
 
     # ---- the end -------------------------------------------------------------------------
 
-    def _collect(self, plan: Plan, leader: Leader, bound_s: float | None) -> Array:
-        """Bring the shards to rank 0."""
+    def _collect(self, plan: Plan, leader: Leader, bound_s: float | None) -> tuple[Array, Traffic]:
+        """Bring the shards to rank 0, and add up what the servers have counted."""
         params = np.empty(plan.layout.size, plan.layout.dtype)
+        traffic, counts = leader.traffic, np.zeros(len(vars(Traffic())), np.int64)
         for server, (begin, end) in enumerate(plan.layout.shards(plan.servers)):
             if server:
                 what = f"the parameters of server {server}"
                 self.mesh.receive(params[begin:end], server, what, bound_s)
+                self.mesh.receive(counts, server, f"the counts of server {server}", bound_s)
+                traffic.add(Traffic(*counts.tolist()))
             else:
                 params[begin:end] = leader.outcome
-        return params
+        return params, traffic
 
     def _outcome(self, summary: Mapping[str, Any], plan: Plan) -> BaseException | None:
         why = summary["why"]

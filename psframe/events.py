@@ -18,7 +18,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psframe.coding import Coded
 
 __all__ = [
     "ALL_REQUESTS",
@@ -175,6 +178,7 @@ class Push:
         log: the leader's records that a follower handles before it answers with parameters.
         arriving: the gradient is still on its way, and `finite` and `norm` with it; `Arrived` tells
             how much of it is there. Only server 0, if it is the only one, can handle such a push.
+        coded: what stands for the gradient on its way, if a codec is used.
         scale: factor on the gradient, filled in by server 0.
         receipt: filled in by the server between deciding the push and granting the pull.
     """
@@ -189,6 +193,7 @@ class Push:
     release: int
     log: int = 0
     arriving: bool = False
+    coded: Coded | None = field(default=None, compare=False)
     scale: float = 1.0
     receipt: Answer | None = None
 
@@ -378,6 +383,7 @@ class Answer:
         buffer: where the parameters are: a snapshot buffer, COPIED, or NO_BUFFER for none.
         version: the version of the parameters in it.
         log: the leader's records before this answer; 0 from a follower.
+        coded: what stands for the parameters on their way, if a codec is used.
     """
 
     worker: int
@@ -390,6 +396,7 @@ class Answer:
     buffer: int = NO_BUFFER
     version: int = 0
     log: int = 0
+    coded: Coded | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)

@@ -198,6 +198,7 @@ class Leader(MarkingServer):
             or not 0 <= version_read <= version
             or not 0 <= slot < SLOTS
             or not self._plain
+            or self.coder is not None
             or version + 1 == self._max_updates
             or self.stopped
             or self._early is not None

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from psframe.client import Worker
+from psframe.codecs import Codec
+from psframe.coding import PullCoder, PushCoder, Traffic, as_codec, as_pull_codec
 from psframe.consistency import Async, Mode
 from psframe.devices import Device
 from psframe.draws import Numbers
@@ -30,7 +32,7 @@ from psframe.ledger import Ledger
 from psframe.marking import Marks
 from psframe.placement import Checked
 from psframe.reads import Correcting
-from psframe.server import Server, ServerMemory
+from psframe.server import SLOTS, Server, ServerMemory
 from psframe.stale import Accept, Rule, as_rule
 from psframe.state import Resume
 from psframe.store import Buffers, MarkableRule, Store, UpdateRule
@@ -85,6 +87,7 @@ class Result:
         kept_version: the version of `.params` where the best evaluation's were kept (`score=`);
             else None, and they are the last.
         lost: the workers that died or were silent for too long; the others went on.
+        traffic: what codecs have made of gradients and parameters on their way; all 0 without.
     """
 
     params: dict[str, Array] | None
@@ -95,6 +98,7 @@ class Result:
     run_dir: Path | None = None
     kept_version: int | None = None
     lost: tuple[int, ...] = ()
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Plan:
     resumes: bool = False  # goes on from the newest checkpoint
     respawn: int = 0  # lost workers that are replaced, in all; over MPI only
     stale: Rule = field(default_factory=Accept)
+    codec: Codec | None = None
+    pull_codec: Codec | None = None
 
     @classmethod
     def check(
@@ -147,6 +153,8 @@ class Plan:
         resumes: bool = False,
         respawn: int = 0,
         stale: Rule | None = None,
+        codec: Codec | None = None,
+        pull_codec: Codec | None = None,
     ) -> Plan:
         """Check the arguments.
 
@@ -214,6 +222,8 @@ class Plan:
             resumes=bool(resumes),
             respawn=int(respawn),
             stale=Accept() if stale is None else as_rule(stale),
+            codec=_checked_codec("codec", codec, optimizer, layout),
+            pull_codec=as_pull_codec("pull_codec", pull_codec),
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
@@ -267,6 +277,11 @@ class Plan:
         self, endpoint: Endpoint, device: Device, random_state: Numbers | None = None
     ) -> Worker:
         """Make a worker of this run, whose `rng` goes on from that state if there is one."""
+        coder = None
+        if self.codec is not None:
+            coder = PushCoder(
+                self.codec, self.layout, self.servers, self.seed, endpoint.index, SLOTS
+            )
         return Worker(
             endpoint,
             self.layout,
@@ -274,6 +289,7 @@ class Plan:
             self.seed,
             judges=self.judges,
             measured=self.measured,
+            coder=coder,
             tells_random=self.marks is not None,
             random_state=random_state,
         )
@@ -290,6 +306,8 @@ class Plan:
             "max_updates": self.max_updates,
             "clip_norm": self.clip_norm,
             "stale": self.stale,
+            "codec": self.codec,
+            "pull_codec": self.pull_codec,
             "score": self.score,
             "trace": self.trace,
             "spans": self.spans,
@@ -361,6 +379,10 @@ class Plan:
                 marks=self.marks,
                 respawn=respawn,
             )
+        if self.pull_codec is not None:
+            machine.coder = PullCoder(
+                self.pull_codec, self.layout, begin, end, self.seed, index, workers
+            )
         if resume is not None:
             machine.restore(resume.state, resume.arrays, begin)
         return machine
@@ -393,6 +415,20 @@ def check_threads(name: str, value: object) -> None:
             f"{name}: expected at most {THREADS_MAX} in one process, where each is a thread, got"
             f" {value}; mpirun spreads more over nodes, and psframe.simulate tries them out"
         )
+
+
+def _checked_codec(
+    name: str, codec: object, optimizer: OptimizerLike, layout: Layout
+) -> Codec | None:
+    found = as_codec(name, codec)
+    averages = getattr(optimizer, "averages", lambda name: False)
+    averaged = next((n for n in layout.names if averages(n)), None)
+    if found is not None and averaged is not None:
+        raise ValueError(
+            f"{name}: parameter {averaged!r} is an average of what is pushed for it, which no codec"
+            " may change; leave the codec out"
+        )
+    return found
 
 
 def _can_be_kept(optimizer: OptimizerLike, layout: Layout) -> bool:

@@ -48,12 +48,13 @@ class Correcting:
         self._out: Array | None = None
         self._before: Array | None = None
 
-    def granted(self, worker: int, *, alone: bool) -> None:
+    def granted(self, worker: int, *, alone: bool, copied: int | None = None) -> None:
         """Keep the present parameters, which the worker is given.
 
         Args:
             worker: whose.
             alone: whether it computes on no earlier ones any more.
+            copied: the buffer with what the worker decodes of them, if a codec has changed them.
         """
         if not self._keeps:
             return
@@ -62,7 +63,7 @@ class Correcting:
             self.forget(worker)
         while len(reads) >= _READS_MAX:
             self._store.release(reads.pop(0)[1])
-        index = self._store.hold()
+        index = self._store.hold() if copied is None else self._store.hold_again(copied)
         assert index is not None, "there are two buffers a worker"
         reads.append((self._store.version, index))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from psframe.coding import Traffic
 from psframe.errors import Diverged, Interrupted
 from psframe.layout import Array
 from psframe.leader import Leader
@@ -15,9 +16,13 @@ from psframe.plan import Plan, Result, staleness_counts
 __all__ = ["diverged", "make_result", "summarise"]
 
 
-def summarise(leader: Leader) -> dict[str, Any]:
-    """Describe an outcome in plain data, fit for JSON."""
+def summarise(leader: Leader, followers: Iterable[Traffic] = ()) -> dict[str, Any]:
+    """Describe an outcome in plain data, fit for JSON; `followers` is what those have counted."""
+    traffic = leader.traffic
+    for one in followers:
+        traffic.add(one)
     return {
+        "traffic": vars(traffic),
         "version": leader.store.version,
         "staleness": sorted(leader.staleness.items()),
         "ledger": leader.ledger.ledger().as_dict(),
@@ -46,6 +51,7 @@ def make_result(
         run_dir=run_dir,
         kept_version=summary["kept_version"],
         lost=tuple(summary["lost"]),
+        traffic=Traffic(**summary["traffic"]),
     )
 
 
@@ -63,6 +69,7 @@ def diverged(leader: Leader) -> Diverged:
     reasons = ", ".join(f"{n} {reason}" for reason, n in counted.items() if reason != "stopped")
     return Diverged(
         f"the last {10 * leader.workers} pushes in a row were refused ({reasons}) at version"
-        f" {leader.store.version}; try a smaller learning rate, less momentum, or clip_norm"
-        " (--clip-norm)"
+        f" {leader.store.version}; try a smaller learning rate, less momentum (or, asynchronously,"
+        " psframe.optim.WorkerMomentum), clip_norm (--clip-norm), a rule against staleness such as"
+        " psframe.stale.Inverse() (--stale inverse), or psframe.WarmStart (--warm-start)"
     )

@@ -37,6 +37,8 @@ _TOLD = (
     "pushes",
     "warm_start",
     "stale",
+    "codec",
+    "pull_codec",
     "lr",
     "momentum",
     "nesterov",

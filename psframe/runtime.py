@@ -9,6 +9,7 @@ from typing import Any
 
 from psframe.cadence import parse_cadence
 from psframe.client import Worker
+from psframe.codecs import Codec
 from psframe.consistency import Async, Mode
 from psframe.host import Host
 from psframe.launcher import find_launcher, find_place, starting_mpi
@@ -47,6 +48,8 @@ def run(
     comm: Any = None,
     clip_norm: float | None = None,
     stale: Rule | None = None,
+    codec: Codec | None = None,
+    pull_codec: Codec | None = None,
     overwrite: bool = False,
     checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 3,
@@ -84,6 +87,8 @@ def run(
         comm: an mpi4py communicator to run in, duplicated; default all ranks.
         clip_norm: scale a gradient whose Euclidean norm is larger down to it.
         stale: what becomes of a stale gradient, one of `psframe.stale`; as it is, if None.
+        codec: what travels in place of a gradient, one of `psframe.codecs`; itself, if None.
+        pull_codec: the same for parameters: of what they differ by from those that the worker has.
         overwrite: replace what an earlier run wrote into run_dir.
         checkpoint_every: write a checkpoint into run_dir every so many updates, or every "30s",
             "5min" or "2h", and at the end. One that is due while another is being written is left
@@ -152,6 +157,8 @@ def run(
             max_updates=max_updates,
             clip_norm=clip_norm,
             stale=stale,
+            codec=codec,
+            pull_codec=pull_codec,
             score=score,
             trace=trace,
             spans=spans,
@@ -173,6 +180,8 @@ def run(
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),
             **({} if stale is None else {"stale": repr(checked.stale)}),
+            **({} if codec is None else {"codec": repr(checked.codec)}),
+            **({} if pull_codec is None else {"pull_codec": repr(checked.pull_codec)}),
             **({} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}),
             **({} if checked.timeout_s == TIMEOUT_S else {"timeout_s": checked.timeout_s}),
             **({"respawn": checked.respawn} if checked.respawn else {}),

@@ -13,6 +13,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
+from psframe.coding import PullCoder, Traffic
 from psframe.consistency import Policy
 from psframe.errors import MessageError
 from psframe.events import (
@@ -109,6 +112,10 @@ class Server(ABC):
         policy: who may go on.
         memory: where gradients lie and copied pulls go.
         correcting: corrects stale gradients, if any rule does.
+
+    Attributes:
+        coder: codes parameters on their way to workers; None if they go as they are.
+        pushed: bytes of what has stood for gradients, and of themselves.
     """
 
     def __init__(
@@ -125,6 +132,8 @@ class Server(ABC):
         self._may_start: Callable[[int], bool] = policy.may_start  # with the next step
         self.memory = memory
         self._correcting = correcting
+        self.coder: PullCoder | None = None
+        self.pushed = [0, 0]
         self.stopped = False
         self.gone = [False] * workers  # left or lost
         self.lost = [False] * workers
@@ -162,6 +171,13 @@ class Server(ABC):
     def outcome(self) -> Array:
         """What the run leaves of this shard: the parameters that are kept, or the last."""
         return self.store.params if self.kept is None else self.kept
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that have gone between this server and the workers, as far as codecs had them."""
+        pulled = Traffic() if self.coder is None else self.coder.traffic
+        pushed, dense = self.pushed
+        return Traffic(pushed, dense, pulled.pulled, pulled.pulled_dense)
 
     @property
     @abstractmethod
@@ -234,6 +250,9 @@ class Server(ABC):
                     self._release(worker, event.release)
                 if isinstance(event, Push):
                     self._received(event, fenced=False)
+                    if event.coded is not None:
+                        self.pushed[0] += len(event.coded)
+                        self.pushed[1] += self.store.params.nbytes
             self._last_seq[worker] = event.seq
         elif isinstance(event, Leave):
             self._leaving[worker] = True
@@ -334,25 +353,42 @@ class Server(ABC):
             return False
         if not (pinned or self._may_start(worker)):
             return False
+        free = self._hold[worker] == NO_BUFFER
+        if not free and (self._landed[worker] or not self.memory.in_place[worker]):
+            # Both are in use: it releases one first; or what it was answered before has not left.
+            return False
         answer.version = self._pinned_version if pinned else self.store.version
-        if self._hold[worker] == NO_BUFFER:
-            index = self.store.hold_again(self._pinned) if pinned else self.store.hold()
-            assert index is not None, "a buffer a worker, two for updates and one for a pin"
-            self._hold[worker] = answer.buffer = index
-        elif not self.memory.in_place[worker]:
-            return False  # until what it was answered before has left
-        elif not self._landed[worker]:
+        source = self.store.buffer(self._pinned) if pinned else self.store.params
+        mirror = self._code(answer, source, pinned=pinned) if self.coder is not None else None
+        if not free:
             # It still computes on a snapshot in place (a prefetch): one hold a worker.
-            source = self.store.buffer(self._pinned) if pinned else self.store.params
-            self.memory.landing(worker)[:] = source
+            self.memory.landing(worker)[:] = source if mirror is None else mirror
             self._landed[worker] = True
             answer.buffer = COPIED
         else:
-            return False  # both are in use: it releases one first
+            index: int | None
+            if mirror is not None:
+                index = self.store.hold_copy(lambda out: np.copyto(out, mirror))
+            else:
+                index = self.store.hold_again(self._pinned) if pinned else self.store.hold()
+            assert index is not None, "a buffer a worker, two for updates and one for a pin"
+            self._hold[worker] = answer.buffer = index
         if self._correcting is not None and not pinned:
-            self._correcting.granted(worker, alone=after_push)
+            copied = answer.buffer if mirror is not None and free else None
+            self._correcting.granted(worker, alone=after_push, copied=copied)
         self._out.append(answer)
         return True
+
+    def _code(self, answer: Answer, params: Array, *, pinned: bool) -> Array | None:
+        """Code parameters for a worker; what it decodes, or None if they go as they are."""
+        coder, worker = self.coder, answer.worker
+        assert coder is not None, "there is a codec"
+        found = None if pinned else coder.encode(worker, params)
+        if found is None:
+            coder.dense(worker, params)
+            return None
+        answer.coded, mirror = found
+        return mirror
 
     def _release(self, worker: int, release: int) -> None:
         if release & RELEASE_COPY:
@@ -442,6 +478,8 @@ class Server(ABC):
         self._release(worker, RELEASE_HOLD | RELEASE_COPY)
         if self._correcting is not None:
             self._correcting.forget(worker)
+        if self.coder is not None:
+            self.coder.forget(worker)
         self.policy.leave(worker)
         self._wake = True
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from psframe import optim, toml
 from psframe.cadence import parse_cadence
-from psframe.choices import ModeName, make_mode, mode_of, parse_stale
+from psframe.choices import ModeName, make_mode, mode_of, parse_codec, parse_stale
 from psframe.consistency import Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
@@ -124,6 +124,13 @@ class Settings:
 
     backup: int | None = None
     """with --mode bsp: workers that a round does not wait for; else 0"""
+
+    codec: str = "none"
+    """what travels in place of gradients: float16, bfloat16, topk=0.01, sign, qsgd=127 or
+    powersgd=4"""
+
+    pull_codec: str = "none"
+    """the same for parameters, of their difference to those that the worker has"""
 
     optimizer: Literal["sgd", "adagrad", "rmsprop", "adam", "adamw"] = "adagrad"
     """update rule, applied by the servers; adagrad bears stale gradients best"""
@@ -368,6 +375,8 @@ class Settings:
                 raise ArgumentError(f"{_flag(name)} goes with {other} only; drop one of them")
         self.consistency()
         parse_stale(self.stale)
+        parse_codec(self.codec, "--codec")
+        parse_codec(self.pull_codec, "--pull-codec")
         servers = self.placement()
         count = len(servers) if isinstance(servers, tuple) else servers
         if self.respawn and isinstance(count, int) and count > 1:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.client import Worker
+from psframe.codecs import Codec
 from psframe.consistency import Async, Mode
 from psframe.devices import HostDevice
 from psframe.draws import read_draws
@@ -73,13 +74,15 @@ def simulate(
     max_updates: int | None = None,
     clip_norm: float | None = None,
     stale: Rule | None = None,
+    codec: Codec | None = None,
+    pull_codec: Codec | None = None,
     observer: Observer | None = None,
 ) -> SimResult:
     """Run `work` on a simulated cluster; the same seed gives the same trace, byte for byte.
 
     Args:
-        work, params, optimizer, mode, servers, seed, max_updates, clip_norm, stale, observer: as
-            for `psframe.run`.
+        work, params, optimizer, mode, servers, seed, max_updates, clip_norm, stale, codec,
+            pull_codec, observer: as for `psframe.run`.
         workers: W >= 1; 1,000 are ordinary.
         compute_time_s: (rng, worker_index, clock) -> seconds from a worker's last answer with
             parameters to its next push; `clock` counts the pushes it has made, and `rng` is the
@@ -105,6 +108,8 @@ def simulate(
         max_updates=max_updates,
         clip_norm=clip_norm,
         stale=stale,
+        codec=codec,
+        pull_codec=pull_codec,
     )
     check_count("workers", workers, 1)
     if not callable(compute_time_s):
@@ -196,7 +201,9 @@ class Simulation:
         if leader.diverged:
             raise diverged(leader)
         params = np.concatenate([machine.store.params for machine in self.machines])
-        result = make_result(self._plan, summarise(leader), params, None)
+        result = make_result(
+            self._plan, summarise(leader, (m.traffic for m in self.machines[1:])), params, None
+        )
         time_s = virtual.now if self._stop_time is None else self._stop_time
         trace = np.frombuffer(self._rows, TRACE_DTYPE)
         return SimResult(**vars(result), time_s=time_s, trace=trace)

@@ -140,7 +140,12 @@ class _ThreadRun:
         if grace.request:
             raise interrupted_by(grace.request, leader.store.version, grace.saved)
         params = np.concatenate([machine.outcome for machine in self._machines])
-        return make_result(self._plan, summarise(leader), params, self._host.path)
+        return make_result(
+            self._plan,
+            summarise(leader, (m.traffic for m in self._machines[1:])),
+            params,
+            self._host.path,
+        )
 
     def _follow(self, server: int) -> None:
         try:

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # what follows takes a second to import, in which si
 
     sys.excepthook = _without_interrupts
 
-from psframe.choices import parse_stale
+from psframe.choices import parse_codec, parse_stale
 from psframe.closing import print_summary
 from psframe.data import Augmentation, Parts, load, prepare
 from psframe.devices import choose_device
@@ -244,6 +244,8 @@ def _prepare(
         resume=settings.resume,
         clip_norm=settings.clip_norm,
         stale=parse_stale(settings.stale),
+        codec=parse_codec(settings.codec, "--codec"),
+        pull_codec=parse_codec(settings.pull_codec, "--pull-codec"),
         timeout_s=settings.timeout_s,
         respawn=settings.respawn,
         config=settings.as_config(),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psframe.codecs import Codec
 from psframe.consistency import Async, Mode
 from psframe.data import Dataset, Parts
 from psframe.ending import Ending, name_of
@@ -97,7 +98,8 @@ class Trainer:
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
         servers, workers, overwrite, checkpoint_every, keep_checkpoints: as for `psframe.run`.
-        resume, clip_norm, stale, timeout_s, respawn, comm, config: as for `psframe.run`.
+        resume, clip_norm, stale, codec, pull_codec, timeout_s, respawn, comm, config: as for
+            `psframe.run`.
         run_dir: as for `psframe.run`; the weights go there, too, so that ``psframe evaluate`` and
             ``psframe predict`` find them, or `psframe.weights.load_weights`.
         callbacks: each is called on the root with each `EpochSummary`, once it is complete; one
@@ -132,6 +134,8 @@ class Trainer:
         resume: bool = False,
         clip_norm: float | None = None,
         stale: Rule | None = None,
+        codec: Codec | None = None,
+        pull_codec: Codec | None = None,
         timeout_s: float = TIMEOUT_S,
         respawn: int = 0,
         comm: Any = None,
@@ -176,6 +180,8 @@ class Trainer:
             "resume": resume,
             "clip_norm": clip_norm,
             "stale": stale,
+            "codec": codec,
+            "pull_codec": pull_codec,
             "timeout_s": timeout_s,
             "respawn": respawn,
             "config": config,

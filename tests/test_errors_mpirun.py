@@ -362,3 +362,28 @@ def test_a_death_before_mpi_has_started_is_told_and_bounded() -> None:
     assert done.returncode != 0
     for rank in (0, 2):
         assert f"rank {rank} ends: MPI has not started within 2 s" in done.stderr
+
+
+@pytest.mark.parametrize("elements", [100, 90_000])  # inside a message; behind it
+@pytest.mark.parametrize("venv", VENVS)
+def test_who_sends_what_is_no_payload_counts_as_lost(venv: str, elements: int) -> None:
+    """The others go on; that rank raises, and its program ends."""
+    done = subprocess.run(
+        [
+            ROOT / venv / "bin" / "mpirun",
+            "-n",
+            "4",
+            ROOT / venv / "bin" / "python",
+            ROOT / "tests" / "mpi" / "lying_job.py",
+            str(elements),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_BOUND_S,
+        env=bare(),
+        cwd=ROOT,
+        check=False,
+    )
+    assert "lost (2,), version 6" in done.stdout, done.stderr
+    assert f"got {2 * elements - 2} bytes, expected {2 * elements}" in done.stderr

@@ -32,6 +32,7 @@ FLOORS = (
         "consistency",
         "batches",
         "pacing",
+        "coding",
         "reads",
         "state",
         "blocks",

@@ -101,26 +101,38 @@ class _Encoder(ShardEncoder):
         super().__init__(layout, begin, end, self._sections.bytes, codec.error_feedback)
         self._scale = codec.scale
         dtype = layout.dtype
-        self._largest = float(np.finfo(dtype).max)
+        self._means = np.zeros(0)  # of what is being encoded with error feedback
         self._mean = compile_kernel(_mean_magnitude, dtype, "float <- read bool read")
         self._pack = compile_kernel(_pack, dtype, "none <- read bool write number write:u1")
 
+    def _stays_finite(self, grad: Array, residual: Array) -> bool:
+        if self._scale is not None:
+            return super()._stays_finite(grad, residual)
+        self._means = self._means_of(grad, residual)
+        return bool(np.isfinite(self._means).all())
+
     def _write(self, grad: Array, residual: Array | None, out: Array) -> int:
-        sections, has = self._sections, residual is not None
+        sections = self._sections
         scales = out[: sections.scales].view(self._dtype)
+        if residual is None:  # NaN says that a tensor is not finite
+            means = self._means_of(grad, None)
+            scales[:] = means if self._scale is None else self._scale
+            scales[~np.isfinite(means)] = np.nan
+        else:
+            scales[:] = self._means if self._scale is None else self._scale
         for i, (begin, end, _) in enumerate(sections.parts):
-            g = grad[begin:end]
             r = self._nothing if residual is None else residual[begin:end]
-            mean = self._mean(g, has, r)
-            if has:  # a sum of what is finite; rounding may have made it infinite
-                mean = min(mean, self._largest)
-            if not np.isfinite(mean):
-                scales[i] = np.nan
-            else:
-                scales[i] = mean if self._scale is None else self._scale
             first, last = sections.places[i]
-            self._pack(g, has, r, scales[i], out[first:last])
+            self._pack(grad[begin:end], residual is not None, r, scales[i], out[first:last])
         return self.bytes_max
+
+    def _means_of(self, grad: Array, residual: Array | None) -> Array:
+        """Average |gradient + residual| of each part; not finite where an element is not."""
+        means = np.empty(len(self._sections.parts))
+        for i, (begin, end, _) in enumerate(self._sections.parts):
+            r = self._nothing if residual is None else residual[begin:end]
+            means[i] = self._mean(grad[begin:end], residual is not None, r)
+        return means
 
 
 class _Decoder(ShardDecoder):

@@ -90,8 +90,7 @@ class TopK(FeedbackCodec):
         fraction = self.fraction
         if push < self.warmup:
             fraction = _WARMUP_FRACTION * (fraction / _WARMUP_FRACTION) ** (push / self.warmup)
-        # A product such as 100 * 0.07 = 7.000000000000001 is meant to be 7.
-        return min(size, max(1, math.ceil(size * fraction * (1.0 - 1e-15))))
+        return min(size, max(1, math.ceil(fraction * size)))
 
     def encoder(self, layout: Layout, begin: int, end: int, seed: Sequence[int]) -> ShardEncoder:
         return _Encoder(self, layout, begin, end)
@@ -128,6 +127,7 @@ class _Encoder(ShardEncoder):
         self._add = compile_kernel(_add, dtype, f"none <- read write write {scalars}")
         self._take = compile_kernel(_take, dtype, "none <- read read:u4 number write")
         self._clear = compile_kernel(_clear, dtype, "none <- read:u4 write")
+        self._scale = 1.0  # of the gradient that is being encoded with error feedback
         self._flat = Layout(("shard",), ((size,),), (0,), (size,), size, dtype)
 
     def encode(self, grad: Array, out: Array) -> int:
@@ -136,17 +136,21 @@ class _Encoder(ShardEncoder):
         return length
 
     def _stays_finite(self, grad: Array, residual: Array) -> bool:
-        return bool(self._stays(grad, self._velocity, residual, *self._scalars(grad)))
+        self._scale = self._clip_scale(grad)
+        velocity = self._velocity
+        has_velocity, momentum = bool(velocity.size), self._codec.momentum
+        return bool(self._stays(grad, velocity, residual, has_velocity, momentum, self._scale))
 
     def _write(self, grad: Array, residual: Array | None, out: Array) -> int:
         assert self._selection is not None, "an empty shard has no payload"
         count = self._codec.count(self._size, self._pushes)
-        has_velocity, momentum, scale = self._scalars(grad)
+        velocity = self._velocity
+        has_velocity, momentum = bool(velocity.size), self._codec.momentum
         if residual is not None:
-            self._add(grad, self._velocity, residual, has_velocity, momentum, scale)
+            self._add(grad, velocity, residual, has_velocity, momentum, self._scale)
             source, scale = residual, 1.0
         else:
-            source = grad  # its order is that of the clipped one
+            source, scale = grad, self._clip_scale(grad)  # which changes no order
         chosen = self._selection.select(source, count)
         head, values, indices = _sections(out, count, self._dtype)
         head[0] = count
@@ -155,17 +159,16 @@ class _Encoder(ShardEncoder):
         if residual is not None:
             self._clear(chosen, residual)
             if has_velocity:
-                self._clear(chosen, self._velocity)
+                self._clear(chosen, velocity)
         return _payload_bytes(count, self._dtype)
 
-    def _scalars(self, grad: Array) -> tuple[bool, float, float]:
-        """Give whether there is momentum, its factor, and that of the gradient."""
-        clip_norm, scale = self._codec.clip_norm, 1.0
-        if clip_norm is not None:
-            norm = GradientSlot(self._flat, grad).judge()[1]
-            if norm > clip_norm:  # not if the gradient is not finite: its norm is NaN
-                scale = clip_norm / norm
-        return bool(self._velocity.size), self._codec.momentum, scale
+    def _clip_scale(self, grad: Array) -> float:
+        """Give the factor of the gradient; 1 if that is not finite, as its norm is NaN."""
+        clip_norm = self._codec.clip_norm
+        if clip_norm is None:
+            return 1.0
+        norm = GradientSlot(self._flat, grad).judge()[1]
+        return clip_norm / norm if norm > clip_norm else 1.0
 
 
 class _Decoder(ShardDecoder):

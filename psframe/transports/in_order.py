@@ -54,7 +54,9 @@ class InOrder(Generic[_Item]):
         complete in order.
         """
         entry.waits = False
-        held = self.held[source]
+        held = self.held.get(source)
+        if held is None:
+            return  # what was held back has been dropped
         while held and not held[0].waits:
             self.ready.append(held.popleft().item)
         if not held:

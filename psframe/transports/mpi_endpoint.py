@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from psframe.codecs import Codec
+from psframe.coding import PullDecoder, payload_buffer
 from psframe.events import RELEASE_HOLD, Answer, FromWorker, Lease, Push
 from psframe.layout import Array, Layout
 from psframe.transports.in_order import InOrder
@@ -38,7 +40,9 @@ _STREAM_BYTES, _STREAM_FAR_BYTES = 32 << 10, 256 << 10
 class MpiEndpoint:
     """A worker's end; see `psframe.exchange.Endpoint`."""
 
-    def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
+    def __init__(
+        self, mesh: Mesh, layout: Layout, neighbours: Neighbours, pull_codec: Codec | None = None
+    ) -> None:
         self._mesh = mesh
         self._layout = layout
         self._neighbours = neighbours
@@ -61,6 +65,11 @@ class MpiEndpoint:
         self._turn = [0] * self.servers
         self._snapshots: dict[tuple[int, int], Array] = {}
         self._post: Post = Post(mesh.comm, watch=mesh.watch, bells=neighbours.bells())
+        # By server without shared memory, if parameters are coded.
+        self._decoders: list[PullDecoder | None] = [
+            None if pull_codec is None or near else PullDecoder(pull_codec, layout, begin, end)
+            for near, (begin, end) in zip(self.in_place, self._shards, strict=True)
+        ]
         self._limits = [
             Limits(
                 Link.SERVER_TO_WORKER,
@@ -72,8 +81,11 @@ class MpiEndpoint:
                 server=server,
                 # An answer without parameters is IN_PLACE on any link.
                 deliveries=_IN_PLACE if self.in_place[server] else _IN_PLACE | _SENT,
+                coded_bytes_max=None if decoder is None else decoder.bytes_max,
             )
-            for server, (begin, end) in enumerate(self._shards)
+            for server, ((begin, end), decoder) in enumerate(
+                zip(self._shards, self._decoders, strict=True)
+            )
         ]
         bell = neighbours.bell(range(self.servers))
         self._patience = Patience(neighbours.crowded, mesh.watch, bell)
@@ -89,6 +101,8 @@ class MpiEndpoint:
             return
         begin, end = self._shards[server]
         array = self._slots[message.slot][begin:end]
+        if message.coded is not None:
+            array = message.coded.data
         if message.arriving:
             delivery = Delivery.STREAMED if self.in_place[server] else Delivery.RANGE
             self._post.send(server, message, delivery, array)
@@ -239,17 +253,35 @@ class MpiEndpoint:
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         assert isinstance(answer, _ANSWERS), "the limits of the link allow no other"
         inbox = self._inbox
-        if delivery is _RANGE and isinstance(answer, Answer):
-            entry = inbox.hold(source, (source, answer))
-            requests = self._mesh.start_receive(self._land(source, answer), source)
-            self._transfers.add(requests, lambda: inbox.arrived(source, entry), peer=source)
-            return None
-        if delivery is _INLINE and isinstance(answer, Answer):
-            copy_inline(self._land(source, answer), buffer, payload_bytes)
+        if delivery in _SENT and isinstance(answer, Answer):
+            land = self._land(source, answer)
+            target = land if answer.coded is None else payload_buffer(payload_bytes)
+            if delivery is _RANGE:
+                entry = inbox.hold(source, (source, answer))
+
+                def arrived() -> None:
+                    self._landed(source, target, land)
+                    inbox.arrived(source, entry)
+
+                requests = self._mesh.start_receive(target, source)
+                self._transfers.add(requests, arrived, peer=source)
+                return None
+            copy_inline(target, buffer, payload_bytes)
+            self._landed(source, target, land)
         if not inbox.held:
             return source, answer
         inbox.add(source, (source, answer))
         return None
+
+    def _landed(self, server: int, came: Array, land: Array) -> None:
+        """Make parameters of what has come, if they are coded."""
+        decoder = self._decoders[server]
+        if decoder is None:
+            return
+        if came is land:
+            decoder.dense(land)
+        else:
+            decoder.decode(came, land)
 
     def _land(self, server: int, answer: Answer) -> Array:
         """Choose where the parameters land: not where the present ones may lie."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from psframe.codecs import Codec
+from psframe.coding import Coded, payload_buffer
 from psframe.errors import MessageError
 from psframe.events import (
     ALL_REQUESTS,
@@ -91,11 +93,15 @@ class MpiServerPort:
             answered within `receive`. None if there is nothing of the kind.
     """
 
-    def __init__(self, mesh: Mesh, layout: Layout, neighbours: Neighbours) -> None:
+    def __init__(
+        self, mesh: Mesh, layout: Layout, neighbours: Neighbours, codec: Codec | None = None
+    ) -> None:
         self._mesh = mesh
         self._neighbours = neighbours
         self._begin, self._end = layout.shards(neighbours.servers)[mesh.rank]
         self._elements = self._end - self._begin
+        self._decoder = None if codec is None else codec.decoder(layout, self._begin, self._end)
+        self._payloads: dict[tuple[int, int], Array] = {}  # by worker and slot, if they are coded
         self._dtype = layout.dtype
         self.workers = neighbours.workers
         size, count = self._end - self._begin, buffer_count(self.workers)
@@ -175,7 +181,7 @@ class MpiServerPort:
         if isinstance(answer, Lease) or answer.buffer == NO_BUFFER or self._shared[worker]:
             self._post.send(rank, answer)
             return
-        array = self.buffers[answer.buffer]
+        array = self.buffers[answer.buffer] if answer.coded is None else answer.coded.data
         if array.nbytes <= self._post.inline_bytes_max:
             self._post.send(rank, answer, Delivery.INLINE, array)
             self._events.append(Sent(worker))
@@ -278,7 +284,15 @@ class MpiServerPort:
             self._distrust(error.source if isinstance(error, TooLong) else source, error)
             return None
         if delivery is not _IN_PLACE and isinstance(event, Push):
-            if delivery is Delivery.RANGE:
+            if self._decoder is not None:
+                payload = self._payload(event, payload_bytes)
+                if delivery is Delivery.RANGE:
+                    self._receive_coded(source, event, payload)
+                    return None
+                copy_inline(payload, buffer, payload_bytes)
+                if not self._decode(source, event, payload):
+                    return None
+            elif delivery is Delivery.RANGE:
                 if self._neighbours.servers > 1:
                     self._receive_range(source, event)
                     return None
@@ -343,6 +357,36 @@ class MpiServerPort:
         requests = self._mesh.start_receive(self._gradient(push.worker, push.slot), source)
         self._transfers.add(requests, lambda: inbox.arrived(source, entry), peer=source)
 
+    def _payload(self, push: Push, n_bytes: int) -> Array:
+        """Where the payload of a gradient comes to lie."""
+        assert self._decoder is not None, "gradients are coded"
+        where = push.worker, push.slot
+        if where not in self._payloads:
+            self._payloads[where] = payload_buffer(self._decoder.bytes_max)
+        return self._payloads[where][:n_bytes]
+
+    def _receive_coded(self, source: int, push: Push, payload: Array) -> None:
+        inbox = self._inbox
+        entry = inbox.hold(source, push)
+
+        def arrived() -> None:
+            if self._decode(source, push, payload):
+                inbox.arrived(source, entry)
+
+        requests = self._mesh.start_receive(payload, source)
+        self._transfers.add(requests, arrived, peer=source)
+
+    def _decode(self, source: int, push: Push, payload: Array) -> bool:
+        """Make a gradient of its payload; False if it is none, and its worker lost."""
+        assert self._decoder is not None, "gradients are coded"
+        try:
+            self._decoder.decode(payload, self._gradient(push.worker, push.slot))
+        except MessageError as error:
+            self._distrust(source, error)
+            return False
+        push.coded = Coded(payload)  # to be counted
+        return True
+
     def _follow(self) -> bool:
         """Tell the machine what has been added to the oldest gradient that is being written.
 
@@ -398,8 +442,8 @@ class MpiServerPort:
         self._forget_streams(source)
         if source not in self._distrusted:
             self._distrusted.add(source)
-            name = self._mesh.names[source]
-            _log.error("worker %d (rank %s) counts as lost: %s", worker, name, error)
+            # Not in the next run either: of this one it may have messages under way.
+            self._mesh.watch.lose(source, f"it has sent what makes no sense: {error}")
             self._events.append(Lost(worker))
 
     def lose(self, source: int) -> None:
@@ -434,6 +478,11 @@ class MpiServerPort:
             return _SENT
         return _SHARED if self._neighbours.servers > 1 else _WRITTEN
 
+    def _coded_bytes_max(self, worker: int) -> int | None:
+        if self._decoder is None or self._shared[worker]:
+            return None
+        return self._decoder.bytes_max
+
     def _make_limits(self, rank: int, layout: Layout) -> Limits:
         servers, leads = self._neighbours.servers, self._mesh.rank == 0
         if rank < servers:
@@ -448,4 +497,5 @@ class MpiServerPort:
             inline_bytes_max=self._post.inline_bytes_max,
             worker=worker,
             deliveries=self._deliveries(worker),
+            coded_bytes_max=self._coded_bytes_max(worker),
         )

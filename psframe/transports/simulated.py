@@ -183,7 +183,10 @@ class VirtualTime:
         if self._unlimited:
             time = self.now + self._latency_s
         else:
-            gradient = self._shard_bytes[server] if isinstance(event, Push) else 0
+            gradient = 0
+            if isinstance(event, Push):
+                coded = event.coded
+                gradient = self._shard_bytes[server] if coded is None else len(coded)
             time = self._arrival(source, server, HEADER_BYTES + gradient)
         self.at(time, worker, self.deliver[server], event)
 
@@ -194,6 +197,8 @@ class VirtualTime:
             time = self.now + self._latency_s
         else:
             params = self._shard_bytes[server] if _brings_params(answer) else 0
+            if isinstance(answer, Answer) and answer.coded is not None:
+                params = len(answer.coded)
             time = self._arrival(server, self.servers + worker, HEADER_BYTES + params)
         self.at(time, worker, self.endpoints[worker].take_in, server, answer)
 

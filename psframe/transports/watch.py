@@ -75,6 +75,10 @@ class Unwatched:
     def look(self, now: float) -> None:
         """Look."""
 
+    def lose(self, rank: int, why: str) -> None:
+        """Count a rank as lost; there is nobody to tell."""
+        self.lost.add(rank)
+
     def close(self) -> None:
         """Look no more."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import copysign
 
+from psframe.coding import CODED
 from psframe.errors import MessageError
 from psframe.events import (
     ALL_REQUESTS,
@@ -16,6 +17,7 @@ from psframe.events import (
     Reason,
 )
 from psframe.wire.header import (
+    BIT4,
     COUNT_MAX,
     DELIVERY_BITS,
     HEADER,
@@ -142,7 +144,8 @@ def _decode_push(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Limit
     if reason or staleness:
         raise bad(fields, "(reason, staleness)", (reason, staleness), "0 both")
     if flags & 3 or n_payload or n_bytes != HEADER_BYTES or not limits.in_place:
-        delivery = _check_array(fields, n_bytes, limits)
+        coded = limits.coded_bytes_max is not None
+        delivery = _check_array(fields, n_bytes, limits, coded=coded)
     else:
         delivery = _IN_PLACE
     finite, want_params = flags & 4 != 0, flags & 8 != 0
@@ -177,8 +180,10 @@ def _decode_answer(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Lim
     _, _, flags, reason, worker, index, seq, version, staleness, norm, n_payload, pushed, log = (
         fields
     )
-    if flags > 15:
-        raise bad_flags(fields, 15)
+    coded = flags & BIT4 != 0
+    legal = 15 if limits.coded_bytes_max is None else 31
+    if flags > legal:
+        raise bad_flags(fields, legal)
     if not limits.worker_min <= worker <= limits.worker_max:
         raise bad_worker(fields, limits)
     if norm or copysign(1.0, norm) < 0.0:
@@ -191,7 +196,7 @@ def _decode_answer(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Lim
     if not 0 <= log <= COUNT_MAX:
         raise bad_count(fields, "log", log)
     if index == NO_BUFFER:
-        if version or n_payload or flags & 3 or n_bytes != HEADER_BYTES:
+        if version or n_payload or flags & 19 or n_bytes != HEADER_BYTES:
             raise bad(fields, "buffer", index, "one, since parameters are announced")
         delivery = _IN_PLACE
     else:
@@ -199,12 +204,14 @@ def _decode_answer(fields: Fields, buffer: ReadBuffer, n_bytes: int, limits: Lim
             raise bad(fields, "buffer", index, f"-2 to {limits.buffers - 1}, -1 if stopped")
         if not 0 <= version <= COUNT_MAX:
             raise bad_count(fields, "version", version)
-        if flags & 3 or n_payload or n_bytes != HEADER_BYTES or not limits.in_place:
-            delivery = _check_array(fields, n_bytes, limits)
+        if flags & 19 or n_payload or n_bytes != HEADER_BYTES or not limits.in_place:
+            delivery = _check_array(fields, n_bytes, limits, coded=coded)
         else:
             delivery = _IN_PLACE
     why = _REASONS[reason]
     answer = Answer(worker, seq, stopped, applied, why, pushed, staleness, index, version, log)
+    if coded:
+        answer.coded = CODED
     return answer, delivery, n_payload
 
 
@@ -222,7 +229,7 @@ def _check_no_update(fields: Fields, applied: bool) -> None:
         raise bad(fields, "staleness", staleness, f"0 to {COUNT_MAX}, negative only if refused")
 
 
-def _check_array(fields: Fields, n_bytes: int, limits: Limits) -> Delivery:
+def _check_array(fields: Fields, n_bytes: int, limits: Limits, *, coded: bool) -> Delivery:
     """Check how the array of a Push or an Answer arrives, and how much of it."""
     bits, payload_bytes = fields[2] & DELIVERY_BITS, fields[10]
     if bits not in limits.deliveries:
@@ -233,8 +240,14 @@ def _check_array(fields: Fields, n_bytes: int, limits: Limits) -> Delivery:
         raise bad(fields, "delivery", bits, "no STREAMED: only gradients are")
     if delivery and fields[1] == Kind.ANSWER and fields[5] == COPIED:
         raise bad(fields, "delivery", bits, f"0: the array has been copied (buffer {COPIED})")
-    expected = limits.shard_bytes if delivery else 0
-    if payload_bytes != expected:
+    if coded:
+        most = limits.coded_bytes_max or 0
+        if not delivery or delivery is Delivery.STREAMED:
+            raise bad(fields, "delivery", bits, "1 (INLINE) or 2 (RANGE) of what is coded")
+        if not 0 <= payload_bytes <= most:
+            raise bad(fields, "payload_bytes", payload_bytes, f"0 to {most}")
+    elif payload_bytes != (limits.shard_bytes if delivery else 0):
+        expected = limits.shard_bytes if delivery else 0
         raise bad(fields, "payload_bytes", payload_bytes, str(expected))
     inline_bytes = payload_bytes if delivery is Delivery.INLINE else 0
     if inline_bytes > limits.inline_bytes_max:

@@ -136,7 +136,10 @@ def _encode_answer(event: Answer, buffer: WriteBuffer, delivery: int, payload_by
         0,
         MAGIC,
         _ANSWER,
-        delivery + (4 if event.stopped else 0) + (8 if event.applied else 0),
+        delivery
+        + (4 if event.stopped else 0)
+        + (8 if event.applied else 0)
+        + (16 if delivery and event.coded is not None else 0),
         event.reason,
         event.worker,
         event.buffer,

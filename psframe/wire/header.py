@@ -184,11 +184,13 @@ class Limits:
     Attributes:
         link: who sends to whom.
         workers, servers: W and S.
-        shard_bytes: the only legal `payload_bytes` of an array.
+        shard_bytes: the only legal `payload_bytes` of an array that is not coded.
         inline_bytes_max: an INLINE array may not be longer.
         worker: the only worker that messages may name, if the link is one worker's.
         server: the only server that they may name, if it is known who sends.
         deliveries: the legal ways for an array to arrive.
+        coded_bytes_max: the most of one that is coded, as all gradients are then and parameters
+            may be; None if none are.
     """
 
     link: Link
@@ -199,6 +201,7 @@ class Limits:
     worker: int | None = None
     server: int | None = None
     deliveries: frozenset[Delivery] = frozenset(Delivery)
+    coded_bytes_max: int | None = None
     # What follows from these, computed once and not for every message.
     kinds: frozenset[Kind] = field(init=False, repr=False, compare=False)
     worker_min: int = field(init=False, repr=False, compare=False)
