@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,10 @@ __all__ = ["fail_together", "run_cluster"]
 _END_BOUND_S = 1.5
 _NO_REPLY = "it did not come to the end of the run"
 _EXIT_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+
+# What `work` calls of the worker: between a message's arrival and its handling no signal may raise,
+# or an answer would be lost. Rank 0 ends the run for it.
+_DELICATE = frozenset(f"psframe.{name}" for name in ("client", "leasing", "pending", "prefetch"))
 
 # The run of this program: a replacement, which begins with the first, can join no other.
 _runs = itertools.count()
@@ -200,22 +205,37 @@ class _ClusterRun:
             mesh, plan.layout, plan.servers, self._shared_memory, stays_open=stays_open
         )
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
+        self._share_signals(watch)
         with contextlib.closing(Pulse(watch, self.abort)):
             if mesh.rank == 0:
                 return self._lead(plan, neighbours, watch)
             ending = Ending(mesh)
-            if mesh.rank < plan.servers:
-                self._follow(plan, neighbours, watch)
-            else:
-                self._take_part(plan, neighbours, watch, ending)
-            ending.wait()
+            with self.interrupts.held():  # rank 0 has been told
+                if mesh.rank < plan.servers:
+                    self._follow(plan, neighbours, watch)
+                else:
+                    self._take_part(plan, neighbours, watch, ending)
+                ending.wait()
         summary, counted_out = json.loads(ending.summary), json.loads(ending.last_word)
         why = counted_out.get(str(mesh.rank))
         if why is not None:
             raise CountedOut(f"this rank ({mesh.name}) counts as lost: {why}")
         self._count_out(counted_out, watch)
-        error = self._outcome(summary, plan)
+        error = self._outcome(summary, plan) or self._late_interrupt()
         return make_result(plan, summary, None, None), error
+
+    def _share_signals(self, watch: Watch) -> None:
+        """Have rank 0 hear of the signals to all."""
+        if self.mesh.rank == 0:
+            watch.on_asked = self.interrupts.take
+            return
+        self.interrupts.pass_on = watch.beats.ask
+        if self.interrupts.asked:
+            watch.beats.ask(signal.Signals[self.interrupts.asked])
+
+    def _late_interrupt(self) -> KeyboardInterrupt | None:
+        """The interrupt that came when the run was over."""
+        return KeyboardInterrupt(self.interrupts.pending) if self.interrupts.pending else None
 
     def _share_restart(self, plan: Plan) -> Exception | None:
         """Tell every rank of the checkpoints; the error, on all, if one cannot be read."""
@@ -289,13 +309,15 @@ class _ClusterRun:
             return json.dumps(counted_out).encode()
 
         try:
-            port.close()
-            params, traffic = self._collect(plan, leader, bound_s)
-            summary["traffic"] = vars(traffic)
-            told = json.dumps(summary).encode()
-            self.absent = tell_end(self.mesh, told, last_word, bound_s)
+            with self.interrupts.held():  # the others wait for it
+                port.close()
+                params, traffic = self._collect(plan, leader, bound_s)
+                summary["traffic"] = vars(traffic)
+                told = json.dumps(summary).encode()
+                self.absent = tell_end(self.mesh, told, last_word, bound_s)
         except RankLost as lost:
             raise lost from error
+        error = error or self._late_interrupt()
         if error is None:
             with self.interrupts.held():  # it is complete, whatever comes now
                 self.host.verdict("completed", updates=summary["version"])
@@ -428,8 +450,12 @@ class _ClusterRun:
             decline(endpoint, error)
         else:
             with limited_threads(neighbours.ranks_here):
-                self._error = take_part(self._work, worker)
+                self._error = take_part(self._interruptible_work, worker)
         endpoint.close()
+
+    def _interruptible_work(self, worker: Worker) -> None:
+        with self.interrupts.released(_DELICATE):
+            self._work(worker)
 
     # ---- the end -------------------------------------------------------------------------
 
@@ -489,7 +515,10 @@ class _ClusterRun:
     def abort(self, error: BaseException) -> None:
         """End the whole job: the others cannot be told otherwise any more."""
         self.verdict_of(error)
-        what = "".join(traceback.format_exception(error))
+        if _was_interrupted(error):  # there is nothing to be found in the stack
+            what = "".join(traceback.format_exception_only(error))
+        else:
+            what = "".join(traceback.format_exception(error))
         sys.stdout.flush()
         print(f"psframe: rank {self.mesh.name} ends the job:\n{what}", file=sys.stderr, flush=True)
         self.mesh.abort(_EXIT_INTERRUPTED if _was_interrupted(error) else 1)

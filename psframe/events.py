@@ -161,6 +161,11 @@ class Failure:
     message: str
     traceback: str
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was the user, or the launcher."""
+        return self.type == KeyboardInterrupt.__name__
+
 
 # ---- worker to server ------------------------------------------------------------------
 

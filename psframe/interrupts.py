@@ -1,6 +1,7 @@
 """Signals: SIGTERM and SIGINT interrupt, SIGUSR1 and SIGUSR2 ask for a checkpoint and an end.
 
-Of the former, first the verdict, then KeyboardInterrupt where it does no harm.
+Of the former, first the verdict, then KeyboardInterrupt where it does no harm. What is rank 0's to
+do is passed on to it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -58,12 +59,15 @@ class Interrupts:
     Attributes:
         pending: the name of the signal that waits, or empty.
         asked: the name of the first signal that asks for an end in good order, or empty.
+        pass_on: called with every signal that does not raise here, for whom it concerns.
     """
 
     def __init__(self, verdict: Callable[[str], None]) -> None:
         self._verdict = verdict
         self._before: dict[signal.Signals, Any] = {}
         self._held = False
+        self._delicate: Collection[str] = ()
+        self.pass_on: Callable[[int], None] = _nothing
         self.pending = ""
         self.asked = ""
 
@@ -84,16 +88,42 @@ class Interrupts:
             # None: a handler that C code has set, and that only C code could set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
-        self._verdict = _nothing  # it refers to a run, whose memory goes with its last reference
+        # They refer to a run, whose memory goes with its last reference.
+        self._verdict = self.pass_on = _nothing
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Let the first signal wait for `check`."""
-        self._held = True
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
+
+    @contextlib.contextmanager
+    def released(self, delicate: Collection[str] = ()) -> Iterator[None]:
+        """Raise at once, inside of `held`; also what waits.
+
+        Args:
+            delicate: names of modules; while a function of theirs runs, the first signal waits.
+
+        Raises:
+            KeyboardInterrupt: one waits.
+        """
+        self._held, self._delicate = False, delicate
+        try:
+            self.check()
+            yield
+        finally:
+            self._held, self._delicate = True, ()
+
+    def take(self, number: int) -> None:
+        """Take a signal that has come to another rank; one that interrupts waits for `check`."""
+        if number in _REQUESTS:
+            self._ask(number, None)
+        elif not self.pending:
+            self.pending = signal.Signals(number).name
+            self._verdict(f"{self.pending} received")
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that waits, if one does."""
@@ -103,15 +133,24 @@ class Interrupts:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or signal.Signals(number).name
+        self.pass_on(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self._verdict(f"{name} received")
-        if self._held and not self.pending:
+        if not self.pending and (self._held or self._is_delicate(frame)):
             self.pending = name
+            self.pass_on(number)
             return
         raise KeyboardInterrupt(name)
 
+    def _is_delicate(self, frame: FrameType | None) -> bool:
+        while frame is not None and self._delicate:
+            if frame.f_globals.get("__name__") in self._delicate:
+                return True
+            frame = frame.f_back
+        return False
 
-def _nothing(reason: str) -> None:
+
+def _nothing(what: object) -> None:
     pass

@@ -42,6 +42,7 @@ class Marks:
     Args:
         every: after so many updates; None for never.
         at_end: when the run is over without a failure.
+        at_interrupt: when it is over because a worker's `work` was interrupted.
 
     Raises:
         ValueError: `every` is not 1 or more.
@@ -49,6 +50,7 @@ class Marks:
 
     every: int | None = None
     at_end: bool = False
+    at_interrupt: bool = False
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
@@ -147,13 +149,18 @@ class MarkingServer(WorkServer):
         """Have the end of the run marked, whatever was said before."""
         self._marks = replace(self._marks, at_end=True)
 
+    def mark_interrupt(self) -> None:
+        """Have the end of the run marked, too, should a worker's `work` be interrupted."""
+        self._marks = replace(self._marks, at_interrupt=True)
+
     def _mark_end(self) -> bool:
         """Mark the end of the run, if that is wanted; True if it is to be made later.
 
         Then the snapshot that is pinned stays so until it is.
         """
-        wanted = self._marks.at_end and self.failure is None and not self.diverged
-        if not wanted or self.store.version == self._began_at:
+        marks, failure = self._marks, self.failure
+        wanted = marks.at_end if failure is None else marks.at_interrupt and failure[1].interrupted
+        if not wanted or self.diverged or self.store.version == self._began_at:
             return False
         if self._unsaved:
             # Now: what is answered from here on, because it is over, is not of the run.

@@ -255,16 +255,21 @@ class Grace:
         if self._deadline is None:
             self._deadline = now + _GRACE_S
         elif now > self._deadline:
-            failure = leader.failure
             busy = [worker for worker, gone in enumerate(leader.gone) if not gone]
+            if self._interrupted and leader.marking and not busy:
+                return  # what it has learned is worth the wait, if the launcher waits
             others = "a checkpoint" if leader.marking else "the other servers"
             who = f"workers {busy}" if busy else others
             raise Overdue(
                 f"{who} did not come back within {_GRACE_S:.0f} s after the run had"
                 f" ended: {self._why()}",
-                interrupted=self.interrupt is not None
-                or (failure is not None and failure[1].type == KeyboardInterrupt.__name__),
+                interrupted=self._interrupted,
             )
+
+    @property
+    def _interrupted(self) -> bool:
+        failure = self.leader.failure
+        return self.interrupt is not None or (failure is not None and failure[1].interrupted)
 
     def _why(self) -> str:
         if self.leader.failure is not None:
@@ -288,6 +293,8 @@ def serve_first(grace: Grace, port: ServerPort, host: Host, plan: Plan) -> None:
     leader, interrupts = grace.leader, grace.interrupts
     host.watch(lambda: leader.store.version)
     saver = host.saver(plan, leader)
+    if saver is not None:
+        leader.mark_interrupt()
     marks = [time.monotonic() + plan.every_s] if plan.every_s is not None else []
 
     def observe(event: HostEvent) -> None:

@@ -30,7 +30,14 @@ from psframe.choices import parse_codec, parse_stale
 from psframe.closing import print_summary
 from psframe.data import Augmentation, Parts, load, prepare
 from psframe.devices import choose_device
-from psframe.errors import ArgumentError, Interrupted, LaunchError, PsframeError, RankLost
+from psframe.errors import (
+    ArgumentError,
+    Interrupted,
+    LaunchError,
+    PsframeError,
+    RankLost,
+    WorkerFailed,
+)
 from psframe.interrupts import noting_requests
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
@@ -144,6 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         _fail(error, rank)
         return PREEMPTED
+    except WorkerFailed as error:
+        if error.type != KeyboardInterrupt.__name__:
+            return _fail(error, rank)
+        if rank == 0:
+            what = f"psframe: interrupted: rank {error.rank} received {error.message}"
+            print(what, file=sys.stderr, flush=True)
+        return INTERRUPTED
     except (PsframeError, OSError) as error:
         return _fail(error, rank)
     except Exception as error:

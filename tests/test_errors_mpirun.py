@@ -387,3 +387,20 @@ def test_who_sends_what_is_no_payload_counts_as_lost(venv: str, elements: int) -
     )
     assert "lost (2,), version 6" in done.stdout, done.stderr
     assert f"got {2 * elements - 2} bytes, expected {2 * elements}" in done.stderr
+
+
+@pytest.mark.parametrize("venv", VENVS)
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)], ids=len)
+def test_signals_to_all_ranks_leave_a_checkpoint_and_no_stack(
+    start: Callable[..., Job], venv: str, numbers: tuple[signal.Signals, ...]
+) -> None:
+    """As of a scheduler that tells the ranks themselves, perhaps twice; the launcher waits."""
+    job = start(venv, "signals")
+    job.wait_until_in_place()
+    for number in numbers:
+        for pid in job.pids():
+            os.kill(pid, number)
+    assert job.end()["state"] == "interrupted"
+    ends = [line for line in job.text.splitlines() if "ends the job" in line]
+    assert not ends, job.text
+    assert list((job.folder / "run" / "checkpoints").glob("v*/manifest.json"))

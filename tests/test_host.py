@@ -172,3 +172,50 @@ def test_outside_of_the_main_thread_nothing_is_handled() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_signal_is_passed_on_where_it_does_not_raise() -> None:
+    """To rank 0, which takes it as its own."""
+    passed: list[int] = []
+    said: list[str] = []
+    first = Interrupts(said.append)
+    with Interrupts(lambda reason: None) as other, other.held():
+        other.pass_on = passed.append
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert passed == [signal.SIGUSR1, signal.SIGTERM]
+    for one in passed:
+        first.take(one)
+    assert (first.asked, first.pending, said) == ("SIGUSR1", "SIGTERM", ["SIGTERM received"])
+
+
+def test_what_is_held_is_raised_where_it_is_released() -> None:
+    with Interrupts(lambda reason: None) as interrupts, interrupts.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"), interrupts.released():
+            pass
+        with pytest.raises(KeyboardInterrupt, match="SIGINT"), interrupts.released():
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.pending == "SIGINT"
+
+
+def test_a_signal_in_the_middle_of_a_delicate_function_waits() -> None:
+    """Whatever that has called."""
+    delicate: dict[str, Any] = {"__name__": "psframe.client", "os": os}
+    exec("def call(function): function()", delicate)
+
+    def receive() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with Interrupts(lambda reason: None) as interrupts, interrupts.held():
+        passed: list[int] = []
+        interrupts.pass_on = passed.append
+        with interrupts.released(["psframe.client"]):
+            delicate["call"](receive)
+            assert passed == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):  # a second does not wait
+                delicate["call"](receive)
+        interrupts.pending = ""
+        with pytest.raises(KeyboardInterrupt), interrupts.released(["psframe.client"]):
+            receive()

@@ -137,6 +137,23 @@ def test_an_interrupt_is_let_through_and_has_its_grace(monkeypatch: pytest.Monke
         grace.check()
 
 
+def test_a_checkpoint_of_an_interrupted_run_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher may wait, or not; of a worker that does not come back that is no matter."""
+    now = [0.0]
+    monkeypatch.setattr(roles.time, "monotonic", lambda: now[0])
+    leader = make()
+    assert isinstance(leader, Leader)
+    leader.mark_interrupt()
+    grace = Grace(leader, Interrupts(print))
+    leader.store.version = 1  # since it began
+    for worker in range(2):
+        handle(leader, Leave(worker, Failure("KeyboardInterrupt", "SIGTERM", "")))
+    assert leader.marking
+    for _ in range(3):
+        now[0] += 10 * roles._GRACE_S
+        grace.check()
+
+
 # ---- words -----------------------------------------------------------------------------------
 
 

@@ -231,6 +231,18 @@ def test_a_look_at_the_processes_may_come_into_another(monkeypatch: pytest.Monke
     processes.close()
 
 
+def test_a_signal_that_a_rank_tells_of_is_taken_once() -> None:
+    desk = Desk()
+    taken: list[int] = []
+    desk.watch.on_asked = taken.append
+    desk.lines.beats[2].ask(signal.SIGUSR1)
+    desk.pass_time(1, 1, 2, 3)
+    desk.lines.beats[2].ask(signal.SIGTERM)
+    desk.lines.beats[2].ask(signal.SIGUSR2)  # too late
+    desk.pass_time(1, 1, 2, 3)
+    assert taken == [signal.SIGUSR1, signal.SIGTERM]
+
+
 # ---- what was under way ----
 
 
@@ -349,11 +361,14 @@ class FakeStatus:
 class BeatComm:
     def __init__(self, receive: FakeRequest, sends: dict[int, FakeRequest]) -> None:
         self.receive, self.sends = receive, sends
+        self.buffers: dict[int, bytearray] = {}
 
     def Send_init(self, buffer: bytearray, rank: int, tag: int) -> FakeRequest:
+        self.buffers[rank] = buffer
         return self.sends[rank]
 
     def Recv_init(self, buffer: bytearray, source: int, tag: int) -> FakeRequest:
+        self.buffers[source] = buffer
         return self.receive
 
 
@@ -365,9 +380,13 @@ def test_messages_are_counted_and_the_dead_are_left_out() -> None:
     )
     messages = Messages(comm, [1, 3], -1, FakeStatus(), 4)
     beats = Beats(None, {}, messages)
+    beats.ask(signal.SIGUSR1)
     beats.beat()  # of which rank 1 hears nothing
+    assert comm.buffers[3][0] == signal.SIGUSR1
+    comm.buffers[-1][0] = signal.SIGTERM
     messages.receive()
     assert (beats.count(3), beats.count(1)) == (2, 0)
+    assert (beats.asked(3), beats.asked(1)) == (signal.SIGTERM, 0)
     with pytest.raises(RuntimeError):
         messages.receive()  # who hears any has to know
     one = Messages(BeatComm(FakeRequest([failure]), {}), [], 0, FakeStatus(), 4)

@@ -1,12 +1,14 @@
 """Signs of life: a counter in shared memory, and a small message now and then where there is none.
 
-They come from a thread of their own, so that a rank that computes for minutes is not silent, and
-one that is stopped is.
+With them goes what a rank has been asked for by a signal, which is rank 0's to grant. They come
+from a thread of their own, so that a rank that computes for minutes is not silent, and one that is
+stopped is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +17,9 @@ __all__ = ["BEAT_LINE", "Beats", "Messages"]
 # The line of a segment's first page in which its maker counts.
 BEAT_LINE = 31
 _MESSAGE_BYTES = 8
+# Words of the line.
+_COUNT, _ASKED = 0, 1
+_LAST_WORDS = (signal.SIGTERM, signal.SIGINT)  # nothing that comes after them replaces them
 
 
 class Messages:
@@ -29,14 +34,20 @@ class Messages:
 
     Attributes:
         heard: by rank, how many have come.
+        asked: by rank, the number of the signal that they told of last.
+        asks: the number of the signal that this rank tells of; 0 for none.
     """
 
     def __init__(self, comm: Any, peers: Iterable[int], source: int, status: Any, tag: int) -> None:
         self.heard: dict[int, int] = {}
         self._status = status
         self._of_one = source >= 0
-        self._sends = {r: comm.Send_init(bytearray(_MESSAGE_BYTES), r, tag) for r in peers}
-        self._receive: Any = comm.Recv_init(bytearray(_MESSAGE_BYTES), source, tag)
+        self.asked: dict[int, int] = {}
+        self.asks = 0
+        self._outboxes = {rank: bytearray(_MESSAGE_BYTES) for rank in peers}
+        self._sends = {r: comm.Send_init(box, r, tag) for r, box in self._outboxes.items()}
+        self._inbox = bytearray(_MESSAGE_BYTES)
+        self._receive: Any = comm.Recv_init(self._inbox, source, tag)
         self._receive.Start()
 
     def send(self) -> None:
@@ -44,6 +55,7 @@ class Messages:
         for rank, request in tuple(self._sends.items()):
             try:
                 if request.Test():
+                    self._outboxes[rank][0] = self.asks
                     request.Start()
             except RuntimeError:  # MPI's: it is dead, which the calls that matter will notice
                 del self._sends[rank]
@@ -65,6 +77,7 @@ class Messages:
                 return
             source = self._status.source
             self.heard[source] = self.heard.get(source, 0) + 1
+            self.asked[source] = self._inbox[0]
             self._receive.Start()
 
     def close(self, lost: Iterable[int]) -> None:
@@ -96,11 +109,12 @@ class Beats:
         self._own = None if own is None else own.cast("q")
         self._counts = {rank: line.cast("q") for rank, line in lines.items()}
         self.messages = messages
+        self._asks = 0
 
     def beat(self) -> None:
         """Show that this rank lives."""
         if self._own is not None:
-            self._own[0] += 1
+            self._own[_COUNT] += 1
         if self.messages is not None:
             self.messages.send()
 
@@ -108,6 +122,24 @@ class Beats:
         """How often a rank has shown that it lives; a number that grows."""
         words = self._counts.get(rank)
         if words is not None:
-            count: int = words[0]
+            count: int = words[_COUNT]
             return count
         return 0 if self.messages is None else self.messages.heard.get(rank, 0)
+
+    def ask(self, number: int) -> None:
+        """Tell of a signal from now on, with every sign; it may be called in its handler."""
+        if self._asks in _LAST_WORDS:
+            return
+        self._asks = number
+        if self._own is not None:
+            self._own[_ASKED] = number
+        if self.messages is not None:
+            self.messages.asks = number
+
+    def asked(self, rank: int) -> int:
+        """Give the number of the signal that a rank tells of; 0 for none."""
+        words = self._counts.get(rank)
+        if words is not None:
+            number: int = words[_ASKED]
+            return number
+        return 0 if self.messages is None else self.messages.asked.get(rank, 0)

@@ -101,6 +101,7 @@ class Watch(Unwatched):
         why: of each of them, the reason.
         due: when to look again, by the monotonic clock; infinite before `start`.
         on_lost: called with each rank that is lost, and why, once; may raise.
+        on_asked: called with the signal that a watched rank tells of.
         last_message: rank -> a number that its messages have, and that grows, for the error; -1
             if it has none.
         over: called with every look: tells, if the run has ended without this rank, why it counts
@@ -125,6 +126,7 @@ class Watch(Unwatched):
         self.lost = set()
         self.why: dict[int, str] = {}
         self.on_lost: Callable[[int, str], None] = _ignore
+        self.on_asked: Callable[[int], None] | None = None
         self.last_message: Callable[[int], int] | None = None
         self.over: Callable[[], str | None] | None = None
         self.fatal: RankLost | None = None
@@ -140,6 +142,7 @@ class Watch(Unwatched):
         # By rank: signs of life and messages, how many, and when there was last one more.
         self._signs: dict[int, tuple[int, float]] = {}
         self._messages: dict[int, tuple[int, float]] = {}
+        self._asked: dict[int, int] = {}
         self._looked = 0.0
         self._losing = threading.Lock()  # held for a moment, by one who calls nobody
 
@@ -213,6 +216,7 @@ class Watch(Unwatched):
             if rank in self.lost:
                 continue
             self._note_message(rank, now)
+            self._note_signal(rank)
             count, when = self._signs[rank]
             there = self.beats.count(rank)
             if there != count:
@@ -249,7 +253,7 @@ class Watch(Unwatched):
         self.due = math.inf
         if self.beats.messages is not None:
             self.beats.messages.close(self.lost)
-        self.on_lost, self.last_message, self.over = _ignore, None, None
+        self.on_lost, self.on_asked, self.last_message, self.over = _ignore, None, None, None
         if not self.left_behind:
             self.processes.close()
 
@@ -282,6 +286,12 @@ class Watch(Unwatched):
             number = self.last_message(rank)
             if number != self._messages[rank][0]:
                 self._messages[rank] = number, now
+
+    def _note_signal(self, rank: int) -> None:
+        number = self.beats.asked(rank)
+        if number and number != self._asked.get(rank) and self.on_asked is not None:
+            self._asked[rank] = number
+            self.on_asked(number)
 
     def _last_words(self, rank: int) -> str:
         number, when = self._messages.get(rank, (-1, 0.0))

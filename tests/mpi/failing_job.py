@@ -40,6 +40,8 @@ def observe(event: Any) -> None:
 def work(worker: psframe.Worker) -> None:
     last = worker.index == worker.count - 1
     worker.pull()
+    if WHAT == "signals":
+        worker.push_pull(ONES)  # something to be saved
     in_place()
     if WHAT == "observer":
         for _ in worker.leases(10, 1):

@@ -99,13 +99,15 @@ def _spend(seconds: float, alive: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_signal_to_every_rank_ends_the_run_with_a_checkpoint(folder: Path) -> None:
+@pytest.mark.parametrize("to_root", [True, False])
+def test_a_signal_to_any_rank_ends_the_run_with_a_checkpoint(folder: Path, to_root: bool) -> None:
     def endless(worker: psframe.Worker) -> None:
         params = worker.pull()
         while True:
             params = worker.push_pull({name: params[name] for name in PARAMS})
             if worker.index == 0 and params.version > 9:
-                os.kill(root, signal.SIGUSR1)
+                if to_root:
+                    os.kill(root, signal.SIGUSR1)
                 os.kill(os.getpid(), signal.SIGUSR1)
 
     root: int = WORLD.bcast(os.getpid(), 0)
