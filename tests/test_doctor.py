@@ -702,6 +702,45 @@ def test_an_mpi_that_is_not_there_is_an_error(venv: str) -> None:
 
 
 @needs_mpi
+@pytest.mark.parametrize("venv", VENVS)
+def test_too_few_files_for_mpi_are_told(venv: str) -> None:
+    """MPICH's launcher would kill every rank, the one that is to say so included."""
+    few = ("bash", "-c", 'ulimit -n 32; exec "$@"', "few")
+    done = doctor(venv, launch=(*few, *mpirun(venv, "-n", "2")))
+    assert done.returncode != 0
+    assert "each rank may open 32 files" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@needs_mpi
+def test_findings_that_cannot_be_printed_are_an_error() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [ROOT / VENVS[0] / "bin" / "python", "-m", "psframe.doctor"],
+            cwd=ROOT,
+            env=bare(),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=BOUND_S,
+            check=False,
+        )
+    assert done.returncode == 1
+    what = "psframe: error: the findings cannot be printed: No space left on device\n"
+    assert done.stderr.endswith(what)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(".venv" not in VENVS, reason="needs .venv of `make test`")
+def test_a_home_that_is_not_set_is_the_remedy() -> None:
+    done = doctor(".venv", launch=("env", "-u", "HOME"))
+    assert done.returncode == 1
+    assert "set HOME" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@needs_mpi
 def test_an_interrupt_ends_it_without_a_traceback() -> None:
     process = subprocess.Popen(
         [ROOT / VENVS[0] / "bin" / "python", "-u", "-c", INTERRUPTED],

@@ -76,8 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = diagnose(case)
     try:
         show(rows, as_json=flags.json, launched=launched is not None, stream=sys.stdout)
-    except OSError:  # a reader that has gone, or a full disk; the status tells
+    except BrokenPipeError:  # a reader that has seen enough
         give_up_printing()
+    except OSError as error:
+        give_up_printing()
+        what = f"psframe: error: the findings cannot be printed: {error.strerror or error}"
+        print(what, file=sys.stderr, flush=True)
+        return 1
     return exit_status(rows)
 
 
@@ -117,7 +122,7 @@ def _examine(run_dir: str | None, timeout_s: float, rank: int) -> tuple[Case, in
 def _later(mpi: Any, facts: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
     """Give the questions of this process alone that depend on what MPI there is."""
     vendor = mpi.get("vendor") if isinstance(mpi, Mapping) else None
-    probes: dict[str, Callable[[], Any]] = {"root_allowed": _root_allowed}
+    probes: dict[str, Callable[[], Any]] = {"root_allowed": _root_allowed, "home": _home}
     if facts["launcher"] is None:
         probes["mpirun"] = lambda: _mpirun(vendor)
     if vendor is not None and mpi["cuda"]["value"] is None and facts["gpus"].get("devices"):
@@ -128,6 +133,10 @@ def _later(mpi: Any, facts: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
 def _root_allowed() -> bool:
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     return all(os.environ.get(name) == "1" for name in names)
+
+
+def _home() -> bool:
+    return "HOME" in os.environ
 
 
 def _mpirun(vendor: str | None) -> dict[str, str]:

@@ -21,6 +21,12 @@ def judge_launch(case: Case) -> Finding:
             case.lone,
             "take the mpirun of the MPI that mpi4py uses: psframe launch -n 4 -- ... finds it",
         )
+    if not case.met and case.own("home") is False:
+        return Finding(
+            Verdict.ERROR,
+            f"MPI did not start, or the ranks did not meet: {case.trouble}",
+            "set HOME, without which Open MPI does not start",
+        )
     if not case.met:
         return Finding(
             Verdict.ERROR,

@@ -30,6 +30,7 @@ __all__ = ["meet"]
 _HELLO = struct.Struct("<qi16s")
 _LENGTH = struct.Struct("<q")
 _ELEMENTS = 1024
+_FILES_MIN = 64  # MPICH has started with 40, and been killed with 32
 _REFUSED_MAX = 4  # of the ranks that refuse their memory: one tells as much as all
 
 
@@ -48,6 +49,7 @@ def meet(facts: Mapping[str, Any], folder: str, timeout_s: float) -> dict[str, A
     Raises:
         Unknown: MPI did not start, or the ranks did not meet.
     """
+    _check_files(facts["limits"])
     command = [sys.executable, "-m", "psframe.doctor.ranks"]
     with _spoken_to_by_the_launcher():
         found = ask(command, timeout_s=timeout_s, given={"facts": dict(facts), "folder": folder})
@@ -56,6 +58,19 @@ def meet(facts: Mapping[str, Any], folder: str, timeout_s: float) -> dict[str, A
     if "trouble" in found:
         raise Unknown(str(found["trouble"]))
     return found
+
+
+def _check_files(limits: Mapping[str, Any]) -> None:
+    """Tell of too few files before MPICH does: its launcher kills all ranks, this one included.
+
+    Raises:
+        Unknown: MPI cannot start with so few.
+    """
+    files = limits.get("files")
+    if files is not None and files < _FILES_MIN and find_launcher() is not None:
+        raise Unknown(
+            f"each rank may open {files} files, and MPI needs {_FILES_MIN} to start: ulimit -n"
+        )
 
 
 @contextmanager
