@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -85,11 +86,15 @@ class EpochSums:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.start = self._begin = clock()
+        # Of an epoch that goes on: how long it had taken, until somebody works on it again.
+        self._carried: float | None = None
         self._loss, self._losses = 0.0, 0
         self._times: dict[str, float] = {}
 
     def add(self, event: Logged) -> None:
         """Add what a worker tells of some of its steps."""
+        if self._carried is not None:
+            self._begin, self._carried = self._clock() - self._carried, None
         for key in _LOSSES:
             total, count = event.sums.get(key, (0.0, 0))
             self._loss += total
@@ -109,7 +114,13 @@ class EpochSums:
     def state(self) -> dict[str, Any]:
         """Give what has been added and not been taken, as plain data."""
         times = {key: plain_number(value) for key, value in self._times.items()}
-        return {"loss": plain_number(self._loss), "losses": self._losses, "times": times}
+        seconds = self._clock() - self._begin if self._carried is None else self._carried
+        return {
+            "loss": plain_number(self._loss),
+            "losses": self._losses,
+            "times": times,
+            "seconds": plain_number(seconds),
+        }
 
     def restore(self, fields: Fields) -> None:
         """Go on from a state.
@@ -120,6 +131,9 @@ class EpochSums:
         self._loss, self._losses = fields.number("loss"), fields.count("losses")
         times = fields.part("times")
         self._times = {key: times.number(key) for key in TIMES if key in times}
+        # A checkpoint of before they were told gives no speed for that epoch.
+        self._carried = max(fields.number("seconds"), 0.0) if "seconds" in fields else None
+        self._begin = math.inf
 
     def take(self, event: EpochDone) -> dict[str, float]:
         """Take all that is known of an epoch that is done: fields of an `EpochSummary`."""
@@ -130,7 +144,7 @@ class EpochSums:
         fields["staleness_mean"] = event.staleness_mean
         fields.update({key: round(seconds, 6) for key, seconds in self._times.items()})
         self._times.clear()
-        self._begin = now
+        self._begin, self._carried = now, None
         return fields
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from psframe.events import EpochDone, Evaluated, Logged
-from psframe.history import EpochSummary, History, evaluation_metrics, score
+from psframe.history import EpochSummary, EpochSums, History, evaluation_metrics, score
+from psframe.state import Fields
 
 
 def test_history_of_a_run_that_was_stopped_has_what_is_known() -> None:
@@ -84,6 +85,32 @@ def test_an_epoch_has_the_speed_and_the_times_of_its_steps() -> None:
     assert (first.samples_per_s, first.compute_s) == (5.0, 3.0)
     assert (first.servers_s, first.data_s) == (0.5, 0.25)
     assert (second.samples_per_s, second.compute_s) == (5.0, None)
+
+
+def test_the_speed_of_an_epoch_that_goes_on_is_that_of_both_its_parts() -> None:
+    """Its samples count on; the time between the two attempts is nobody's."""
+    logged = Logged(0, {"compute_s": (1.0, 2)})
+    now = [100.0]
+    first = EpochSums(lambda: now[0])
+    now[0] += 3.0
+    first.add(logged)
+    state = first.state()
+    now[0] += 1000.0
+    for told in (state, {**state, "seconds": 3.0}):
+        second = EpochSums(lambda: now[0])
+        second.restore(Fields(told))
+        now[0] += 50.0  # the set-up
+        assert second.state()["seconds"] == 3.0
+        second.add(logged)
+        now[0] += 2.0
+        assert second.take(EpochDone(0, 1, 10, 0.0))["samples_per_s"] == 2.0
+        now[0] += 5.0
+        assert second.take(EpochDone(1, 2, 10, 0.0))["samples_per_s"] == 2.0
+    third = EpochSums(lambda: now[0])
+    third.restore(Fields({name: state[name] for name in ("loss", "losses", "times")}))
+    now[0] += 1.0
+    third.add(logged)
+    assert "samples_per_s" not in third.take(EpochDone(0, 1, 10, 0.0))
 
 
 def test_scores_go_by_accuracy_and_among_equals_by_loss() -> None:
