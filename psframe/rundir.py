@@ -51,14 +51,15 @@ class RunDir:
     """One run's folder, open for writing.
 
     Attributes:
-        path: the folder, with "{time}" replaced.
+        path: the folder, with "{time}" replaced; absolute, wherever the program goes meanwhile.
         metrics_lost: lines of metrics that could not be written, 0 in all but bad days.
         unlock: to be called when the run is over: others may write here.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Attach to the folder of a run that exists (`create` makes one)."""
-        self.path = Path(path)
+        self.path = Path(path).absolute()
+        self._given = str(path)  # as it stands in messages
         self.metrics_lost = 0
         self.unlock: Callable[[], Any] = lambda: None
         self._metrics_error = ""
@@ -253,7 +254,7 @@ class RunDir:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunDirError(
-                f"run directory {str(self.path)!r}: another run is writing there; wait for its end,"
+                f"run directory {self._given!r}: another run is writing there; wait for its end,"
                 " or choose another folder"
             ) from None
         except OSError as error:

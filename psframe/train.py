@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # what follows takes a second to import, in which signals may come
@@ -339,13 +340,21 @@ def _leave(
         print_summary(
             record,
             sys.stdout,
-            run_dir=folder,
+            run_dir=None if folder is None else _as_given(folder, settings),
             reasons=result.ledger.reasons,
             launched=bool(serving),
         )
     except OSError as error:  # whoever was to read it has gone; the run is completed all the same
         _log.warning("the summary could not be printed: %s", error.strerror or error)
         give_up_printing()
+
+
+def _as_given(folder: Path, settings: Settings) -> Path:
+    """Show the folder as the user did, if it is still there from here."""
+    if Path(settings.run_dir).is_absolute():
+        return folder
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _fail(error: Exception, rank: int, status: int = 1) -> int:

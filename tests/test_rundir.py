@@ -270,3 +270,22 @@ def test_a_status_that_cannot_be_written_is_an_error_in_the_log_only(
     run_dir = RunDir(tmp_path / "gone")
     assert not run_dir.status("completed", updates=9)
     assert "status.json" in caplog.text
+
+
+def test_a_relative_folder_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the program goes meanwhile; what is wrong with it is told as it was given."""
+    monkeypatch.chdir(tmp_path)
+    run_dir = RunDir.create("run", config={"a": 1})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_dir.metrics(epoch=1)
+    run_dir.status("completed", updates=3)
+    assert run_dir.path == tmp_path / "run"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirError, match=r"^run directory 'run'"):
+        RunDir.create("run")
+    run_dir.close()

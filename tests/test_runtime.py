@@ -214,3 +214,27 @@ def test_nothing_is_logged_of_a_run_that_goes_well(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO, "psframe"):
         run(forever, workers=2, max_updates=2)
     assert not caplog.records
+
+
+def test_a_work_function_that_changes_the_folder_moves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def work(worker: psframe.Worker) -> None:
+        os.chdir(tmp_path / "elsewhere")
+        for _ in range(4):
+            worker.push_pull({"w": np.ones(3)})
+
+    result = psframe.run(
+        work,
+        {"w": np.zeros(3)},
+        optimizer=psframe.optim.SGD(0.1),
+        run_dir="run",
+        checkpoint_every=2,
+    )
+    assert result.run_dir == tmp_path / "run"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert '"completed"' in (tmp_path / "run" / "status.json").read_text()
+    assert list((tmp_path / "run" / "checkpoints").glob("v*/manifest.json"))
