@@ -23,6 +23,7 @@ from psframe.events import (
     Leave,
     Lost,
     Mark,
+    Output,
     Pin,
     Pull,
     Push,
@@ -135,6 +136,9 @@ class Follower(Server):
             self._mourn(event.worker)  # should it have kept a part back
             return True
         raise MessageError(f"server {self.index} cannot take {type(event).__name__}")
+
+    def _number(self, out: list[Output]) -> list[Output]:
+        return out  # none follow this one
 
     def _other(self, event: ToServer) -> None:
         if isinstance(event, Lost):

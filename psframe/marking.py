@@ -7,6 +7,7 @@ Every server keeps its shard as it is there while updates go on, and its driver 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -190,8 +191,9 @@ class MarkingServer(WorkServer):
             self._stop()
         self._set_due()
 
+    @abstractmethod
     def _stop(self) -> None:
-        raise NotImplementedError("the leader ends a run")
+        """End the run."""
 
     # ---- what was saved --------------------------------------------------------------------
 

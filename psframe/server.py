@@ -215,9 +215,12 @@ class Server(ABC):
     def _serve(self, event: Queued) -> bool:
         """Handle the first request of its worker; False if it must wait."""
 
+    @abstractmethod
     def _number(self, out: list[Output]) -> list[Output]:
-        """Write into each answer how many records for the followers come before it."""
-        raise NotImplementedError("only a leader of several servers numbers")
+        """Write into each answer how many records for the followers come before it.
+
+        Called where `_numbers` is set: on a leader of several servers.
+        """
 
     @abstractmethod
     def _other(self, event: ToServer) -> None:

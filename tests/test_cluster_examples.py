@@ -101,7 +101,15 @@ def test_the_kubernetes_job() -> None:
     ranks = int(words[words.index("-n") + 1])
     assert ranks == replicas["Worker"]["replicas"] * spec["slotsPerWorker"]
     assert words[words.index("--hostfile") + 1] == "/etc/mpi/hostfile", "where the operator puts it"
+    run_dir = words[words.index("--run-dir") + 1]
     for role in replicas.values():
+        (mount,) = (
+            mount["mountPath"]
+            for mount in role["template"]["spec"]["containers"][0]["volumeMounts"]
+            if mount["name"] == "work"
+        )
+        assert run_dir.startswith(f"{mount}/")
+        assert f"\nWORKDIR {mount}\n" in (EXAMPLES / "kubernetes" / "Dockerfile").read_text()
         pod = role["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
