@@ -35,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-slurm test-cluster test-faults laws check docs bench clean
+.PHONY: help train test test-slurm test-cluster test-faults test-laws check docs bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -52,7 +52,7 @@ test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without 
 	@set -e; for venv in .venv .venv-mpich; do for ranks in $(TEST_RANKS); do \
 	    tests/mpi/run $$venv $$ranks; done; done
 
-laws: .venv/.installed-dev ## Run the slow tests: the laws of asynchronous training by their full protocols.
+test-laws: .venv/.installed-dev ## Run the slow tests: the laws of asynchronous training by their full protocols.
 	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m slow tests </dev/null
 
 test-slurm: .venv/.installed .venv-mpich/.installed ## Run the Slurm examples on a Slurm of one node (root; Debian's slurm-wlm and munge).

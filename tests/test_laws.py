@@ -11,53 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from laws import check_sum_of_staleness, constant, descend, exponential, simulate
 
 import psframe
-
-
-def exponential(rng, worker, clock):
-    return rng.exponential()
-
-
-def constant(rng, worker, clock):
-    return 1.0
-
-
-def idle_work(worker):
-    """Push zeros for ever: only times and versions matter."""
-    grads = {"w": np.zeros(1)}
-    worker.pull()
-    while True:
-        worker.push_pull(grads)
-
-
-def simulate(work=idle_work, *, time=exponential, lr=0.0, params=None, **options):
-    return psframe.simulate(
-        work,
-        {"w": np.ones(1)} if params is None else params,
-        optimizer=psframe.optim.SGD(lr=lr),
-        compute_time_s=time,
-        **options,
-    )
-
-
-def descend(workers: int, lr: float, updates: int, *, time, seed: int = 0) -> np.ndarray:
-    """The values of w, 1 at first, of descent on w^2 / 2: one after each update, up to 1e9."""
-    path = [1.0]
-
-    def work(worker):
-        w = worker.pull()["w"]
-        while True:
-            w = worker.push_pull({"w": w})["w"]
-            path.append(float(w[0]))
-            if abs(path[-1]) > 1e9:
-                worker.stop()
-
-    # The answer to the last update only says that the run is over.
-    simulate(work, workers=workers, lr=lr, max_updates=updates + 1, time=time, seed=seed)
-    assert len(path) == updates + 1 or abs(path[-1]) > 1e9
-    return np.array(path)
-
 
 # ---- staleness ---------------------------------------------------------------------------
 
@@ -74,13 +30,7 @@ def check_mean_staleness(time: Callable, updates: int, workers: int = 8) -> None
     result = simulate(workers=workers, max_updates=updates, time=time)
     trace = result.trace
     assert len(trace) == result.version == updates
-    # Each update passes over the other M - 1 gradients in flight, so that the sum over all
-    # gradients, those still in flight at the end included, is (M - 1) N exactly.
-    in_flight = sum(
-        updates - trace["version_applied"][trace["worker"] == w].max(initial=0)
-        for w in range(workers)
-    )
-    assert trace["staleness"].sum() + in_flight == (workers - 1) * updates
+    check_sum_of_staleness(result, workers)
     assert (trace["version_read"] + trace["staleness"] == np.arange(updates)).all()
     assert (result.staleness == np.bincount(trace["staleness"])).all()
 
