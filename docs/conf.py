@@ -33,8 +33,10 @@ napoleon_use_rtype = False
 
 
 def _escape(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
-    """Shapes such as (n, *input_shape) are no emphasis."""
+    """Shapes such as (n, *input_shape) are no emphasis, norms such as |g| no substitutions."""
     lines[:] = [line.replace("*input_shape", r"\*input_shape") for line in lines]
+    if name.startswith("psframe.stale."):
+        lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
 def setup(app):  # type: ignore[no-untyped-def]

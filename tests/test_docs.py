@@ -91,6 +91,21 @@ def test_files_that_pages_name_are_there() -> None:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_figures_are_small_and_shown() -> None:
+    shown = {n for page in PAGES for n in re.findall(r"\]\(([\w-]+\.svg)\)", page.read_text())}
+    assert shown == {figure.name for figure in DOCS.glob("*.svg")}
+    for figure in shown:
+        assert (DOCS / figure).stat().st_size < 60_000
+
+
+def test_the_figures_of_staleness_can_be_drawn_anew(tmp_path: Path) -> None:
+    """Their looks differ with matplotlib's version; what they show is in the page, or simulated."""
+    pytest.importorskip("matplotlib", reason="the extra 'plots' is not installed")
+    run([sys.executable, str(DOCS / "plots_staleness.py"), str(tmp_path)], ROOT)
+    drawn = {figure.name for figure in tmp_path.glob("*.svg")}
+    assert drawn == {figure.name for figure in DOCS.glob("staleness-*.svg")}
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="the extra 'docs' is not installed: make docs")
     pytest.importorskip("myst_parser")

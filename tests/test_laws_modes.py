@@ -182,6 +182,29 @@ def test_dynamic_ssp_runs_at_the_pace_of_a_persistent_straggler() -> None:
     assert 2 <= clocks.max() - clocks.min() <= 7
 
 
+def test_ssp_s_smaller_staleness_allows_for_no_larger_rate() -> None:
+    """16 workers, exponential times, w^2 / 2, rate 0.4: async shrinks, and SSP grows.
+
+    Who waits has nothing in flight; so SSP's mean staleness is below W - 1.
+    """
+
+    def work(worker: Worker) -> None:
+        w = worker.pull()["w"]
+        while True:
+            w = worker.push_pull({"w": w})["w"]
+
+    def result(mode: Any, seed: int) -> SimResult:
+        return simulate(work, workers=16, mode=mode, lr=0.4, max_updates=1_500, seed=seed)
+
+    for seed in range(3):
+        free, bounded = result(Async(), seed), result(SSP(3), seed)
+        assert free.params is not None
+        assert bounded.params is not None
+        assert abs(free.params["w"][0]) < 0.1
+        assert abs(bounded.params["w"][0]) > 2
+        assert bounded.trace["staleness"].mean() < 12 < free.trace["staleness"].mean()
+
+
 @pytest.mark.parametrize("then", [Async(), SSP(2)], ids=str)
 def test_a_warm_start_is_bsp_and_then_the_other(then: Any) -> None:
     rounds, workers = 50, 6
