@@ -22,7 +22,7 @@ from test_invariants import SHAPES, Player
 from watching import Watcher
 
 from psframe import BSP, SSP, Async, Network, Worker
-from psframe.consistency import Mode, _SSPPolicy
+from psframe.consistency import Mode, SSPPolicy
 from psframe.events import NO_BUFFER, Push, Reason, Withheld
 from psframe.follower import Follower
 from psframe.leader import Leader
@@ -224,7 +224,7 @@ def keeps_its_snapshot(patch: pytest.MonkeyPatch) -> None:
 
 def counts_it_as_live(patch: pytest.MonkeyPatch) -> None:
     """Others wait for a lost worker's clock."""
-    patch.setattr(_SSPPolicy, "leave", lambda self, worker: False)
+    patch.setattr(SSPPolicy, "leave", lambda self, worker: False)
 
 
 def loses_count(patch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def marks_too_early(patch: pytest.MonkeyPatch) -> None:
 
 def answers_too_early(patch: pytest.MonkeyPatch) -> None:
     """A worker has the parameters before others have finished the steps that it must wait for."""
-    patch.setattr(_SSPPolicy, "may_start", lambda self, worker: True)
+    patch.setattr(SSPPolicy, "may_start", lambda self, worker: True)
 
 
 MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], Case]] = [
