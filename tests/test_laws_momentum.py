@@ -71,7 +71,7 @@ def test_the_stable_rate_is_that_of_the_recurrence(rule: str, workers: int) -> N
     for factor, grows in ((0.96, False), (1.04, True)):
         lr = factor * bound
         root = abs(np.roots(recurrence(rule, workers, lr))).max()
-        updates = 300 + int(5 / abs(np.log(root)))  # a factor of e^5 = 148
+        updates = 300 + int(3.5 / abs(np.log(root)))  # a factor of e^3.5 = 33
         path = descend(workers, 0.0, updates, time=constant, optimizer=RULES[rule](lr))
         late, early = abs(path[-100:]).max(), abs(path[200:300]).max() if len(path) > 300 else 0.0
         assert (late > 10 * early) if grows else (late < early / 10)
@@ -129,26 +129,22 @@ def accuracy(optimizer: Any, workers: int, epochs: int, seed: int) -> float:
         return float((model.predict(result.params, x) == y).mean())
 
 
-def check_digits(epochs: int, seeds: int) -> None:
-    """lr 0.05, momentum 0.9: the server's ruins a training by 8 workers, and the workers' own not.
-
-    Chance is 0.1.
-    """
-
-    def mean(rule: str, workers: int) -> float:
-        found = [accuracy(RULES[rule](0.05), workers, epochs, seed) for seed in range(seeds)]
-        return float(np.mean(found))
-
-    assert mean("server", 4) > 0.9
-    assert mean("server", 8) < 0.4
-    assert mean("worker", 8) > 0.9
-    assert mean("dana", 8) > 0.9
+def mean_accuracy(rule: str, workers: int, *, epochs: int, seeds: int) -> float:
+    """At lr 0.05 and momentum 0.9; chance is 0.1."""
+    found = [accuracy(RULES[rule](0.05), workers, epochs, seed) for seed in range(seeds)]
+    return float(np.mean(found))
 
 
-def test_a_server_s_momentum_ruins_the_digits_with_8_workers() -> None:
-    check_digits(epochs=12, seeds=1)
+@pytest.mark.parametrize(("rule", "ruined"), [("server", True), ("worker", False), ("dana", False)])
+def test_a_server_s_momentum_ruins_the_digits_with_8_workers(rule: str, ruined: bool) -> None:
+    # The bounds leave room for what other orders of sums in a BLAS make of a chaotic training.
+    found = mean_accuracy(rule, 8, epochs=12, seeds=1)
+    assert (found < 0.5) if ruined else (found > 0.75)
 
 
 @pytest.mark.slow
 def test_a_server_s_momentum_ruins_the_digits_over_many_seeds() -> None:
-    check_digits(epochs=20, seeds=5)
+    assert mean_accuracy("server", 4, epochs=20, seeds=5) > 0.9
+    assert mean_accuracy("server", 8, epochs=20, seeds=5) < 0.4
+    assert mean_accuracy("worker", 8, epochs=20, seeds=5) > 0.9
+    assert mean_accuracy("dana", 8, epochs=20, seeds=5) > 0.9
