@@ -81,8 +81,8 @@ def simulate(
     """Run `work` on a simulated cluster; the same seed gives the same trace, byte for byte.
 
     Args:
-        work, params, optimizer, mode, servers, seed, max_updates, clip_norm, stale, codec,
-            pull_codec, observer: as for `psframe.run`.
+        work, params, optimizer, mode, servers, seed, max_updates: as for `psframe.run`.
+        clip_norm, stale, codec, pull_codec, observer: likewise.
         workers: W >= 1; 1,000 are ordinary.
         compute_time_s: (rng, worker_index, clock) -> seconds from a worker's last answer with
             parameters to its next push; `clock` counts the pushes it has made, and `rng` is the
