@@ -11,8 +11,9 @@ epochs, mean and spread over the seeds, with the virtual time that they took; an
 one time for all, when the fastest way has finished. `straggler` prints the time to --target where
 all workers are alike, where one is 4 times slower, and where each step of any worker is 4 times
 slower by chance. `codecs` prints what each codec makes of accuracy and bytes, and the time to
---target over links of 100 Mbit/s, where a gradient takes 2 ms. Everything is simulated: the same
-seed gives the same table on any machine with the same release of NumPy.
+--target over links of 100 Mbit/s, where a gradient takes 2 ms. Everything is simulated, so that
+load does not matter: the same seeds give the same table. (Another processor's BLAS may sum in
+another order, which changes the last digits.)
 """
 
 from __future__ import annotations

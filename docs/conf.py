@@ -35,7 +35,7 @@ napoleon_use_rtype = False
 def _escape(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
     """Shapes such as (n, *input_shape) are no emphasis, norms such as |g| no substitutions."""
     lines[:] = [line.replace("*input_shape", r"\*input_shape") for line in lines]
-    if name.startswith("psframe.stale."):
+    if name.startswith(("psframe.stale.", "psframe.codecs.")):
         lines[:] = [line.replace("|", r"\|") for line in lines]
 
 

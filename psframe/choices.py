@@ -86,7 +86,7 @@ _RULES: Mapping[str, tuple[Callable[..., stale.Rule], int, str]] = {
     "accept": (stale.Accept, 0, "accept"),
     "inverse": (stale.Inverse, 0, "inverse"),
     "delay-adaptive": (stale.DelayAdaptive, 1, "delay-adaptive=4"),
-    "compensate": (stale.DelayCompensation, 1, "compensate=0.04"),
+    "compensate": (stale.DelayCompensation, 1, "compensate=2.0"),
     "gap-aware": (stale.GapAware, 0, "gap-aware"),
     "drop": (stale.Drop, 1, "drop=16"),
     "clip": (stale.Clip, 1, "clip=1.0"),

@@ -119,7 +119,7 @@ class Settings:
     """with --mode async, ssp or dynamic-ssp: rounds of bsp to begin with"""
 
     stale: str = "accept"
-    """what becomes of stale gradients: inverse, delay-adaptive=4, compensate=0.04, gap-aware,
+    """what becomes of stale gradients: inverse, delay-adaptive=4, compensate=2.0, gap-aware,
     drop=16, clip=1.0, or some with + between; accept applies them as they are"""
 
     backup: int | None = None
