@@ -17,7 +17,8 @@ def test_every_reason_has_its_column() -> None:
     assert ledger.received == len(Reason) + 1
     assert ledger.applied == 1
     assert ledger.refused == 4  # three reasons, and one from a worker that counts as lost
-    assert ledger.dropped == ledger.lost == ledger.stopped == 1
+    assert ledger.dropped == 2  # late, or too stale
+    assert ledger.lost == ledger.stopped == 1
     assert ledger.reasons == {
         "non-finite gradient": 1,
         "non-finite update": 1,
@@ -25,6 +26,7 @@ def test_every_reason_has_its_column() -> None:
         "late": 1,
         "stopped": 1,
         "lost": 1,
+        "stale": 1,
         "fenced": 1,
     }
     settled = ledger.applied + ledger.refused + ledger.dropped + ledger.lost + ledger.stopped
