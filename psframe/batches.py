@@ -30,7 +30,10 @@ __all__ = ["Buffered", "Rennala", "Ringleader"]
 
 
 class _SumBatch:
-    """The sum of the gradients of a batch, in the order in which they came."""
+    """The sum of the gradients of a batch, in the order in which they came.
+
+    Should the update that they make not be finite, all are lost, and the last is told so.
+    """
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         self.pending = 0
@@ -56,6 +59,9 @@ class _SumBatch:
         self.pending = 0
         return self._sum
 
+    def refused(self) -> None:
+        """Nothing: all of it is forgotten."""
+
     def forget(self, worker: int) -> None:
         """Nothing: what a worker has given stays."""
 
@@ -65,15 +71,21 @@ class _Table:
 
     The sum is kept up to date, and made anew from the rows once as many have come as there are
     rows: that bounds what rounding adds up to.
+
+    Attributes:
+        pending: gradients that have come since the last update.
     """
 
-    pending = 0
-
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
+        self.pending = 0
         self._rows: dict[int, Array] = {}
         self._sum = np.zeros(size, dtype)
         self._mean = np.empty(size, dtype)
         self._changes = 0
+        # Whose row came last, and what it replaced: put back, should the update be refused.
+        self._last = -1
+        self._before: Array | None = None
+        self._spare = np.empty(0, dtype)
 
     @property
     def empty(self) -> bool:
@@ -82,13 +94,17 @@ class _Table:
 
     def add(self, worker: int, grad: Array) -> None:
         """Replace a worker's gradient."""
-        row = self._rows.get(worker)
+        if self._before is not None:
+            self._spare = self._before
+        new = self._spare if self._spare.size else np.empty_like(grad)
+        self._spare = np.empty(0, grad.dtype)
+        new[:] = grad
+        self._last, self._before = worker, self._rows.get(worker)
+        self._rows[worker] = new
+        self.pending += 1
         with np.errstate(over="ignore", invalid="ignore"):  # judged by the rule
-            if row is None:
-                self._rows[worker] = grad.copy()
-            else:
-                self._sum -= row
-                row[:] = grad
+            if self._before is not None:
+                self._sum -= self._before
             self._sum += grad
             self._changes += 1
             if self._changes > len(self._rows):
@@ -96,12 +112,26 @@ class _Table:
 
     def mean(self) -> Array:
         """Give the mean of the rows."""
+        self.pending = 0
         return np.divide(self._sum, len(self._rows), out=self._mean)
+
+    def refused(self) -> None:
+        """Put back what the last gradient replaced: the update with it was refused."""
+        if self._last in self._rows:
+            self._spare = self._rows.pop(self._last)
+            if self._before is not None:
+                self._rows[self._last] = self._before
+        self._last, self._before = -1, None
+        self._add_up()
 
     def forget(self, worker: int) -> None:
         """Leave a worker's gradient out from now on."""
+        if worker == self._last:
+            self._last, self._before = -1, None
         if self._rows.pop(worker, None) is not None:
             self._add_up()
+        if not self._rows:
+            self.pending = 0
 
     def _add_up(self) -> None:
         self._changes = 0
@@ -125,6 +155,9 @@ class _BatchPolicy(Policy):
     def gathered(self, worker: int) -> bool:
         self._taken = (self._taken + 1) % self._batch
         return not self._taken
+
+    def ungathered(self) -> None:
+        self._taken = (self._taken - 1) % self._batch
 
     def batch(self, size: int, dtype: np.dtype[Any]) -> Batch:
         return _SumBatch(size, dtype)
@@ -203,7 +236,7 @@ class Ringleader:
     """Step along the mean of each live worker's latest gradient, with every push.
 
     The first update is made once every live worker has pushed. To use where workers hold different
-    data: asynchronous SGD would weigh the data of fast workers more, and this does not. Costs W + 2
+    data: asynchronous SGD would weigh the data of fast workers more, and this does not. Costs W + 3
     more arrays as large as the parameters; checkpoints do not have them, so that after a resume
     the first update waits again.
     """

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from psframe.codecs import QSGD, Codec, Encoder
+from psframe.codecs import QSGD, Codec, Encoder, Sign
 from psframe.layout import Array, Layout
 
 __all__ = [
@@ -66,6 +66,12 @@ def as_pull_codec(name: str, value: Any) -> Codec | None:
             f"{name}: {codec!r} may be off by more than what it codes, and differences to what a"
             f" worker has would grow; take {_LEVELS_MIN} levels or more"
         )
+    if isinstance(codec, Sign) and codec.scale is not None:
+        raise ValueError(
+            f"{name}: {codec!r} moves every parameter by its scale, changed or not; leave scale out"
+        )
+    if getattr(codec, "clip_norm", None) is not None:
+        raise ValueError(f"{name}: {codec!r}: differences must not be clipped; leave it out")
     if getattr(codec, "momentum", 0.0):
         raise ValueError(f"{name}: {codec!r}: parameters have no momentum; leave it out")
     return codec
@@ -76,7 +82,8 @@ class Traffic:
     """Bytes of gradients and of parameters between workers and servers.
 
     Attributes:
-        pushed, pulled: of what has stood for them. In memory that both sides share nothing does.
+        pushed, pulled: of what has stood for them. Gradients that a server reads in the memory of
+            another process of its node are not counted.
         pushed_dense, pulled_dense: of themselves.
     """
 

@@ -70,6 +70,9 @@ class Batch(Protocol):
     def mean(self) -> Array:
         """Give what the update is to be made with; valid until the next call."""
 
+    def refused(self) -> None:
+        """Note that the update with the last gradient was not finite, and has not been made."""
+
     def forget(self, worker: int) -> None:
         """Note that a worker gives no more."""
 
@@ -157,6 +160,9 @@ class Policy:
     def gathered(self, worker: int) -> bool:
         """Count a push that is taken into the batch; True if it completes it."""
         return False
+
+    def ungathered(self) -> None:
+        """Take the last count back: that push is not in the batch."""
 
     def batch(self, size: int, dtype: np.dtype[Any]) -> Batch | None:
         """Make the batch of a shard of `size` elements; None if pushes are not gathered."""

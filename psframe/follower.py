@@ -290,12 +290,14 @@ class Follower(Server):
         reason = decision.reason
         if reason is not Reason.NONE:
             self._discard(worker, pending)
-            if reason is Reason.NON_FINITE_UPDATE:
+            if reason is Reason.NON_FINITE_UPDATE and decision.step:
                 self.store.drop_batch()
         else:
             push.scale = decision.scales[0] if decision.scales else 1.0
             if not self._update(push, gather=self.policy.gathers, step=decision.step):
                 reason = Reason.NON_FINITE_UPDATE
+                if decision.step and self.store.pending:
+                    self.store.step()  # of the others in its batch
             self._note(push, reason)
             self._wake |= self.policy.finish(worker)
         self._settle(push, reason)

@@ -431,7 +431,7 @@ class Leader(MarkingServer):
 
     def _apply(self, push: Push, clock: int) -> None:
         worker, version = push.worker, self.store.version
-        gather = self.policy.gathers
+        gather, gathered = self.policy.gathers, self.store.pending
         step = not gather or self.policy.gathered(worker)
         if self._early is push:
             good = self.store.commit()
@@ -439,8 +439,11 @@ class Leader(MarkingServer):
             good = self._update(push, gather=gather, step=step)
         self._early = None
         if not good:
+            left_out = gather and self.store.pending == gathered
+            if left_out:
+                self.policy.ungathered()  # its correction has made it useless: it is not in it
             self._wake |= self.policy.refuse(worker)
-            self._refuse(push, self._blame(push), clock)
+            self._refuse(push, self._blame(push), clock, step=not left_out)
             return
         if self._followers:
             self._out.append(Decision([(worker, push.seq)], step=step, scales=_scales([push])))
@@ -475,10 +478,13 @@ class Leader(MarkingServer):
         if self.store.version != version:
             self._updated()
 
-    def _refuse(self, push: Push, reason: Reason, clock: int) -> None:
-        """Settle a push alone that makes no update, and tell the followers."""
+    def _refuse(self, push: Push, reason: Reason, clock: int, *, step: bool = True) -> None:
+        """Settle a push alone that makes no update, and tell the followers.
+
+        With `step` what has been gathered before it is lost with it.
+        """
         if self._followers:
-            self._out.append(Decision([(push.worker, push.seq)], reason))
+            self._out.append(Decision([(push.worker, push.seq)], reason, step=step))
         self._count_refusal(reason)
         self._settle(push, reason, clock, self.store.version - push.version)
 
@@ -525,7 +531,8 @@ class Leader(MarkingServer):
 
     def _apply_pending(self) -> None:
         """Make an update with what has been gathered, so that what counts as applied is."""
-        if not self.store.pending or self.failure is not None or self.diverged:
+        failed = self.failure is not None and not self.failure[1].interrupted
+        if not self.store.pending or failed or self.diverged:
             return
         good = self.store.step()
         if self._followers:

@@ -158,7 +158,8 @@ class _WarmPolicy(Policy):
             self._now = self._then
             for worker, live in enumerate(self.live):
                 if live:  # some may have sat out a round
-                    self.clocks[worker] = self._warm.rounds
+                    # On a follower it may have made a step of what comes after already.
+                    self.clocks[worker] = max(self.clocks[worker], self._warm.rounds)
             if isinstance(self._then, SSPPolicy):
                 self._then.count()
 

@@ -42,7 +42,7 @@ from psframe.keeping import SLOT, Keeper
 from psframe.layout import Array
 from psframe.reads import Correcting
 from psframe.state import Arrays, Fields
-from psframe.store import Store
+from psframe.store import Store, is_finite
 
 __all__ = ["SLOTS", "Queued", "Server", "ServerMemory"]
 
@@ -309,8 +309,10 @@ class Server(ABC):
         if correcting is not None:
             grad = correcting.correct(push.worker, push.version, grad)
         if gather:
-            self.store.gather(push.worker, grad, push.scale)
-            good = not step or self.store.step()
+            good = correcting is None or is_finite(grad)  # or it would spoil the others'
+            if good:
+                self.store.gather(push.worker, grad, push.scale)
+                good = not step or self.store.step()
         else:
             good = self.store.update(grad, push.scale, push.worker)
         if correcting is not None:
@@ -377,10 +379,20 @@ class Server(ABC):
             assert index is not None, "a buffer a worker, two for updates and one for a pin"
             self._hold[worker] = answer.buffer = index
         if self._correcting is not None and not pinned:
-            copied = answer.buffer if mirror is not None and free else None
-            self._correcting.granted(worker, alone=after_push, copied=copied)
+            self._note_read(worker, answer.buffer, mirror, alone=after_push)
         self._out.append(answer)
         return True
+
+    def _note_read(self, worker: int, buffer: int, mirror: Array | None, *, alone: bool) -> None:
+        """Have what the worker is given kept for the rule that compares it with what comes."""
+        correcting, store = self._correcting, self.store
+        assert correcting is not None, "there is such a rule"
+        if mirror is None or buffer != COPIED:
+            correcting.granted(worker, alone=alone, copied=None if mirror is None else buffer)
+            return
+        index = store.hold_copy(lambda out: np.copyto(out, mirror))
+        correcting.granted(worker, alone=alone, copied=index)
+        store.release(index)
 
     def _code(self, answer: Answer, params: Array, *, pinned: bool) -> Array | None:
         """Code parameters for a worker; what it decodes, or None if they go as they are."""

@@ -426,7 +426,10 @@ class Store:
             return True  # what was to be in it has not come
         with np.errstate(over="ignore", invalid="ignore"):  # judged by the rule
             mean = self._batch.mean()
-        return self.update(mean)
+        good = self.update(mean)
+        if not good:
+            self._batch.refused()
+        return good
 
     def drop_batch(self) -> None:
         """Forget what has been gathered for the next step."""

@@ -46,6 +46,11 @@ class LocalSteps:
         self._worker, self._xp = worker, worker.xp
         self._optimizer = optimizer
         self._updater: Any = optimizer.updater(layout, 0, layout.size)
+        if getattr(self._updater, "per_worker", False):
+            raise TypeError(
+                f"{self._name}: optimizer: {optimizer!r} keeps a velocity for every worker; the"
+                " local rule is one worker's, so take psframe.optim.SGD with momentum"
+            )
         self._flat, self._params = self._vector()
         self._grad, self._grads = self._vector()
         self._work, self._works = self._vector()

@@ -202,6 +202,8 @@ class _Gap:
 
     def applied(self, before: Array, after: Array) -> None:
         step = self._between(after, before)
+        if not step:
+            return  # taken into a batch that makes its step later
         self._sum = _GAP_DECAY * self._sum + (1.0 - _GAP_DECAY) * step
         self._weight = _GAP_DECAY * self._weight + (1.0 - _GAP_DECAY)
 

@@ -57,7 +57,8 @@ class Correction(Protocol):
         """Take note that the update with the last corrected gradient has been published.
 
         Args:
-            before, after: the parameters; only read.
+            before, after: the parameters; only read. They are the same ones where the gradient has
+                only been taken into a batch.
         """
 
     def rejected(self) -> None:
