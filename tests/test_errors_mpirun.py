@@ -40,6 +40,23 @@ def bare() -> dict[str, str]:
     return {**clean, **SETTINGS}
 
 
+def finished(
+    venv: str, *flags: str, program: list[str | Path], cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a program under one venv's mpirun, to its end."""
+    tools = ROOT / venv / "bin"
+    return subprocess.run(
+        [tools / "mpirun", *flags, tools / "python", *program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=bare(),
+        cwd=cwd,
+        timeout=START_BOUND_S,
+        check=False,
+    )
+
+
 class Job:
     """`failing_job.py` under one venv's mpirun, in a session of its own."""
 
@@ -270,16 +287,7 @@ def test_a_file_that_one_rank_lacks_is_told_by_rank_0(venv: str, tmp_path: Path)
         "sys.exit(main(['--epochs', '1', '--data', 'none.npz' if lacking else 'digits']))\n",
         encoding="ascii",
     )
-    done = subprocess.run(
-        [ROOT / venv / "bin" / "mpirun", "-n", "3", ROOT / venv / "bin" / "python", script],
-        env=bare(),
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=START_BOUND_S,
-        check=False,
-    )
+    done = finished(venv, "-n", "3", program=[script], cwd=tmp_path)
     assert done.returncode != 0
     assert "rank 2: ArgumentError: data 'none.npz': no such file" in done.stderr
     status = json.loads(next(tmp_path.glob("runs/*/status.json")).read_text(encoding="utf-8"))
@@ -300,16 +308,7 @@ def test_settings_that_one_rank_lacks_are_told_by_rank_0(venv: str, tmp_path: Pa
         "sys.exit(main(['--config', 'c.toml']))\n",
         encoding="ascii",
     )
-    done = subprocess.run(
-        [ROOT / venv / "bin" / "mpirun", "-n", "3", ROOT / venv / "bin" / "python", script],
-        env=bare(),
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=START_BOUND_S,
-        check=False,
-    )
+    done = finished(venv, "-n", "3", program=[script], cwd=tmp_path)
     assert done.returncode != 0
     assert "rank 2: ArgumentError: --config: c.toml: cannot be read: No such file" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -318,24 +317,9 @@ def test_settings_that_one_rank_lacks_are_told_by_rank_0(venv: str, tmp_path: Pa
 @pytest.mark.skipif(".venv" not in VENVS, reason="needs .venv of `make test`")
 @pytest.mark.parametrize("status", ["0", "1"])
 def test_nobody_waits_for_a_rank_0_that_has_ended_without_a_word(status: str) -> None:
-    """After a good run, where MPI goes on without those who die.
-
-    The ranks are gone within seconds; mpirun itself stays now and then, when two of them abort.
-    """
-    done = subprocess.run(
-        [
-            *("timeout", "--kill-after=1", "20"),
-            *(ROOT / ".venv" / "bin" / "mpirun", "--with-ft", "ulfm", "-n", "3"),
-            *(ROOT / ".venv" / "bin" / "python", ROOT / "tests" / "mpi" / "leaving_job.py", status),
-        ],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=bare(),
-        cwd=ROOT,
-        timeout=START_BOUND_S,
-        check=False,
-    )
+    """After a good run, where MPI goes on without those who die."""
+    program = ROOT / "tests" / "mpi" / "leaving_job.py"
+    done = finished(".venv", "--with-ft", "ulfm", "-n", "3", program=[program, status])
     # What mpirun makes of their statuses, where it bears deaths, is its own affair.
     assert "rank 0 has nothing more to say" in done.stdout
     assert "ranks [0] have not come to the end" in done.stderr
@@ -352,17 +336,7 @@ def test_a_death_before_mpi_has_started_is_told_and_bounded() -> None:
         "with launcher.starting_mpi():\n"
         "    from psframe.transports import mpi\n"
     )
-    venv = ROOT / ".venv" / "bin"
-    done = subprocess.run(
-        [*(venv / "mpirun", "--with-ft", "ulfm", "-n", "3"), *(venv / "python", "-c", program)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=bare(),
-        cwd=ROOT,
-        timeout=START_BOUND_S,
-        check=False,
-    )
+    done = finished(".venv", "--with-ft", "ulfm", "-n", "3", program=["-c", program])
     assert done.returncode != 0
     for rank in (0, 2):
         assert f"rank {rank} ends: MPI has not started within 2 s" in done.stderr
@@ -372,23 +346,8 @@ def test_a_death_before_mpi_has_started_is_told_and_bounded() -> None:
 @pytest.mark.parametrize("venv", VENVS)
 def test_who_sends_what_is_no_payload_counts_as_lost(venv: str, elements: int) -> None:
     """The others go on; that rank raises, and its program ends."""
-    done = subprocess.run(
-        [
-            ROOT / venv / "bin" / "mpirun",
-            "-n",
-            "4",
-            ROOT / venv / "bin" / "python",
-            ROOT / "tests" / "mpi" / "lying_job.py",
-            str(elements),
-        ],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=START_BOUND_S,
-        env=bare(),
-        cwd=ROOT,
-        check=False,
-    )
+    program = ROOT / "tests" / "mpi" / "lying_job.py"
+    done = finished(venv, "-n", "4", program=[program, str(elements)])
     assert "lost (2,), version 6" in done.stdout, done.stderr
     assert f"got {2 * elements - 2} bytes, expected {2 * elements}" in done.stderr
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import signal
 import sys
 import time
@@ -34,6 +35,8 @@ _LEARN_BOUND_S = 2.0
 # goes on for ever after a death; so the process is ended by a signal, which an MPI that tolerates
 # deaths does not mind.
 _FINALIZE_BOUND_S = 5
+
+_WHAT_NOW = {True: "the job is aborted", False: "this rank ends without them"}
 
 _BYTE = bytearray(1)  # which says nothing but that it has come
 
@@ -119,7 +122,12 @@ def _leave() -> None:
     late = _hear(mesh, others, SETUP_BOUND_S) if leads else _ask(mesh)
     if late or not _end_absent(mesh, absent):
         names = [mesh.names[rank] for rank in sorted(late)] + [one.name for one in absent]
-        _log.error("ranks %s have not come to the end; the job is aborted", names)
+        _log.error("ranks %s have not come to the end; %s", names, _WHAT_NOW[leads])
+        if not leads and fault_tolerant():
+            # Each of the others does the same, and an mpirun whose ranks abort at once may stay.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         mesh.abort(1)
     if leads:
         for rank in others - mesh.watch.lost - mesh.watch.faults.dead:
