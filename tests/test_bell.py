@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 
 import pytest
 
@@ -91,6 +92,32 @@ def test_who_waits_for_what_nobody_rings_for_does_not_sleep_at_the_bell(
     for _ in range(3):
         patience.wait(busy=True)
         assert bell.words[0] == 0
+
+
+def spins(patience: Patience) -> int:
+    """Count the tests before the first yield."""
+    patience.reset()
+    count = 0
+    while not patience.wait():
+        count += 1
+    return count
+
+
+def test_who_rings_or_is_rung_for_yields_the_core_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    bell = Bell(line())
+    patience = Patience(crowded=False, bell=bell)
+    before = spins(patience)
+    assert before > 0
+    patience.rung()
+    assert spins(patience) == 0
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 1.0)
+    patience.wait()
+    assert spins(patience) == before
+
+    monkeypatch.setattr(bell, "sleep", lambda bound_s: None)
+    wait_until_set(patience, bell)
+    patience.wait()
+    assert spins(patience) == 0
 
 
 def test_a_sleep_lets_other_threads_run() -> None:

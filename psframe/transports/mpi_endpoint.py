@@ -64,7 +64,14 @@ class MpiEndpoint:
         self._landings: dict[tuple[int, int], Array] = {}
         self._turn = [0] * self.servers
         self._snapshots: dict[tuple[int, int], Array] = {}
-        self._post: Post = Post(mesh.comm, watch=mesh.watch, bells=neighbours.bells())
+        bell = neighbours.bell(range(self.servers))
+        self._patience = Patience(neighbours.crowded, mesh.watch, bell)
+        self._post: Post = Post(
+            mesh.comm,
+            watch=mesh.watch,
+            bells=neighbours.bells(),
+            on_ring=self._patience.rung,
+        )
         # By server without shared memory, if parameters are coded.
         self._decoders: list[PullDecoder | None] = [
             None if pull_codec is None or near else PullDecoder(pull_codec, layout, begin, end)
@@ -87,8 +94,6 @@ class MpiEndpoint:
                 zip(self._shards, self._decoders, strict=True)
             )
         ]
-        bell = neighbours.bell(range(self.servers))
-        self._patience = Patience(neighbours.crowded, mesh.watch, bell)
         self._transfers = Transfers(mesh.watch)
         self._slot_sends = [0] * SLOTS
         self._inbox: InOrder[tuple[int, Answer | Lease]] = InOrder()

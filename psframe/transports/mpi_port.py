@@ -113,16 +113,17 @@ class MpiServerPort:
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
+        senders = (rank for rank in range(mesh.size) if rank != mesh.rank)
+        self._patience = Patience(neighbours.crowded, mesh.watch, neighbours.bell(senders))
         self._post: Post = Post(
             mesh.comm,
             HEADER_BYTES + payload_limit(self.workers),
             watch=mesh.watch,
             bells=neighbours.bells(),
+            on_ring=self._patience.rung,
         )
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
         self.push_pull: PushPull | None = None
-        senders = (rank for rank in range(mesh.size) if rank != mesh.rank)
-        self._patience = Patience(neighbours.crowded, mesh.watch, neighbours.bell(senders))
         self._transfers = Transfers(mesh.watch)
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -66,6 +66,7 @@ class Post:
         bytes_max: of the longest message without an array that can come.
         watch: is told of calls that fail; what goes to the dead is dropped.
         bells: by rank, where those of this node sleep, who are woken by a message.
+        on_ring: called when one of them has been woken.
 
     Attributes:
         inline_bytes_max: of an array that can travel inside its message.
@@ -78,8 +79,10 @@ class Post:
         *,
         watch: Unwatched,
         bells: Mapping[int, Bell] = MappingProxyType({}),
+        on_ring: Callable[[], None] | None = None,
     ) -> None:
         self._bells = bells
+        self._on_ring = on_ring
         bytes_max = max(bytes_max, _MESSAGE_BYTES)
         self._watch = watch
         # Requests that no call will complete belong to MPI, and their buffers with them.
@@ -161,7 +164,7 @@ class Post:
         """Send an event; an INLINE array goes with it, a RANGE is announced by its length."""
         peer = self._peers.get(target)
         if peer is None:
-            peer = self._peers[target] = _Peer(self._comm, target, self._bells.get(target))
+            peer = self._peers[target] = self._peer(target)
         try:
             if array is None:
                 if peer.send_header(event):
@@ -225,6 +228,9 @@ class Post:
             self._watch.failed(error)
             return False
 
+    def _peer(self, target: int) -> _Peer:
+        return _Peer(self._comm, target, self._bells.get(target), self._on_ring)
+
     def _send_late(self) -> None:
         for target in tuple(self._late):
             try:
@@ -242,7 +248,7 @@ class Post:
         self._watch.failed_with(target, error)
         self._late.discard(target)
         self._given_up.append(self._peers[target])
-        self._peers[target] = _Nobody(self._comm, target, None)
+        self._peers[target] = _Nobody(self._comm, target)
 
 
 class TooLong(MessageError):
@@ -263,8 +269,15 @@ class _Peer:
     A message that finds no free buffer waits in `late`, and those after it behind it.
     """
 
-    def __init__(self, comm: Any, target: int, bell: Bell | None) -> None:
+    def __init__(
+        self,
+        comm: Any,
+        target: int,
+        bell: Bell | None = None,
+        on_ring: Callable[[], None] | None = None,
+    ) -> None:
         self._bell = bell
+        self._on_ring = on_ring
         self._asleep = None if bell is None else bell.words
         self._comm = comm
         self._target = target
@@ -306,6 +319,8 @@ class _Peer:
     def _ring(self) -> None:
         if self._bell is not None and self._bell.words[0]:
             self._bell.ring()
+            if self._on_ring is not None:
+                self._on_ring()
 
     def send(self, message: bytes) -> None:
         """Send a message, or queue it behind those that wait."""

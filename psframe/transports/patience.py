@@ -21,6 +21,9 @@ _SLEEP_S = 100e-6
 _SLEEPY_S, _LONG_SLEEP_S = 50e-3, 650e-6
 # At a bell: others look whether this process lives, and it looks up itself.
 _BELL_S = 50e-3
+# Who is rung for wakes on the core of who rings, as like as not, though others are free, and a tick
+# or two pass before the kernel parts them: spinning, each would hold the other up.
+_SAME_CORE_S = 10e-3
 
 
 class Patience:
@@ -42,7 +45,8 @@ class Patience:
         self._watch = watch
         self._bell = bell
         self._set = False  # whether the bell is
-        self._spins = 0 if crowded else _SPINS
+        self._spins = self._spins_apart = 0 if crowded else _SPINS
+        self._together_until = 0.0
         self._yield_s = _YIELD_CROWDED_S if crowded else _YIELD_S
         self._turns = 0
         self._until = 0.0
@@ -54,6 +58,12 @@ class Patience:
         self.asleep = False
         if self._set:
             self._clear()
+
+    def rung(self) -> None:
+        """This process has woken another, or another this one: do not spin for a while."""
+        if self._spins_apart:
+            self._spins = 0
+            self._together_until = time.monotonic() + _SAME_CORE_S
 
     def _clear(self) -> None:
         assert self._bell is not None, "it is set"
@@ -75,6 +85,8 @@ class Patience:
         now = time.monotonic()
         if self._watch is not None and now >= self._watch.due:
             self._watch.look(now)
+        if self._spins != self._spins_apart and now > self._together_until:
+            self._spins = self._spins_apart
         if not self.asleep:
             if self._turns == self._spins + 1:
                 self._until = now + self._yield_s
@@ -86,6 +98,7 @@ class Patience:
         if bell is not None and not busy:
             if self._set:
                 bell.sleep(_BELL_S)
+                self.rung()
             else:
                 bell.set()  # and look once more
             self._set = not self._set
