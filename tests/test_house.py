@@ -39,6 +39,7 @@ FLOORS = (
         "draws",
         "keeping",
         "marking",
+        "deciding",
         "leases",
         "work",
         "waves",
