@@ -17,6 +17,10 @@ from faults.driver import LAUNCHERS, MPIS, ROOT, SETTINGS
 
 PROGRAM = ROOT / "tests" / "faults" / "replacing.py"
 BOUND_S = 90.0
+# Codecs for a run of `PROGRAM`, and a look at its first parameters.
+_CODECS = "codec=psframe.codecs.Float16(), pull_codec=psframe.codecs.TopK(0.01)"
+_LOOK = """    assert (params["w"] == -params.version * 2.0**-10).all(), params["w"]
+"""
 
 
 class Job:
@@ -145,6 +149,30 @@ def test_a_killed_replacement_is_replaced(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert job.process.poll() is None
         assert job.text.count("has joined") == 2
+
+
+def test_a_replacement_is_sent_whole_parameters_where_others_get_differences(
+    tmp_path: Path,
+) -> None:
+    """Each gradient is exact in float16, and so many of its multiples are in float32."""
+    program = tmp_path / "program.py"
+    text = PROGRAM.read_text()
+    for old, new in (
+        ("    respawn=RESPAWN,\n", "    respawn=RESPAWN,\n    " + _CODECS + ",\n"),
+        ("lr=0.1),\n    device", "lr=2.0**-10),\n    device"),
+        ("    while True:\n", _LOOK + "    while True:\n"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    program.write_text(text)
+    with started(tmp_path, respawn=2, wanted=1, program=program) as job:
+        job.find("rank-1")
+        job.send("rank-2")
+        job.send("replacement-1-*")
+        result = job.result()
+        check(result, lost=[1])
+        assert result["replacements"] == [1]
+        assert result["again"] == 10
 
 
 def test_nobody_is_left_behind_when_server_0_dies(tmp_path: Path) -> None:

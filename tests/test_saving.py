@@ -136,6 +136,48 @@ def test_every_sample_of_an_epoch_is_done_once_whoever_goes_on(
     assert sorted(done) == list(range(SAMPLES))
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_each_worker_goes_on_with_its_velocity_whoever_else_is_there(
+    tmp_path: Path, nesterov: bool, servers: int
+) -> None:
+    """Worker i always pushes i + 1: where the parameters are depends on the pushes of each alone."""
+    lr, beta, stays = 0.01, 0.75, ((3, 4), (2, 5), (4, 3))
+    optimizer: Any = psframe.optim.DANAZero if nesterov else psframe.optim.WorkerMomentum
+    expected, velocities = 0.0, [0.0] * 4
+    version = 0
+    for workers, pushes in stays:
+
+        def some(worker: psframe.Worker, pushes: int = pushes) -> None:
+            for _ in range(pushes):
+                worker.pull()
+                grads = {name: np.full_like(p, worker.index + 1) for name, p in PARAMS.items()}
+                assert worker.push(grads).wait().applied
+
+        result = psframe.run(
+            some,
+            PARAMS,
+            optimizer=optimizer(lr, beta),
+            workers=workers,
+            servers=servers,
+            run_dir=tmp_path,
+            checkpoint_every=1000,
+            resume=True,
+        )
+        for worker in range(workers):
+            for _ in range(pushes):
+                grad = worker + 1
+                velocities[worker] = beta * velocities[worker] + grad
+                expected -= lr * (
+                    grad + beta * velocities[worker] if nesterov else velocities[worker]
+                )
+        version += workers * pushes
+        assert result.version == version
+        assert result.params is not None
+        for name, first in PARAMS.items():
+            np.testing.assert_allclose(result.params[name], first + expected, rtol=1e-4)
+
+
 def test_checkpoints_come_at_multiples_and_at_the_end_and_few_stay(tmp_path: Path) -> None:
     run(checkpoint_every=5, run_dir=tmp_path, keep_checkpoints=2)
     found = versions(tmp_path)
