@@ -4,12 +4,13 @@
     mpirun -n 3 python benchmarks/keeping.py --apart     # the same as if each had a node of its own
 
 P is --bytes, one square matrix. Every worker makes --steps steps with `worker.gradients()` and
-`push_pull`. After each of its own steps each worker looks at what all ranks have: the proportional set size
-(a page that k processes share counts a kth in each), split into heap (anonymous memory: what a
-process has for itself) and shared (snapshots, gradient slots and landing areas, of which no page
-counts that was never touched). The most of all looks, less the same after a run with 16 KiB of
-parameters. What one call needs for a moment is seen only if a look falls into it. The parameters that are
-given to `run` are zeros that take no memory. The columns `more` are over the first row, `none`.
+`push_pull`. After each of its own steps each worker looks at what all ranks have: the proportional
+set size (a page that k processes share counts a kth in each), split into heap (anonymous memory:
+what a process has for itself) and shared (snapshots, gradient slots and landing areas, of which no
+page counts that was never touched). The most of all looks, less the same after a run with 16 KiB of
+parameters; medians of --rounds such runs. What one call needs for a moment is seen only if a look
+falls into it. The parameters that are given to `run` are zeros that take no memory. The columns
+`more` are over the first row, `none`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def ways(workers: int) -> dict[str, Way]:
     }
 
 
-def coded(argument: str) -> Iterator[tuple[str, Way]] | dict[str, Way]:
+def coded(argument: str) -> dict[str, Way]:
     """Name the codecs, for gradients or for parameters."""
     made: dict[str, codecs.Codec] = {
         "float16": codecs.Float16(),

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from staleness import CODECS, Problem, fewer, print_table, spread
+from staleness import CODECS, Problem, print_table, spread
 
 import psframe
 from psframe import stale
-from psframe.benchmarks.job import Job, Part, open_job, take_turns
+from psframe.benchmarks.job import Job, Part, open_job
 from psframe.choices import parse_codec
 from psframe.coding import Traffic
 from psframe.launcher import find_launcher

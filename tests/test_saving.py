@@ -141,7 +141,7 @@ def test_every_sample_of_an_epoch_is_done_once_whoever_goes_on(
 def test_each_worker_goes_on_with_its_velocity_whoever_else_is_there(
     tmp_path: Path, nesterov: bool, servers: int
 ) -> None:
-    """Worker i always pushes i + 1: where the parameters are depends on the pushes of each alone."""
+    """Worker i always pushes i + 1: only how often each has pushed decides the parameters."""
     lr, beta, stays = 0.01, 0.75, ((3, 4), (2, 5), (4, 3))
     optimizer: Any = psframe.optim.DANAZero if nesterov else psframe.optim.WorkerMomentum
     expected, velocities = 0.0, [0.0] * 4
