@@ -314,6 +314,7 @@ def simulated_cells(trained: Sequence[Trained]) -> list[str]:
 
 def measure(training: Training, arguments: argparse.Namespace) -> None:
     """Train with all ways and seeds, and print the table on rank 0."""
+    before = os.getloadavg()[0]
     with open_job(arguments.what) as job:
         part = job.part(1)
         workers = part.workers
@@ -327,10 +328,12 @@ def measure(training: Training, arguments: argparse.Namespace) -> None:
         for seed in seeds:
             for name, way in ways.items():
                 found[name].append(training.run(job, part, way, seed))
-        root = job.rank == 0
+        root, library = job.rank == 0, job.library
         part.close()
     if not root:
         return
+    loads = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
+    print(f"{os.cpu_count()} cores, {loads}; {library}; {arguments.seeds} seeds\n", flush=True)
     cells = link_cells if arguments.what == "link" else straggler_cells
     rows = {name: cells(trained) for name, trained in found.items()}
     to = f"to {arguments.target:.0%}"
