@@ -32,8 +32,8 @@ from psframe import codecs, optim, stale
 from psframe.benchmarks.job import Job, Part, open_job
 from psframe.benchmarks.tensors import parse_size
 
-# mallopt's M_MMAP_THRESHOLD: arrays from 1 MiB on go back to the system when they are let go, and so
-# are not in what a process "had before" the next run.
+# mallopt's M_MMAP_THRESHOLD: arrays from 1 MiB on go back to the system when they are let go, and
+# so are not in what a process "had before" the next run.
 MMAP_THRESHOLD, MMAP_FROM = -3, 1 << 20
 SMALL = 64  # rows and columns of the parameters in the run before
 
@@ -107,21 +107,21 @@ class Measured:
         self._pids = [int(one[0]) for one in job.gather(float(os.getpid()))]
 
     def measure(self, way: Way, side: int) -> Any:
-        """Give (ranks, 2) bytes: heap, and shared memory; every rank calls it."""
+        """Give bytes: each rank's heap, and what is shared; every rank calls it."""
         job = self._job
         job.together(lambda: self._run(way, SMALL))
         before = self._look()
         job.gather(0.0)
         peak = job.together(lambda: self._run(way, side))
-        rows = np.array(job.gather(*peak.ravel()))
-        return rows.max(axis=0).reshape(peak.shape) - before
+        return np.array(job.gather(*peak)).max(axis=0) - before
 
     def _look(self) -> Any:
-        return np.array([held(pid) for pid in self._pids], np.float64)
+        heaps, shared = zip(*map(held, self._pids), strict=True)
+        return np.array([*heaps, sum(shared)], np.float64)
 
     def _run(self, way: Way, side: int) -> Any:
-        """Train; give the most that each rank has had."""
-        peak = np.zeros((len(self._pids), 2))
+        """Train; give the most that each rank has had, and the most that was shared."""
+        peak = np.zeros(len(self._pids) + 1)
 
         def work(worker: psframe.Worker) -> None:
             nonlocal peak
@@ -157,9 +157,9 @@ def cells(peaks: Sequence[Any], first: Sequence[Any] | None, n_bytes: int) -> li
 
 
 def split(peak: Any) -> Any:
-    """Give the server's heap, the mean worker's, all that is shared, and all."""
-    heap, shared = peak[:, 0], peak[:, 1]
-    return np.array([heap[0], statistics.mean(heap[1:]), shared.sum(), peak.sum()])
+    """Give the server's heap, the mean worker's, what is shared, and the sum of all."""
+    server, *workers, shared = peak
+    return np.array([server, statistics.mean(workers), shared, peak.sum()])
 
 
 def main() -> None:

@@ -191,7 +191,8 @@ class Rennala:
     differ without limit: no stale gradient is ever applied, and no slow worker waited for.
 
     Args:
-        batch: B >= 1. Costs one more array as large as the parameters.
+        batch: B >= 1. Costs one more array as large as the parameters, and one where a rule scales
+            gradients.
 
     Raises:
         ValueError, TypeError: it is no such number.
@@ -215,7 +216,8 @@ class Buffered:
     the number of updates and not of pushes.
 
     Args:
-        batch: B >= 1; 1 is Async. Costs one more array as large as the parameters.
+        batch: B >= 1; 1 is Async. Costs one more array as large as the parameters, and one where a
+            rule scales gradients.
 
     Raises:
         ValueError, TypeError: it is no such number.
@@ -237,8 +239,8 @@ class Ringleader:
 
     The first update is made once every live worker has pushed. To use where workers hold different
     data: asynchronous SGD would weigh the data of fast workers more, and this does not. Costs W + 3
-    more arrays as large as the parameters; checkpoints do not have them, so that after a resume
-    the first update waits again.
+    more arrays as large as the parameters, and one where a rule scales gradients; checkpoints do
+    not have them, so that after a resume the first update waits again.
     """
 
     def policy(self, workers: int) -> Policy:

@@ -407,6 +407,8 @@ class BSP:
     A worker that waits for a block of `leases` takes no part in rounds meanwhile. Should it then
     push a gradient of parameters that it had pulled before, that is late as well.
 
+    Costs one more array as large as the parameters, for the mean of two pushes or more.
+
     Raises:
         ValueError: backup is negative.
         TypeError: it is not an integer.

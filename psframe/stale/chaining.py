@@ -57,7 +57,8 @@ def chain(*rules: Rule) -> Chain:
     the one before it has made. The result is multiplied by the product of all factors. If one drops
     the gradient, it is dropped.
 
-    Memory: that of the rules; P elements more if two of them correct, 2 P if more do.
+    Memory: that of the rules, but for the corrected gradient, which is one for all; P elements more
+    if two of them correct, 2 P if more do.
 
     Raises:
         TypeError: something is no rule.

@@ -36,8 +36,8 @@ class DelayCompensation(Rule):
     learning down, and the step is small enough that first order says something. What g g stands
     for is a likelihood's Hessian; of another loss it need not be near.
 
-    Memory: P elements for each worker that has pushed and P more if adaptive, none otherwise, and
-    what the workers have read.
+    Memory: P elements for the corrected gradient, and what the workers have read, two snapshots
+    each at most; if adaptive P for each worker that has pushed and P more.
 
     Args:
         lam: lambda_0, or lambda if not adaptive, >= 0. The paper's are 2 (adaptive) and 0.04.
@@ -93,7 +93,8 @@ class GapAware(Rule):
     Use it where staleness itself says little of how wrong a gradient is: where steps are of very
     different lengths, such as with learning rates that change.
 
-    Memory: none but what the workers have read.
+    Memory: P elements for the scaled gradient, and what the workers have read, two snapshots each
+    at most.
 
     >>> GapAware()
     GapAware()
