@@ -8,12 +8,13 @@ Both train on the digits as `psframe train` does by default. `straggler` compare
 be none it says why and ends.
 
 Computing a gradient is made to take --step-ms: a worker computes it, and waits for the rest of that
-time. So neither the machine's cores nor who else uses them decides. Each seed is trained with all
-ways in turn. A worker keeps what it reads, once every --look-ms, and evaluates it when the run is
-over. The seconds begin with the first worker's `work`, and end when parameters were read that have
-the accuracy --target on the test part; the updates are their version. Medians, least and most over
-the seeds. The column `simulated` is `psframe.simulate` with the same seeds, compute times and
-links, looked at as often; --no-simulated leaves it out.
+time, so that less depends on who else uses the cores; it must be much longer than computing takes.
+Each seed is trained with all ways in turn. A worker keeps what it reads, once every --look-ms, and
+evaluates it when the run is over. The seconds begin with the first worker's `work`, and end when
+parameters were read that have the accuracy --target on the test part; the updates are their
+version. Medians, least and most over the seeds. The column `simulated` is `psframe.simulate` with
+the same seeds, compute times and links, looked at as often; --no-simulated leaves it out. What the
+cores alone allow is `link --rate none`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from psframe.stepping import Stepper
 from psframe.trainer import initial_params
 
 HOSTS = Path(__file__).resolve().parent.parent / "tests/cluster/hosts"
-RATE, LINK = "100mbit", psframe.Network(100e-6, 100e6 / 8)
+LINK = psframe.Network(100e-6, 100e6 / 8)  # as simulated
 SLOWER = 4.0  # what a straggler's compute time is multiplied by
 
 Way = Mapping[str, Any]  # what `psframe.run` is given beside the problem
@@ -317,23 +318,31 @@ def measure(training: Training, arguments: argparse.Namespace) -> None:
     before = os.getloadavg()[0]
     with open_job(arguments.what) as job:
         part = job.part(1)
-        workers = part.workers
-        ways = codecs() if arguments.what == "link" else rules_and_modes(workers)
+        ways = codecs() if arguments.what == "link" else rules_and_modes(part.workers)
         if arguments.ways:
             ways = {name: ways[name] for name in arguments.ways}
-        seeds = range(arguments.seeds)
         for way in ways.values():
             training.run(job, part, way, 0, brief=True)
         found: dict[str, list[Trained]] = {name: [] for name in ways}
-        for seed in seeds:
+        for seed in range(arguments.seeds):
             for name, way in ways.items():
                 found[name].append(training.run(job, part, way, seed))
-        root, library = job.rank == 0, job.library
+        if job.rank == 0:
+            loads = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
+            print(f"{os.cpu_count()} cores, {loads}; {job.library}; {arguments.seeds} seeds\n")
+            tell(training, arguments, ways, found, part.workers)
+        job.gather(0.0)  # the others wait here, at rest, while rank 0 simulates
         part.close()
-    if not root:
-        return
-    loads = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(f"{os.cpu_count()} cores, {loads}; {library}; {arguments.seeds} seeds\n", flush=True)
+
+
+def tell(
+    training: Training,
+    arguments: argparse.Namespace,
+    ways: Mapping[str, Way],
+    found: Mapping[str, Sequence[Trained]],
+    workers: int,
+) -> None:
+    """Simulate, and print the table."""
     cells = link_cells if arguments.what == "link" else straggler_cells
     rows = {name: cells(trained) for name, trained in found.items()}
     to = f"to {arguments.target:.0%}"
@@ -344,16 +353,17 @@ def measure(training: Training, arguments: argparse.Namespace) -> None:
     if arguments.simulated:
         heads += [f"simulated {to}, s", "in all, s"]
         for name, way in ways.items():
-            rows[name] += simulated_cells([training.simulate(workers, way, s) for s in seeds])
+            simulated = [training.simulate(workers, way, s) for s in range(arguments.seeds)]
+            rows[name] += simulated_cells(simulated)
     print_table(heads, rows)
 
 
-def on_hosts(arguments: Sequence[str], workers: int) -> None:
+def on_hosts(arguments: Sequence[str], workers: int, rate: str) -> None:
     """Become an MPI job with a rank on each of some hosts behind slow links."""
     ranks = workers + 1
     names = ",".join(f"h{rank + 1}:1" for rank in range(ranks))
     mpirun = Path(sys.executable).parent / "mpirun"
-    line = [str(HOSTS), "-n", str(ranks), "-r", RATE, str(mpirun), "--host", names]
+    line = [str(HOSTS), "-n", str(ranks), "-r", rate, str(mpirun), "--host", names]
     line += ["-n", str(ranks), sys.executable, str(Path(__file__).resolve()), *arguments]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.execv(line[0], line)
@@ -364,6 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["straggler", "link"])
     parser.add_argument("--workers", type=int, default=3, help="of link, a host each")
+    parser.add_argument("--rate", default="100mbit", help="of link's cards, as tc has it; or none")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", help="names of rows; default all")
     parser.add_argument("--epochs", type=int, default=30)
@@ -374,7 +385,7 @@ def main() -> None:
     arguments = parser.parse_args()
     link = arguments.what == "link"
     if link and find_launcher() is None:
-        on_hosts(sys.argv[1:], arguments.workers)
+        on_hosts(sys.argv[1:], arguments.workers, arguments.rate)
     if arguments.step_ms is None:
         arguments.step_ms = 2.0 if link else 20.0
     if link:
