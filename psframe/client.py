@@ -76,6 +76,7 @@ class Worker:
         self._judges = judges  # whether it says if gradients are finite, and their norms
         self._measured = measured  # what of a gradient its norm is of, if not all of it
         self._on_host = device.name == "cpu"
+        self._copying = False  # the present parameters, from snapshots that are still held
         # Whether pushes are copied at once, whole, in host memory that stays the slot's.
         self._plain = (
             self._on_host and measured is None and coder is None and all(endpoint.in_place)
@@ -147,6 +148,7 @@ class Worker:
         if self._prefetch is not None:
             return self._prefetch
         self._leasing.give_back()
+        self._let_go(waits=False)
         request, messages = self._protocol.pull()
         self._exchange.send_each(messages)
         self._prefetch = PendingPull(self._exchange, request, self._take_prefetched)
@@ -158,11 +160,14 @@ class Worker:
         Args:
             grads: names to arrays shaped like the parameters, on the host or on this device,
                 floating-point, cast if need be; or None for what was written into the arrays
-                of `gradients()`, which is then not copied on the host.
+                of `gradients()`, which is then not copied on the host. Other libraries' arrays
+                are read through DLPack or `__cuda_array_interface__`.
 
         Raises:
-            ValueError: a name is missing or unknown, or a shape is wrong; nothing is sent.
-            TypeError: a dtype is not floating-point; nothing is sent.
+            ValueError: a name is missing or unknown, a shape is wrong, or an array is on another
+                GPU; nothing is sent.
+            TypeError: a dtype is not floating-point, or an array is on a GPU and this worker
+                computes on the CPU; nothing is sent.
             Stopped: the run is over.
         """
         return Pending(self._exchange, self._push(grads, want_params=False))
@@ -292,6 +297,7 @@ class Worker:
         """Say that `work` is over and wait until every request is answered."""
         self._notes.flush_log()
         self._notes.flush_spans()
+        self._let_go()
         self._exchange.send_each(
             Leave(self.index, failure if server == 0 else None)
             for server in range(self._endpoint.servers)
@@ -318,6 +324,7 @@ class Worker:
         self._exchange.check_running()
         self._end_prefetch()
         self._leasing.give_back()
+        self._let_go()
         self._protocol.drop_params()
         request, messages = self._protocol.pull(pinned=pinned)
         begin_s = self._endpoint.now()
@@ -408,13 +415,14 @@ class Worker:
 
     def _push_any(self, grads: Mapping[str, Any] | None, want_params: bool) -> Request:
         """Push whatever is one, with whatever has to be done before."""
-        self._check_gradients(grads)
+        grads = self._accept(grads)
         exchange, protocol = self._exchange, self._protocol
         exchange.check_running()
         read = protocol.present  # a prefetch that ends now is no reason to tell others
         if want_params and self._prefetch is not None:
             self._prefetch.wait()
             exchange.check_running()
+        self._let_go()
         index = self._free_slot() if self._filling is None else self._filling
         if self._leasing.abandoned is not None:
             self._leasing.give_back()
@@ -475,19 +483,44 @@ class Worker:
     def _write(
         self, index: int, slot: GradientSlot, grads: Mapping[str, Any] | None, progress: Progress
     ) -> None:
-        """Write a gradient whose push has been announced."""
-        finite, norm = False, 0.0
+        """Write a gradient whose push has been announced, or have it written."""
+        finite, norm, behind = False, 0.0, False
         try:
-            finite, norm = self._fill(index, slot, grads, progress.advance)
+            if not self._on_host and progress.from_any_thread:
+                behind = self._write_behind(index, slot, grads, progress)
+            if not behind:
+                finite, norm = self._fill(index, slot, grads, progress.advance)
         finally:  # if it could not be written: it is refused, and nobody waits for it
-            progress.close(finite, norm)
+            if not behind:
+                progress.close(finite, norm)
 
-    def _check_gradients(self, grads: Mapping[str, Any] | None) -> None:
+    def _write_behind(
+        self, index: int, slot: GradientSlot, grads: Mapping[str, Any] | None, progress: Progress
+    ) -> bool:
+        """Have a gradient written behind this thread; False if it cannot be."""
+
+        def judge(found: tuple[bool, float] | None) -> tuple[bool, float]:
+            return self._measure(slot, *(slot.judge() if found is None else found))
+
+        return self._device.fetch_behind(
+            index,
+            self._staged(index) if grads is None else grads,
+            slot,
+            judge if self._judges else None,
+            progress.advance,
+            progress.close,
+        )
+
+    def _accept(self, grads: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Give what is to be pushed as arrays that can be read here, checked."""
         where = f"push from worker {self.index}"
         if grads is not None:
-            check_gradients(self._layout, grads, where)
-        elif self._filling is None:
+            accepted: Mapping[str, Any] = self._device.accept(grads, where)
+            check_gradients(self._layout, accepted, where)
+            return accepted
+        if self._filling is None:
             raise ValueError(f"{where}: push(None) sends gradients(), which has not been called")
+        return None
 
     def _fill(
         self,
@@ -500,11 +533,14 @@ class Worker:
         if grads is None:
             if self._on_host:  # the arrays given out are the slot
                 return self._measure(slot, *slot.judge(advance)) if self._judges else (True, 0.0)
-            grads = self._staging[index]
-            assert grads is not None, "gradients() made it"
-        if not self._on_host:
-            grads = self._device.gradients(grads)
-        return self._measure(slot, *slot.pack(grads, self._judges, advance))
+            grads = self._staged(index)
+        fetched = self._device.fetch(index, grads, slot, self._judges, advance)
+        return self._measure(slot, *fetched)
+
+    def _staged(self, index: int) -> Mapping[str, Any]:
+        staging = self._staging[index]
+        assert staging is not None, "gradients() made it"
+        return staging
 
     def _measure(self, slot: GradientSlot, finite: bool, norm: float) -> tuple[bool, float]:
         if self._measured is None or not (finite and self._judges):
@@ -514,10 +550,21 @@ class Worker:
     def _slot(self, index: int) -> GradientSlot:
         """The gradient slot, free to be written."""
         flat = self._endpoint.slot(index)  # waits, if its bytes are still leaving
+        self._device.settle(index)
         slot = self._slots[index]
         if slot is None:
             slot = self._slots[index] = GradientSlot(self._layout, flat)
         return slot
+
+    def _let_go(self, *, waits: bool = True) -> None:
+        """Use the snapshots no longer that have been copied to the device; before a message.
+
+        Args:
+            waits: until they have been. Else, should they not be, another message will say so.
+        """
+        if self._copying and self._device.copied(waits=waits):
+            self._copying = False
+            self._protocol.drop_params()
 
     def _take_prefetched(self, request: Request) -> Params:
         params = self._take(request)
@@ -528,11 +575,13 @@ class Worker:
         """Make the answer's parameters the present ones; `push` is the answer to a push."""
         if request.stopped:
             raise Stopped("the run is over")
+        self._let_go()
         answers = self._protocol.take_params(request)
-        arrays = self._snapshots.arrays(answers)
-        if not self._on_host:
-            arrays, copied = self._device.params(arrays)
-            if copied:
-                self._protocol.drop_params()
+        if self._on_host:
+            arrays = self._snapshots.arrays(answers)
+        else:
+            snapshot = self._endpoint.snapshot
+            arrays = self._device.params([snapshot(s, a.buffer) for s, a in enumerate(answers)])
+            self._copying = True
         versions = tuple([answer.version for answer in answers])
         return Params(arrays, versions, push)

@@ -25,7 +25,16 @@ from psframe.agreement import agree, tell
 from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.coding import Traffic
-from psframe.devices import choose_device, make_device
+from psframe.devices import (
+    NO_GPU,
+    Device,
+    Sharing,
+    announce,
+    choose_device,
+    fit_memory,
+    identify,
+    make_device,
+)
 from psframe.errors import CheckpointError, Diverged, Interrupted, RankLost, WorkerFailed
 from psframe.events import Failure
 from psframe.host import Host
@@ -172,6 +181,7 @@ class _ClusterRun:
         # Lost, not known to be dead, and not come back when it was over.
         self.absent: Mapping[int, Callable[[], bool]] = {}
         self._error: BaseException | None = None  # what this rank's own `work` raised
+        self._gpu: Sharing | None = None  # where a worker computes, if not on the CPU
         self.restart = Restart()
 
     # ---- the run -------------------------------------------------------------------------
@@ -204,6 +214,7 @@ class _ClusterRun:
         neighbours = meet(
             mesh, plan.layout, plan.servers, self._shared_memory, stays_open=stays_open
         )
+        self._share_gpus(plan, neighbours)
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         self._share_signals(watch)
         with contextlib.closing(Pulse(watch, self.abort)):
@@ -269,6 +280,19 @@ class _ClusterRun:
                 mesh.send(plan.initial[begin:end], server, "the first parameters")
             elif server and mesh.rank == server:
                 mesh.receive(plan.initial[begin:end], 0, "the first parameters")
+
+    def _share_gpus(self, plan: Plan, neighbours: Neighbours) -> None:
+        """Choose this worker's device, and hear who else is on its GPU."""
+        mesh = self.mesh
+        if plan.device == "cpu":  # as on every rank
+            return
+        device, identity = "cpu", NO_GPU
+        if mesh.rank >= plan.servers:
+            device = choose_device(plan.device, neighbours.local_worker)
+            identity = identify(device)
+        ids = mesh.all_gather(identity, "the GPUs")
+        if device != "cpu":
+            self._gpu = Sharing.of(device, mesh.rank, ids, mesh.nodes, mesh.names)
 
     def _lead(
         self, plan: Plan, neighbours: Neighbours, watch: Watch
@@ -438,20 +462,27 @@ class _ClusterRun:
 
     def _work_as(self, plan: Plan, neighbours: Neighbours) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours, plan.pull_codec)
-        device = choose_device(plan.device, neighbours.local_worker)
-        if plan.device == "auto" and device == "cpu":
-            _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
         try:
-            opened = make_device(device, plan.layout)
+            device = self._open_device(plan, endpoint.index)
             random_state = (self.restart.random or {}).get(endpoint.index)
-            worker = plan.build_worker(endpoint, opened, random_state)
+            worker = plan.build_worker(endpoint, device, random_state)
         except Exception as error:  # CuPy's are many
             self._error = error
             decline(endpoint, error)
         else:
-            with limited_threads(neighbours.ranks_here):
+            with contextlib.closing(device), limited_threads(neighbours.ranks_here):
                 self._error = take_part(self._interruptible_work, worker)
         endpoint.close()
+
+    def _open_device(self, plan: Plan, worker: int) -> Device:
+        gpu = self._gpu
+        if gpu is None:
+            if plan.device == "auto":
+                _log.info("worker %d computes on the CPU: there is no GPU", worker)
+            return make_device("cpu", plan.layout)
+        device = make_device(gpu.gpu, plan.layout)
+        announce(gpu, fit_memory(gpu.gpu, len(gpu.users)))
+        return device
 
     def _interruptible_work(self, worker: Worker) -> None:
         with self.interrupts.released(_DELICATE):

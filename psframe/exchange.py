@@ -14,7 +14,13 @@ __all__ = ["Direct", "Endpoint", "Exchange", "Progress"]
 
 
 class Progress(Protocol):
-    """What a server is told of a gradient that is still being written into its slot."""
+    """What a server is told of a gradient that is still being written into its slot.
+
+    Attributes:
+        from_any_thread: whether others than the worker's may call `advance` and `close`.
+    """
+
+    from_any_thread: bool
 
     def open(self) -> None:
         """Say that nothing of it is there; before its push is sent."""

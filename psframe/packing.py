@@ -79,12 +79,13 @@ class GradientSlot:
         flat: the slot's memory, P elements of the layout's dtype.
 
     Attributes:
-        arrays: names to writable views of the slot.
+        flat: the slot's memory.
+        arrays: names to writable views of it.
     """
 
     def __init__(self, layout: Layout, flat: Array) -> None:
         self.arrays: dict[str, Array] = layout.views(flat)
-        self._flat = flat
+        self.flat = self._flat = flat
         self._places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
         targets = self.arrays.values()
         self._targets = list(zip(layout.names, layout.shapes, targets, strict=True))

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from psframe.blas import limited_threads
 from psframe.client import Worker
-from psframe.devices import choose_device, make_device
+from psframe.devices import Device, choose_device, fit_memory, make_device
 from psframe.errors import RankLost
 from psframe.launcher import Place
 from psframe.plan import Plan
@@ -61,17 +61,27 @@ def _work(
     end = StandIn(place, plan.layout, plan.digests(**same), plan.timeout_s)
     plan.forget_initial()
     with contextlib.closing(Pulse(end.watch, _end)):
-        device = choose_device(plan.device, end.local_worker)
         try:
-            worker = plan.build_worker(end, make_device(device, plan.layout))
+            device = _open_device(plan, end)
+            worker = plan.build_worker(end, device)
         except Exception as error:  # CuPy's are many
             decline(end, error)
             end.close()
             return error
-        with limited_threads(end.ranks_here):
+        with contextlib.closing(device), limited_threads(end.ranks_here):
             error_of_work = take_part(work, worker)
         end.close()
     return error_of_work
+
+
+def _open_device(plan: Plan, end: StandIn) -> Device:
+    """Open this worker's device; the others keep theirs, and their shares of its memory."""
+    name = choose_device(plan.device, end.local_worker)
+    device = make_device(name, plan.layout)
+    if name != "cpu":
+        workers = range(end.ranks_here - 1)  # server 0 is the other one
+        fit_memory(name, sum(choose_device(plan.device, i) == name for i in workers))
+    return device
 
 
 def _end(lost: RankLost) -> NoReturn:

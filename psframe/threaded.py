@@ -14,7 +14,7 @@ import numpy as np
 from psframe.blas import limited_threads
 from psframe.checkpoint import Reader
 from psframe.client import Worker
-from psframe.devices import choose_device, make_device
+from psframe.devices import announce_threads, choose_device, make_device
 from psframe.draws import read_draws
 from psframe.errors import Interrupted, RankLost
 from psframe.host import Host
@@ -103,6 +103,7 @@ class _ThreadRun:
             ]
             self._random = {} if reader is None else read_draws(Fields(reader.state))
         devices = [choose_device(plan.device, w) for w in range(workers)]
+        announce_threads(plan.device, devices)
         self._threads = [
             threading.Thread(
                 target=self._follow, args=(s,), name=f"psframe-server-{s}", daemon=True
@@ -172,7 +173,8 @@ class _ThreadRun:
             decline(endpoint, error)
             return
         try:
-            take_part(self._work, worker)
+            with contextlib.closing(opened):
+                take_part(self._work, worker)
         except RankLost as error:
             _log.debug("worker %d ends: %s", index, error)  # a server thread has told why
         except BaseException as error:

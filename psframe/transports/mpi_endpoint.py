@@ -302,6 +302,8 @@ class MpiEndpoint:
 class _Sending:
     """A gradient that is sent, in the pieces that the server awaits, while it is written."""
 
+    from_any_thread = False  # MPI is the worker's thread's
+
     def __init__(self, endpoint: MpiEndpoint, slot: int) -> None:
         self._endpoint = endpoint
         self._slot = slot

@@ -33,6 +33,8 @@ class Progress:
         open_here: on the server, whether it follows a gradient in this slot.
     """
 
+    from_any_thread = True  # it is memory, no more
+
     def __init__(self, memory: memoryview, size: int) -> None:
         self.words: Array = np.frombuffer(memory, np.int64)
         self._counts = memory.cast("q")

@@ -1,0 +1,32 @@
+"""Where a worker computes: NumPy arrays on the host, or CuPy arrays on a GPU.
+
+CuPy is imported only when a GPU is wanted.
+"""
+
+from psframe.devices.base import Device, HostDevice
+from psframe.devices.choosing import choose_device, make_device
+from psframe.devices.cuda import CudaDevice
+from psframe.devices.sharing import (
+    NO_GPU,
+    Sharing,
+    announce,
+    announce_threads,
+    fit_memory,
+    identify,
+    memory_limit,
+)
+
+__all__ = [
+    "NO_GPU",
+    "CudaDevice",
+    "Device",
+    "HostDevice",
+    "Sharing",
+    "announce",
+    "announce_threads",
+    "choose_device",
+    "fit_memory",
+    "identify",
+    "make_device",
+    "memory_limit",
+]
