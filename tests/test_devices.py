@@ -1,84 +1,34 @@
-"""Devices: which one is chosen, and that the host and the GPU never look too early.
+"""Which device a worker gets, how a card's memory is shared, and what may be pushed.
 
-There is no GPU here: a small recording `cupy` stands in, whose stream does nothing before it is
-synchronised. Whether CuPy itself keeps that order, the tests marked `gpu` would say.
+There is no GPU here: `fake_cupy` stands in. What CuPy itself does, tests/gpu would say.
 """
 
+from __future__ import annotations
+
+import logging
 import sys
-from types import ModuleType, SimpleNamespace
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_cupy import FakeArray, FakeCupy, ForeignArray, installed
 
-import psframe
-from psframe.devices import CudaDevice, HostDevice, choose_device, make_device
+from psframe.devices import CudaDevice, HostDevice, choose_device, make_device, sharing
+from psframe.devices.intake import Accepted
 from psframe.layout import Layout
+from psframe.packing import check_gradients
 
 LAYOUT = Layout.of({"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)})
 
 
-class FakeCupy(ModuleType):
-    """The few names of CuPy that devices use; `log` is what was called."""
-
-    def __init__(self, gpus: int) -> None:
-        super().__init__("cupy")
-        self.log: list[str] = []
-        self.queue: list[tuple[np.ndarray, np.ndarray]] = []
-        stream = SimpleNamespace(synchronize=self.synchronize)
-        self.cuda = SimpleNamespace(
-            Device=lambda k: SimpleNamespace(use=lambda: self.log.append(f"use {k}")),
-            get_current_stream=lambda: stream,
-            runtime=SimpleNamespace(getDeviceCount=lambda: gpus),
-        )
-        self.is_available = lambda: gpus > 0
-
-    def empty(self, size: int, dtype: np.dtype) -> "FakeArray":
-        return FakeArray(self, np.full(size, np.nan, dtype))
-
-    def asnumpy(self, array: "FakeArray") -> np.ndarray:
-        self.log.append("asnumpy")
-        self.run_queue()
-        return array.memory.copy()
-
-    def synchronize(self) -> None:
-        self.log.append("synchronize")
-        self.run_queue()
-
-    def run_queue(self) -> None:
-        for target, source in self.queue:
-            target[...] = source
-        self.queue.clear()
-
-
-class FakeArray:
-    """Device memory: only `set`, and the kernels of this test, write it; in stream order."""
-
-    def __init__(self, cupy: FakeCupy, memory: np.ndarray) -> None:
-        self.cupy, self.memory = cupy, memory
-        self.shape, self.dtype = memory.shape, memory.dtype
-
-    def __getitem__(self, key: slice) -> "FakeArray":
-        return FakeArray(self.cupy, self.memory[key])
-
-    def reshape(self, shape: tuple[int, ...]) -> "FakeArray":
-        return FakeArray(self.cupy, self.memory.reshape(shape))
-
-    def set(self, source: np.ndarray) -> None:
-        assert source.flags.c_contiguous
-        assert (source.shape, source.dtype) == (self.shape, self.dtype)
-        self.cupy.log.append("set")
-        self.cupy.queue.append((self.memory, source))  # read later, as a copy engine would
-
-    def compute(self, value: float) -> "FakeArray":
-        self.cupy.queue.append((self.memory, np.full(self.shape, value, self.dtype)))
-        return self
-
-
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
-    fake = FakeCupy(gpus=2)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    return fake
+def cupy() -> Iterator[FakeCupy]:
+    with installed(FakeCupy()) as fake:
+        yield fake
+
+
+# ---- which --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,84 +77,173 @@ def test_cupy_is_asked_how_many_gpus_there_are(
     assert choose_device("auto", 3) == "cpu"
 
 
+# ---- sharing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "processes", "limit"),
+    [
+        (8 << 30, 1, None),  # alone
+        (8 << 30, 2, (7 << 30) // 2),  # 512 MiB each beside the pools
+        (80 << 30, 5, ((80 << 30) - 5 * (512 << 20)) // 5),
+        (1 << 30, 8, (1 << 30) // 16),  # the margin is half the card at most
+    ],
+)
+def test_each_process_may_take_its_share(total: int, processes: int, limit: int | None) -> None:
+    assert sharing.memory_limit(total, processes) == limit
+    if limit is not None:
+        assert 0 < limit * processes < total
+
+
+def test_the_pool_is_limited_unless_the_user_has_said_how_much(cupy: FakeCupy) -> None:
+    set_by_user = {"CUPY_GPU_MEMORY_LIMIT": "30%"}
+    assert sharing.fit_memory("cuda:0", 2, set_by_user) is None
+    assert sharing.fit_memory("cuda:0", 1, {}) is None
+    assert cupy.pool.limit == 0
+    limit = sharing.fit_memory("cuda:0", 2, {})
+    assert cupy.pool.limit == limit == (7 << 30) // 2
+
+
+def test_who_shares_a_gpu_is_found_by_its_id_and_node(cupy: FakeCupy) -> None:
+    """Each rank may call its own GPU cuda:0."""
+    a, b = sharing.identify("cuda:0"), sharing.identify("cuda:1")
+    assert len(a) == len(b) == 16
+    assert len({a, b, sharing.identify("cpu")}) == 3
+    ids = [sharing.NO_GPU, a, b, a, a]
+    nodes, names = ["m", "m", "m", "m", "n"], [0, 4, 3, 2, 1]
+    assert sharing.Sharing.of("cuda:0", 3, ids, nodes, names).users == (2, 4)
+    assert sharing.Sharing.of("cuda:0", 4, ids, nodes, names).users == (1,)
+
+
+@pytest.mark.parametrize("mps", [False, True])
+def test_the_first_of_those_that_share_says_so(
+    mps: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if mps:
+        (tmp_path / "control").touch()
+    environ = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    with caplog.at_level(logging.INFO, "psframe"):
+        for here in (3, 5):
+            sharing.announce(sharing.Sharing("cuda:1", (3, 5), here), 2 << 30, environ)
+        sharing.announce(sharing.Sharing("cuda:0", (7,), 7), None, environ)  # alone
+    (line,) = caplog.messages
+    assert "ranks 3, 5 share one GPU (cuda:1 in rank 3): each may take 2.0 GiB" in line
+    assert ("MPS runs" in line) == mps
+    assert ("MPS does not run" in line) == (not mps)
+
+
+def test_threads_that_share_a_gpu_are_told_so(
+    cupy: FakeCupy, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "psframe"):
+        sharing.announce_threads("cuda", ["cuda:0", "cuda:1"])
+        assert caplog.messages == []
+        sharing.announce_threads("cuda", ["cuda:0", "cuda:1", "cuda:0"])
+        sharing.announce_threads("auto", ["cpu"])
+    shared, fallen_back = caplog.messages
+    assert "2 workers of this process share cuda:0" in shared
+    assert "sees no GPU" in fallen_back
+
+
+# ---- what is taken in -----------------------------------------------------------------------
+
+
+class OnHost:
+    """Another library's array in host memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.dtype = "float32 of another library"
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+
+def accepted(device: CudaDevice | HostDevice, **grads: object) -> Accepted:
+    layout = Layout.of({name: np.zeros(3, np.float32) for name in grads})
+    found: Accepted = device.accept(grads, "push from worker 3")
+    check_gradients(layout, found, "push from worker 3")
+    return found
+
+
 def test_the_host_copies_nothing() -> None:
     device = make_device("cpu", LAYOUT)
     assert isinstance(device, HostDevice)
     views = LAYOUT.views(np.arange(9, dtype=np.float32))
-    arrays, copied = device.params(views)
-    assert not copied
-    for given in (arrays, device.gradients(views), device.staging(views)):
-        assert all(given[name] is view for name, view in views.items())
+    assert device.accept(views, "") is views
+    assert all(device.staging(views)[name] is view for name, view in views.items())
+    device.close()
 
 
-def test_parameters_are_on_the_gpu_before_the_host_s_may_change(cupy: FakeCupy) -> None:
-    device = make_device("cuda:1", LAYOUT)
-    assert isinstance(device, CudaDevice)
-    assert (device.name, device.xp, cupy.log) == ("cuda:1", cupy, ["use 1"])
-    host = np.arange(9, dtype=np.float32)
-    arrays, copied = device.params(LAYOUT.views(host))
-    assert copied
-    assert cupy.log[1:] == ["set", "set", "synchronize"]
-    host[:] = -1  # the server may now write its buffer
-    assert arrays["w"].memory.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert arrays["b"].memory.tolist() == [6, 7, 8]
+def test_what_is_no_mapping_is_left_to_the_check(cupy: FakeCupy) -> None:
+    for device in (HostDevice(), CudaDevice(0, LAYOUT)):
+        assert device.accept([1], "") == [1]
+        mixed = {"w": object(), "b": 3}
+        assert device.accept(mixed, "") == mixed
+        device.close()
 
 
-def test_the_parameters_before_a_prefetch_stay(cupy: FakeCupy) -> None:
+@pytest.mark.parametrize("name", ["cpu", "cuda:0"])
+def test_host_memory_of_another_library_is_read_where_it_is(cupy: FakeCupy, name: str) -> None:
+    device = make_device(name, LAYOUT)
+    array = np.arange(3, dtype=np.float32)
+    found = accepted(device, w=OnHost(array))
+    assert isinstance(found["w"], np.ndarray)
+    assert np.shares_memory(found["w"], array)
+    with pytest.raises(TypeError, match="gradient 'w' has dtype int64"):
+        accepted(device, w=OnHost(np.arange(3)))
+    device.close()
+
+
+@pytest.mark.parametrize("protocol", ["dlpack", "interface"])
+def test_a_gpu_s_array_is_no_gradient_of_a_worker_on_the_cpu(cupy: FakeCupy, protocol: str) -> None:
+    array = ForeignArray(cupy.empty(3, "f4"), cupy.cuda.default, protocol)
+    with pytest.raises(TypeError, match="worker 3: gradient 'w' is on a GPU, and this worker"):
+        accepted(HostDevice(), w=array)
+
+
+@pytest.mark.parametrize("protocol", ["dlpack", "interface"])
+def test_another_library_s_array_is_taken_as_it_is(cupy: FakeCupy, protocol: str) -> None:
     device = CudaDevice(0, LAYOUT)
-    first, _ = device.params(LAYOUT.views(np.full(9, 1, np.float32)))
-    second, _ = device.params(LAYOUT.views(np.full(9, 2, np.float32)))
-    assert (first["w"].memory == 1).all()
-    assert (second["w"].memory == 2).all()
+    array = cupy.empty(3, "f4")
+    found = accepted(
+        device, w=ForeignArray(array, cupy.cuda.default, protocol), b=cupy.empty(3, "f4")
+    )
+    assert found["w"] is array
+    assert found.foreign
+    assert not accepted(device, w=cupy.empty(3, "f4"), b=np.zeros(3, "f4")).foreign
+    device.close()
 
 
-def test_a_tensor_that_is_not_contiguous_is_copied_first(cupy: FakeCupy) -> None:
-    layout = Layout.of({"w": np.zeros((2, 3), np.float32)})
-    transposed = np.arange(6, dtype=np.float32).reshape(3, 2).T
-    arrays, _ = CudaDevice(0, layout).params({"w": transposed})
-    assert arrays["w"].memory.tolist() == transposed.tolist()
-
-
-def test_gradients_are_fetched_after_the_kernels_that_make_them(cupy: FakeCupy) -> None:
+@pytest.mark.parametrize("protocol", ["dlpack", "interface", "cupy"])
+def test_an_array_on_another_gpu_is_refused(cupy: FakeCupy, protocol: str) -> None:
     device = CudaDevice(0, LAYOUT)
-    staging = device.staging({})
-    assert {name: array.shape for name, array in staging.items()} == {"w": (2, 3), "b": (3,)}
-    on_host = np.full(3, 4, np.float32)
-    fetched = device.gradients({"w": staging["w"].compute(3.0), "b": on_host})
-    assert (fetched["w"] == 3).all()  # not what was there before the kernel ran
-    assert fetched["b"] is on_host
+    array = FakeArray(cupy, np.zeros(3, "f4"), ordinal=1)
+    foreign = ForeignArray(array, cupy.cuda.default, protocol, ordinal=1)
+    with pytest.raises(ValueError, match="'w' is on cuda:1, and this worker computes on cuda:0"):
+        accepted(device, w=array if protocol == "cupy" else foreign)
+    device.close()
 
 
-def test_two_slots_have_two_sets_of_gradients(cupy: FakeCupy) -> None:
+def test_what_cannot_be_read_is_refused_with_the_reason(cupy: FakeCupy) -> None:
     device = CudaDevice(0, LAYOUT)
-    first, second = device.staging({}), device.staging({})
-    first["w"].compute(1.0)
-    second["w"].compute(2.0)
-    cupy.run_queue()
-    assert (first["w"].memory == 1).all()
+    array = ForeignArray(cupy.empty(3, "f4"), cupy.cuda.default, "dlpack")
 
+    def refuse(**options: object) -> None:
+        raise BufferError("it requires a gradient")
 
-@pytest.mark.parametrize("own_arrays", [False, True])
-def test_a_run_on_the_fake_gpu_gives_the_host_s_bits(cupy: FakeCupy, own_arrays: bool) -> None:
-    """The whole way, through threads: pull to the GPU, compute there, push from there."""
-    seen = []
-
-    def work(worker: psframe.Worker) -> None:
-        seen.append((worker.device, worker.xp))
-        for step in range(5):
-            params = worker.pull()
-            value = float(params["w"].memory[0, 0]) + step
-            grads = worker.gradients() if own_arrays else CudaDevice(0, LAYOUT).staging({})
-            for array in grads.values():
-                array.compute(value)
-            receipt = worker.push(None if own_arrays else grads).wait()
-            assert receipt.applied, receipt
-
-    start = {"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
-    result = psframe.run(work, start, optimizer=psframe.optim.SGD(lr=0.5), device="cuda:0")
-    assert seen == [("cuda:0", cupy)]
-    w = 1.0
-    for step in range(5):
-        w -= 0.5 * (w + step)
-    assert result.params is not None
-    assert all((array == np.float32(w)).all() for array in result.params.values())
+    array.__dlpack__ = refuse
+    with pytest.raises(
+        TypeError, match=r"'w' cannot be read here: it requires a gradient; .*\.grad"
+    ):
+        accepted(device, w=array)
+    elsewhere = ForeignArray(cupy.empty(3, "f4"), cupy.cuda.default, "dlpack", kind=4)
+    with pytest.raises(TypeError, match="'w' is on a device of DLPack's type 4"):
+        accepted(device, w=elsewhere)
+    for dtype in (np.int32, np.complex64):
+        with pytest.raises(TypeError, match="gradient 'w' has dtype"):
+            accepted(device, w=FakeArray(cupy, np.zeros(3, dtype)))
+    device.close()
