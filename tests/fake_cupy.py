@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import operator
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,7 +51,7 @@ class FakeStream:
     def __init__(self, cuda: FakeCuda, ptr: int = 0) -> None:
         self.cuda = cuda
         self.ptr = ptr or cuda.handle(self)
-        self.work: list[Callable[[], None]] = []
+        self.work: deque[Callable[[], None]] = deque()
         self.queued = self.ran = 0
 
     def add(self, operation: Callable[[], None]) -> None:
@@ -71,8 +72,8 @@ class FakeStream:
 
     def run_to(self, count: int) -> None:
         while self.ran < count:
-            operation = self.work[self.ran]
-            operation()
+            self.work[0]()
+            self.work.popleft()
             self.ran += 1
 
     def __enter__(self) -> FakeStream:
@@ -188,7 +189,10 @@ class FakeCuda:
         return self.stack()[-1]
 
     def Device(self, ordinal: int) -> SimpleNamespace:
-        return SimpleNamespace(id=ordinal, use=lambda: self.log.append(f"use {ordinal}"))
+        return SimpleNamespace(id=ordinal, use=lambda: setattr(self._local, "device", ordinal))
+
+    def current_device(self) -> int:
+        return getattr(self._local, "device", 0)
 
     def Stream(self, *, non_blocking: bool) -> FakeStream:
         assert non_blocking, "or the default stream would order it, and hide what is missing"
@@ -229,10 +233,10 @@ class FakeArray:
     def queue(self, operation: Callable[[], None]) -> None:
         self.cupy.cuda.get_current_stream().add(operation)
 
-    def made(self, compute: Callable[[], Any], like: np.ndarray) -> FakeArray:
-        result = np.empty(like.shape, like.dtype)
+    def made(self, compute: Callable[[], Any], shape: tuple[int, ...], dtype: Any) -> FakeArray:
+        result = np.empty(shape, dtype)
         result.reshape(-1).view(np.uint8)[:] = 0xFF  # NaN
-        self.queue(lambda: np.copyto(result, compute()))
+        self.queue(lambda: np.copyto(result, compute(), casting="unsafe"))
         return FakeArray(self.cupy, result, self.device.id)
 
     def _binary(self, operate: Callable[[Any, Any], Any], other: Any, turned: bool) -> FakeArray:
@@ -240,14 +244,15 @@ class FakeArray:
             a, b = self.memory, host_of(other)
             return operate(b, a) if turned else operate(a, b)
 
-        with np.errstate(all="ignore"):
-            return self.made(compute, compute())
+        given = host_of(other)
+        shape = np.broadcast_shapes(self.shape, np.shape(given))
+        return self.made(compute, shape, np.result_type(self.memory, given))
 
     def copy(self) -> FakeArray:
-        return self.made(lambda: self.memory, self.memory)
+        return self.made(lambda: self.memory, self.shape, self.dtype)
 
     def astype(self, dtype: Any) -> FakeArray:
-        return self.made(lambda: self.memory.astype(dtype), np.empty(self.shape, dtype))
+        return self.made(lambda: self.memory, self.shape, dtype)
 
     def get(self) -> np.ndarray:
         self.cupy.cuda.get_current_stream().synchronize()
@@ -360,13 +365,12 @@ class FakeCupy(ModuleType):
     def empty(self, size: int, dtype: Any) -> FakeArray:
         memory = np.empty(size, dtype)
         memory.view(np.uint8)[:] = 0xFF
-        return FakeArray(self, memory)
+        return FakeArray(self, memory, self.cuda.current_device())
 
     def ascontiguousarray(self, array: FakeArray, dtype: Any) -> FakeArray:
         if array.dtype == dtype and array.memory.flags.c_contiguous:
             return array
-        with np.errstate(all="ignore"):
-            return array.made(lambda: array.memory, np.empty(array.shape, dtype))
+        return array.made(lambda: array.memory, array.shape, dtype)
 
     def from_dlpack(self, array: Any) -> FakeArray:
         return array.__dlpack__(stream=self.cuda.get_current_stream())

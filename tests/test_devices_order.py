@@ -270,6 +270,18 @@ def test_prefetched_parameters_leave_the_present_ones(cupy: FakeCupy, worker: Wo
     assert values == [Script.value(version) / 2 for version, _ in results]
 
 
+def test_pulls_that_follow_one_another_ahead_of_time(cupy: FakeCupy, worker: Worker) -> None:
+    """A snapshot that a prefetch has followed is given back by the next: it has been copied."""
+    params, results = worker.pull(), []
+    for _ in range(6):
+        pending = worker.pull_async()
+        results.append((params.version, params["w"] * 1.0))
+        script_of(worker).version += 1
+        params = pending.wait()
+    for version, result in results:
+        assert value_of(result) == Script.value(version)
+
+
 def test_a_prefetch_does_not_wait_for_what_has_not_been_copied(
     cupy: FakeCupy, worker: Worker
 ) -> None:
@@ -334,7 +346,7 @@ def test_what_cannot_be_registered_goes_through_pinned_buffers(
 
 
 def test_small_arrays_are_not_registered(cupy: FakeCupy) -> None:
-    assert pinning.REGISTER_BYTES_MIN > SMALL.size * 4
+    assert SMALL.size * 4 < pinning.REGISTER_BYTES_MIN
     device = CudaDevice(0, SMALL)
     assert value_of(device.params([np.full(9, 2.0, np.float32)])["w"]) == 2.0
     assert cupy.cuda.runtime.registrations == 0
