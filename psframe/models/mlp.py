@@ -16,6 +16,8 @@ from psframe.models.base import (
     he_normal,
     softmax,
 )
+from psframe.models.cuda import Net
+from psframe.models.layers import Dense, Layer, ReLU
 
 __all__ = ["MLP"]
 
@@ -30,6 +32,9 @@ class MLP:
         n_classes: k.
         hidden: units of each hidden layer; none makes it softmax regression.
 
+    Attributes:
+        precision: in which arithmetic it computes on a GPU, as `Sequential`'s.
+
     Example:
         >>> model = MLP((8, 8), 10, hidden=(128,))
         >>> {name: p.shape for name, p in model.init(np.random.default_rng(0)).items()}
@@ -41,6 +46,8 @@ class MLP:
     ) -> None:
         self.widths = (math.prod(input_shape), *hidden, n_classes)
         self.n_layers = len(self.widths) - 1
+        self.precision = "float32"
+        self._net = self._on_kernels()
 
     def init(self, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
         """Draw He-normal weights, and zero biases."""
@@ -57,12 +64,14 @@ class MLP:
         y: Any,
         out: Mapping[str, Any] | None = None,
         rng: np.random.Generator | None = None,
-    ) -> tuple[float, Mapping[str, Any]]:
+    ) -> tuple[Any, Mapping[str, Any]]:
         """Compute the mean cross-entropy over a batch and its gradients; nothing is drawn.
 
         With g_l the gradient at layer l's output before its ReLU: g_L = (p - onehot(y)) / n,
         dw_l = h_{l-1}^T g_l, db_l = sum_i g_l, g_{l-1} = (g_l w_l^T) * [h_{l-1} > 0].
         """
+        if self._net.takes(params, self.precision):
+            return self._net.loss_and_gradients(params, x, y, out, None, self.precision)
         inputs, logits = self._forward(params, x)
         xp = array_module(logits)
         losses, g = cross_entropy(logits, y)
@@ -80,15 +89,22 @@ class MLP:
 
     def evaluate(self, params: Mapping[str, Any], x: Any, y: Any) -> dict[str, float]:
         """Sum loss, correct predictions and samples over a batch."""
+        if self._net.takes(params, self.precision):
+            return self._net.evaluate(params, x, y, self.precision)
         return classification_sums(self._forward(params, x)[1], y)
 
     def probabilities(self, params: Mapping[str, Any], x: Any) -> Any:
         """Compute the (n, k) probability of each class."""
-        return softmax(self._forward(params, x)[1])
+        return softmax(self._logits(params, x))
 
     def predict(self, params: Mapping[str, Any], x: Any) -> Any:
         """Compute the (n,) most likely labels."""
-        return self._forward(params, x)[1].argmax(axis=1)
+        return self._logits(params, x).argmax(axis=1)
+
+    def _logits(self, params: Mapping[str, Any], x: Any) -> Any:
+        if len(x) and self._net.takes(params, self.precision):
+            return self._net.logits(params, x, self.precision)
+        return self._forward(params, x)[1]
 
     def _forward(self, params: Mapping[str, Any], x: Any) -> tuple[list[Any], Any]:
         """Compute each layer's input, and the (n, k) logits."""
@@ -101,3 +117,15 @@ class MLP:
             z += params[f"b{layer}"]
             h = z if layer == self.n_layers else xp.maximum(z, 0, out=z)
         return inputs, h
+
+    def _on_kernels(self) -> Net:
+        """Describe the same network as layers, for a GPU's kernels."""
+        layers: list[Layer] = []
+        names: list[list[tuple[str, str]]] = []
+        for number, units in enumerate(self.widths[1:], start=1):
+            layers.append(Dense(units))
+            names.append([(f"w{number}", "w"), (f"b{number}", "b")])
+            if number < self.n_layers:
+                layers.append(ReLU())
+                names.append([])
+        return Net(layers, names, (self.widths[0],))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from psframe.errors import ArgumentError
 from psframe.models.base import array_module, classification_sums, cross_entropy, softmax
+from psframe.models.cuda import Net
 from psframe.models.layers import Context, Layer
 
 __all__ = ["Sequential"]
@@ -31,6 +32,12 @@ class Sequential:
         input_shape: of one sample: (d,), (h, w) for one channel, or (c, h, w).
         layers: the last gives as many features as there are classes. A layer is one model's.
 
+    Attributes:
+        precision: in which arithmetic it computes on a GPU, where the parameters are float32:
+            "float32"; "tf32", with matrix products in TF32; "bfloat16" or "float16", with stored
+            activations and factors of products in these, and all sums, statistics, parameters
+            and gradients in float32. On the host there is only float32, or what the parameters are.
+
     Raises:
         ArgumentError: a layer cannot take what the one before it gives; no layers.
 
@@ -48,6 +55,7 @@ class Sequential:
         self.layers = list(layers)
         shape = (1, *self.input_shape) if len(self.input_shape) == 2 else self.input_shape
         self._images = len(shape) == 3
+        shape_in = shape
         counts: Counter[str] = Counter()
         self._prefixes = []
         for layer in self.layers:
@@ -72,6 +80,8 @@ class Sequential:
         # No gradient is wanted before the first layer that has parameters.
         self._first = next((i for i, names in enumerate(self._names) if names), len(self.layers))
         self._local = threading.local()
+        self.precision = "float32"
+        self._net = Net(self.layers, self._names, shape_in)
 
     def init(self, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
         """Draw fresh parameters of all layers, float32."""
@@ -88,11 +98,13 @@ class Sequential:
         y: Any,
         out: Mapping[str, Any] | None = None,
         rng: np.random.Generator | None = None,
-    ) -> tuple[float, Mapping[str, Any]]:
+    ) -> tuple[Any, Mapping[str, Any]]:
         """Compute the mean cross-entropy over a batch and its gradients.
 
         For names in `averages` the "gradient" is what this batch observed.
         """
+        if self._net.takes(params, self.precision):
+            return self._net.loss_and_gradients(params, x, y, out, rng, self.precision)
         context = self._context(training=True)
         context.rng = rng
         parts = self._parts(params)
@@ -112,6 +124,8 @@ class Sequential:
 
     def logits(self, params: Mapping[str, Any], x: Any) -> Any:
         """Compute the (n, k) logits of samples, as in evaluation."""
+        if len(x) and self._net.takes(params, self.precision):
+            return self._net.logits(params, x, self.precision)
         parts = self._parts(params)
         context = self._context(training=False)
         if len(x) == 0:
@@ -128,6 +142,8 @@ class Sequential:
 
     def evaluate(self, params: Mapping[str, Any], x: Any, y: Any) -> dict[str, float]:
         """Sum loss, correct predictions and samples over a batch."""
+        if self._net.takes(params, self.precision):
+            return self._net.evaluate(params, x, y, self.precision)
         return classification_sums(self.logits(params, x), y)
 
     def predict(self, params: Mapping[str, Any], x: Any) -> Any:

@@ -37,7 +37,7 @@ class Context:
         self._saved: dict[tuple[int, str], Any] = {}
         self._memory: dict[tuple[int, str, Any], Any] = {}
 
-    def array(self, layer: Layer, role: str, shape: Shape, dtype: Any, xp: Any) -> Any:
+    def array(self, layer: Any, role: str, shape: Shape, dtype: Any, xp: Any) -> Any:
         """Give an array with undefined values, the layer's own for this role until the next call.
 
         A smaller batch uses the beginning of the memory of a larger one. A model that has run on a
@@ -50,12 +50,12 @@ class Context:
             memory = self._memory[key] = xp.empty(size, dtype)
         return memory[:size].reshape(shape)
 
-    def save(self, layer: Layer, role: str, value: Any) -> Any:
+    def save(self, layer: Any, role: str, value: Any) -> Any:
         """Keep what the backward pass needs of the forward pass."""
         self._saved[id(layer), role] = value
         return value
 
-    def saved(self, layer: Layer, role: str) -> Any:
+    def saved(self, layer: Any, role: str) -> Any:
         """Give what `save` kept."""
         return self._saved[id(layer), role]
 
