@@ -105,8 +105,11 @@ KERNEL void cast_gradient(const float *g, S *y, long long size, int *bad) {
     for (int i = HERE; i < size; i += STEP) y[i] = keep(g[i], bad);
 }
 
-KERNEL void uncast(const S *x, float *y, long long size) {
-    for (int i = HERE; i < size; i += STEP) y[i] = load(x[i]);
+KERNEL void uncast(const S *x, float *y, long long size, int *bad) {
+    for (int i = HERE; i < size; i += STEP) {
+        y[i] = load(x[i]);
+        if (!(y[i] - y[i] == 0.0f)) *bad = 1;
+    }
 }
 
 KERNEL void relu(const S *x, S *y, long long size) {
