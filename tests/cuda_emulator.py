@@ -26,6 +26,7 @@ from psframe.models.cuda import text
 _PRELUDE = """\
 #define _GNU_SOURCE
 #include <math.h>
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 #define KERNEL static
@@ -36,35 +37,51 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 static inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 static inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 
+/* Each thread has a stack of its own, made once; later switches are jumps, which cost no calls of
+   the system as swapcontext does. */
 enum { THREADS_MAX = 256, STACK = 32768 };
-static ucontext_t scheduler, contexts[THREADS_MAX];
-static char stacks[THREADS_MAX][STACK], done[THREADS_MAX];
+static ucontext_t made[THREADS_MAX], maker;
+static jmp_buf scheduler, places[THREADS_MAX];
+static char stacks[THREADS_MAX][STACK], done[THREADS_MAX], begun[THREADS_MAX];
 static int current;
 static void (*body)(void);
 int diverged;
 
-static void __syncthreads(void) { swapcontext(&contexts[current], &scheduler); }
-static void enter(void) { body(); done[current] = 1; }
+static void __syncthreads(void) { if (!_setjmp(places[current])) _longjmp(scheduler, 1); }
+
+static void live(void) {
+    for (;;) {
+        body();
+        done[current] = 1;
+        __syncthreads();
+    }
+}
+
+static void resume(void) {
+    const int t = current;
+    if (_setjmp(scheduler)) return;
+    if (begun[t]) _longjmp(places[t], 1);
+    begun[t] = 1;
+    getcontext(&made[t]);
+    made[t].uc_stack.ss_sp = stacks[t];
+    made[t].uc_stack.ss_size = STACK;
+    makecontext(&made[t], live, 0);
+    swapcontext(&maker, &made[t]);
+}
 
 static void run_together(void) {
     const int threads = blockDim.x;
-    for (int t = 0; t < threads; ++t) {
-        getcontext(&contexts[t]);
-        contexts[t].uc_stack.ss_sp = stacks[t];
-        contexts[t].uc_stack.ss_size = STACK;
-        contexts[t].uc_link = &scheduler;
-        done[t] = 0;
-        makecontext(&contexts[t], enter, 0);
-    }
+    memset(done, 0, sizeof done);
     for (int round = 0, left = threads; left; ++round) {
         const int before = left;
         for (int i = 0; i < threads; ++i) {
             current = round % 2 ? threads - 1 - i : i;
             threadIdx.x = current;
-            swapcontext(&scheduler, &contexts[current]);
+            resume();
             left -= done[current];
         }
-        if (left && left != before) { diverged = 1; return; }
+        if (left && left != before) diverged = 1;
+        if (diverged) return;
     }
 }
 
@@ -119,7 +136,7 @@ def _library(storage: str) -> tuple[Any, dict[str, list[Any]]]:
     source, library = folder / "kernels.c", folder / "kernels.so"
     source.write_text("\n".join(parts))
     flags = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
-    flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-clobbered"]
     subprocess.run([gcc, *flags, str(source), "-o", str(library), "-lm"], check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))
     shutil.rmtree(folder)
@@ -219,11 +236,6 @@ class FakeArray(np.ndarray[Any, Any]):
             return out[0]
         self.stream.allocations += 1
         return _of(self.stream, np.array(result))
-
-    def __array_function__(self, function: Any, types: Any, args: Any, how: Any) -> Any:
-        self.stream.run()
-        self.stream.allocations += 1
-        return super().__array_function__(function, types, args, how)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.stream.run()
@@ -422,7 +434,17 @@ class FakeCupy(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(np, name)
+        function = getattr(np, name)
+        if isinstance(function, (np.ufunc, type)):
+            return function
+
+        def call(*args: Any, **how: Any) -> Any:
+            self.stream.run()
+            self.stream.launches.append(name)
+            self.stream.allocations += 1
+            return _of(self.stream, function(*args, **how))
+
+        return call
 
 
 def _argument(value: Any, kind: Any) -> Any:

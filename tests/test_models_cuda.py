@@ -51,8 +51,9 @@ MODELS: dict[str, Any] = {
     "normalised first": lambda: Sequential(IMAGES, [BatchNorm(), Flatten(), Dense(3)]),
 }
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-# Of the largest gradient of a tensor: float32 sums in another order; halves round by 2^-9, 2^-12.
-TOLERANCES = {"float32": 2e-5, "tf32": 2e-5, "bfloat16": 0.06, "float16": 0.008}
+# Of the norm of a gradient: float32 sums in another order; halves round by 2^-9 and 2^-12, and some
+# of a few ReLUs and pools decide otherwise. (TF32 is a tensor core's; here it computes float32.)
+TOLERANCES = {"float32": 1e-5, "tf32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 
 
 @pytest.fixture
@@ -64,12 +65,12 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
 
 def given(model: Any, n: int, seed: int = 8) -> tuple[dict[str, Any], Any, Any]:
     rng = np.random.default_rng(seed)
-    shape = getattr(model, "input_shape", IMAGES if model.widths[0] > 6 else (6,))
+    shape = model.input_shape if isinstance(model, Sequential) else (model.widths[0],)
     params = {
         name: (p + 0.2 * rng.random(p.shape)).astype(np.float32)
         for name, p in model.init(rng).items()
     }
-    classes = model.widths[-1] if hasattr(model, "widths") else model.n_classes
+    classes = model.n_classes if isinstance(model, Sequential) else model.widths[-1]
     x = rng.standard_normal((n, *shape)).astype(np.float32)
     return params, x, rng.integers(0, classes, n)
 
@@ -93,6 +94,7 @@ def test_a_step_on_kernels_is_the_layers_step(cupy: FakeCupy, name: str, precisi
     params, x, y = given(model, 7)
     loss, grads = plain.loss_and_gradients(params, x, y, rng=np.random.default_rng(3))
     tolerance = TOLERANCES[precision]
+    largest = max(np.linalg.norm(g) for g in grads.values())
     for gap in (0, 4):
         there = together(cupy, params, gap=gap)
         out = {key: cupy.empty_like(p) for key, p in there.items()}
@@ -103,10 +105,8 @@ def test_a_step_on_kernels_is_the_layers_step(cupy: FakeCupy, name: str, precisi
         cupy.stream.check()
         for key, g in grads.items():
             assert same[key] is out[key]
-            size = max(float(np.abs(g).max()), 1e-3)
-            np.testing.assert_allclose(
-                cupy.asnumpy(out[key]), g, rtol=0, atol=tolerance * size, err_msg=key
-            )
+            error = np.linalg.norm(cupy.asnumpy(out[key]) - g)
+            assert error <= tolerance * max(np.linalg.norm(g), 0.02 * largest), key
     assert set(cupy.cublas.computes) == {77 if precision == "tf32" else 68}
     sums = model.evaluate(there, cupy.asarray(x), cupy.asarray(y))
     expected = plain.evaluate(params, x, y)
