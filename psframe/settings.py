@@ -18,6 +18,7 @@ from psframe.choices import ModeName, make_mode, mode_of, parse_codec, parse_sta
 from psframe.consistency import Mode
 from psframe.data import Augmentation
 from psframe.errors import ArgumentError
+from psframe.models.precision import Precision
 from psframe.placement import Checked, parse_servers
 from psframe.plan import COUNT_MAX, RESPAWN_MAX, THREADS_MAX, TIMEOUT_S, TIMEOUT_S_MIN
 
@@ -176,6 +177,9 @@ class Settings:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where workers compute; auto takes a GPU if CuPy finds one"""
+
+    precision: Precision = "float32"
+    """arithmetic on a GPU; float16 scales the loss. Parameters and gradients stay float32"""
 
     timeout_s: float = TIMEOUT_S
     """under mpirun: seconds without a sign of life after which a rank counts as lost"""

@@ -42,6 +42,7 @@ from psframe.errors import (
 from psframe.interrupts import noting_requests
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
+from psframe.models.precision import check_host
 from psframe.monitor import Monitor
 from psframe.output import give_up_printing, parse_flags, prepare_output
 from psframe.placement import find_serving, one_process
@@ -217,7 +218,7 @@ def _prepare(
 ) -> tuple[Trainer, Parts, Watching]:
     """Load the data and make the model, its trainer, and what looks on."""
     if launched is None or launched.rank not in serving:
-        _check_device(settings.device)
+        _check_device(settings.device, settings.precision)
     parts = load_parts(settings)
     model = create(settings.model, parts.train.input_shape, parts.train.n_classes)
     workers = working = settings.workers
@@ -250,6 +251,7 @@ def _prepare(
         seed=settings.seed,
         patience=settings.patience,
         device=settings.device,
+        precision=settings.precision,
         servers=settings.placement(),
         workers=workers,
         run_dir=settings.run_dir,
@@ -273,11 +275,16 @@ def _prepare(
     return trainer, parts, watching
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, precision: str) -> None:
     try:
-        choose_device(device, worker=0)
+        chosen = choose_device(device, worker=0)
     except ValueError as error:
         raise ArgumentError(f"--{error}") from error
+    if chosen == "cpu":
+        try:
+            check_host(precision)
+        except ArgumentError as error:
+            raise ArgumentError(f"--{error}") from error
 
 
 def load_parts(settings: Settings) -> Parts:

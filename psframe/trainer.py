@@ -29,6 +29,7 @@ from psframe.launcher import find_launcher
 from psframe.layout import Layout
 from psframe.models.base import Model, check_model, takes
 from psframe.models.contract import Contract, check_parameters
+from psframe.models.precision import check_host, set_precision
 from psframe.optim import Average, Grouped
 from psframe.placement import Servers
 from psframe.plan import TIMEOUT_S
@@ -97,6 +98,9 @@ class Trainer:
         patience: stop after so many epochs without a better accuracy on the validation part; that
             its loss still falls does not count.
         device: "auto", "cpu" or "cuda".
+        precision: "float32", "tf32", "bfloat16" or "float16": the arithmetic on GPUs, of models
+            that have an attribute `precision`, which is set; None leaves it. The servers' is
+            float32 in any case.
         servers, workers, overwrite, checkpoint_every, keep_checkpoints: as for `psframe.run`.
         resume, clip_norm, stale, codec, pull_codec, timeout_s, respawn, comm, config: as for
             `psframe.run`.
@@ -111,7 +115,8 @@ class Trainer:
         name: of the model, as ``--model`` has it, for its weights; package.module:Class if None.
 
     Raises:
-        ArgumentError: the model lacks a method, or a count is not positive.
+        ArgumentError: the model lacks a method, a count is not positive, or the precision is not
+            one of the model's or the device's.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class Trainer:
         seed: int = 0,
         patience: int | None = None,
         device: str = "auto",
+        precision: str | None = None,
         servers: Servers = 1,
         workers: int | None = None,
         run_dir: str | Path | None = None,
@@ -147,6 +153,10 @@ class Trainer:
         name: str | None = None,
     ) -> None:
         check_model(model)
+        if precision is not None:
+            set_precision(model, precision)
+        if device == "cpu":
+            check_host(getattr(model, "precision", "float32"))
         for what, count in (("batch_size", batch_size), ("epochs", epochs), ("patience", patience)):
             if count is not None:
                 _check_count(what, count)

@@ -2,7 +2,8 @@
 
 Its stream does nothing before somebody synchronises: launches, products and copies wait in a queue,
 so that memory which is reused too early is seen. Threads of a block take turns at each barrier, up
-and down in turn. New memory is full of NaN, and what lies around it is checked.
+and down in turn. New memory is full of NaN, and what lies around it is checked. Blocks are smaller
+than on a GPU, so that small arrays have many.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psframe.models.cuda import text
+from psframe.models.cuda import kernels, text
 
 _PRELUDE = """\
 #define _GNU_SOURCE
@@ -39,7 +41,7 @@ static inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4);
 
 /* Each thread has a stack of its own, made once; later switches are jumps, which cost no calls of
    the system as swapcontext does. */
-enum { THREADS_MAX = 256, STACK = 32768 };
+enum { THREADS_MAX = 64, STACK = 32768 };
 static ucontext_t made[THREADS_MAX], maker;
 static jmp_buf scheduler, places[THREADS_MAX];
 static char stacks[THREADS_MAX][STACK], done[THREADS_MAX], begun[THREADS_MAX];
@@ -102,6 +104,7 @@ DEVICE float load(S x) { return (float)x; }
 DEVICE S store(float x) { return (S)x; }
 """
 _TYPES = {"long long": ctypes.c_longlong, "float": ctypes.c_float}
+_THREADS, _CHUNK = 64, 1024
 _GUARD = 64
 _POISON = 0xFF  # NaN in every floating type
 
@@ -136,6 +139,7 @@ def _library(storage: str) -> tuple[Any, dict[str, list[Any]]]:
     source, library = folder / "kernels.c", folder / "kernels.so"
     source.write_text("\n".join(parts))
     flags = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
+    flags += [f"-DTHREADS={_THREADS}", f"-DCHUNK={_CHUNK}"]
     flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-clobbered"]
     subprocess.run([gcc, *flags, str(source), "-o", str(library), "-lm"], check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))
@@ -303,8 +307,9 @@ class Cublas:
                 right = _matrix(b, b_type, ldb, *((n, k) if tb else (k, n)), number * b_step)
                 left, right = left.T if ta else left, right.T if tb else right
                 out = _matrix(c, c_type, ldc, m, n, number * c_step, write=True)
-                product = (left @ right) * np.float32(first)
-                out[...] = to_bfloat16(product) if c_type == 14 else product
+                with np.errstate(over="ignore", invalid="ignore"):  # float16 may overflow
+                    product = (left @ right) * np.float32(first)
+                    out[...] = to_bfloat16(product) if c_type == 14 else product
 
         self._stream.put("gemm", work)
 
@@ -387,7 +392,7 @@ class FakeCupy(ModuleType):
             def launch(grid: tuple[int, ...], block: tuple[int, ...], args: Any) -> None:
                 given = [_argument(one, k) for one, k in zip(args, kinds, strict=True)]
                 assert len(block) == 1
-                assert 1 <= block[0] <= 256
+                assert 1 <= block[0] <= _THREADS
                 x, y = (*grid, 1)[:2]
                 assert 1 <= x < 2**31
                 assert 1 <= y < 2**16
@@ -445,6 +450,15 @@ class FakeCupy(ModuleType):
             return _of(self.stream, function(*args, **how))
 
         return call
+
+
+def install(monkeypatch: pytest.MonkeyPatch, capability: str = "90") -> FakeCupy:
+    """Let a fake be what the models find as CuPy."""
+    fake = FakeCupy(capability)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(kernels, "THREADS", _THREADS)
+    monkeypatch.setattr(kernels, "CHUNK", _CHUNK)
+    return fake
 
 
 def _argument(value: Any, kind: Any) -> Any:

@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[tuple[int, ...], list[Layer]]] = {
         (2, 7, 6),
         [Conv2D(4, stride=2), Tanh(), Conv2D(3, 1), Tanh(), GlobalAveragePool2D(), Dense(K)],
     ),
+    "activation last": ((5,), [Dense(4), ReLU(), Dense(K), Tanh()]),
 }
 
 

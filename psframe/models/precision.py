@@ -35,6 +35,5 @@ def check_host(precision: str) -> None:
     """Raise ArgumentError if the host is to compute in anything but float32."""
     if precision != "float32":
         raise ArgumentError(
-            f"precision: {precision!r} needs a GPU; on the CPU there is only float32: drop "
-            "--precision, or take --device cuda"
+            f"precision: {precision!r} needs a GPU; on the CPU there is only 'float32'"
         )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from psframe.errors import ArgumentError
 from psframe.models.base import array_module, classification_sums, cross_entropy, softmax
 from psframe.models.cuda import Net
-from psframe.models.layers import Context, Layer
+from psframe.models.layers import Context, Dense, Layer
 
 __all__ = ["Sequential"]
 
@@ -109,6 +109,8 @@ class Sequential:
         context.rng = rng
         parts = self._parts(params)
         logits = self._forward(parts, x, context)
+        if not isinstance(self.layers[-1], Dense):
+            logits = logits.copy()  # the layer may have saved them, and they are overwritten
         xp = array_module(logits)
         losses, g = cross_entropy(logits, y)
         g[xp.arange(len(y)), y] -= 1

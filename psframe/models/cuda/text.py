@@ -56,8 +56,10 @@ DEVICE S store(float x) {
 }
 
 _BASE = """\
+#ifndef THREADS
 #define THREADS 256
 #define CHUNK 4096
+#endif
 #define EACH (CHUNK / THREADS)
 #define HERE ((int)(blockIdx.x * blockDim.x + threadIdx.x))
 #define STEP ((int)(gridDim.x * blockDim.x))
