@@ -13,6 +13,7 @@ from psframe.errors import ArgumentError
 from psframe.placement import no_room, serving_ranks
 from psframe.plan import Plan
 from psframe.roles import describe
+from psframe.server_device import choose_server_device
 from psframe.transports.mpi import Mesh
 from psframe.transports.rounds import Rounds
 
@@ -54,6 +55,8 @@ def agree(
         if isinstance(plan.placement, tuple):  # ranks as the user knows them
             serving = tuple(_place_of(rank, mesh) for rank in serving)
         plan = plan.placed(serving)
+        if mesh.rank in plan.serving:
+            choose_server_device(plan.server_device, _local_server(plan, mesh))
         if mesh.rank == 0:
             open_host(plan, rounds.alive)
         elif mesh.rank not in plan.serving:
@@ -93,6 +96,12 @@ def tell(mesh: Mesh, error: Exception | None, rounds: Rounds | None = None) -> E
         if failed:
             return ArgumentError(f"rank {rank}: {content[:length].decode(errors='replace')}")
     return None
+
+
+def _local_server(plan: Plan, mesh: Mesh) -> int:
+    """Count the servers on this server's node that come before it."""
+    nodes, before = mesh.nodes, plan.serving[: plan.serving.index(mesh.rank)]
+    return sum(nodes[rank] == nodes[mesh.rank] for rank in before if rank < mesh.size)
 
 
 def _place_of(rank: int, mesh: Mesh) -> int:

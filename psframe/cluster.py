@@ -58,6 +58,7 @@ from psframe.roles import (
 )
 from psframe.saving import ShardSaver
 from psframe.server import Server
+from psframe.server_device import Card, choose_server_device
 from psframe.transports.faults import fault_tolerant
 from psframe.transports.leaving import part, part_alone
 from psframe.transports.meeting import Neighbours, meet
@@ -431,13 +432,17 @@ class _ClusterRun:
         if restart.reader is not None and self._watch is not None:
             restart.reader.alive = self._watch.tick  # it may be long
         with explained_state(restart.reader):
+            rank, nodes = self.mesh.rank, self.mesh.nodes
+            local_server = sum(node == nodes[rank] for node in nodes[:rank])  # servers are in front
+            ordinal = choose_server_device(plan.server_device, local_server)
             machine = plan.build_server(
-                self.mesh.rank,
+                rank,
                 port.workers,
                 port.buffers,
                 port.memory,
                 resume=restart.resume,
                 respawn=respawn,
+                card=None if ordinal is None else Card(ordinal),
             )
         restart.close()
         plan.forget_initial()

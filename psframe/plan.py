@@ -20,6 +20,7 @@ from psframe.client import Worker
 from psframe.codecs import Codec
 from psframe.coding import PullCoder, PushCoder, Traffic, as_codec, as_pull_codec
 from psframe.consistency import Async, Mode
+from psframe.device_store import DeviceStore
 from psframe.devices import Device
 from psframe.draws import Numbers
 from psframe.errors import ArgumentError
@@ -30,10 +31,15 @@ from psframe.layout import Array, Layout
 from psframe.leader import Leader, Score
 from psframe.ledger import Ledger
 from psframe.marking import Marks
+from psframe.optim.base import Optimizer
+from psframe.optim.cuda import check_formula
+from psframe.paired import Card
 from psframe.placement import Checked
-from psframe.reads import Correcting
+from psframe.reads import Correcting, DeviceCorrecting
 from psframe.server import SLOTS, Server, ServerMemory
+from psframe.server_device import check_server_device
 from psframe.stale import Accept, Rule, as_rule
+from psframe.stale.on_device import as_device_correction
 from psframe.state import Resume
 from psframe.store import Buffers, MarkableRule, Store, UpdateRule
 
@@ -128,6 +134,7 @@ class Plan:
     stale: Rule = field(default_factory=Accept)
     codec: Codec | None = None
     pull_codec: Codec | None = None
+    server_device: str = "cpu"  # where the servers' shards are
 
     @classmethod
     def check(
@@ -155,6 +162,7 @@ class Plan:
         stale: Rule | None = None,
         codec: Codec | None = None,
         pull_codec: Codec | None = None,
+        server_device: str = "cpu",
     ) -> Plan:
         """Check the arguments.
 
@@ -200,6 +208,8 @@ class Plan:
                     " unmark, slots and load"
                 )
             marks = None  # nobody has asked for checkpoints
+        if check_server_device(server_device) != "cpu":
+            _check_kernels(optimizer, layout)
         host = {name: to_numpy(value) for name, value in params.items()}
         return cls(
             layout,
@@ -224,6 +234,7 @@ class Plan:
             stale=Accept() if stale is None else as_rule(stale),
             codec=_checked_codec("codec", codec, optimizer, layout),
             pull_codec=as_pull_codec("pull_codec", pull_codec),
+            server_device=server_device,
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
@@ -302,6 +313,7 @@ class Plan:
             "mode": self.mode,
             "servers": self.placement,
             "device": self.device,
+            "server_device": self.server_device,
             "seed": self.seed,
             "max_updates": self.max_updates,
             "clip_norm": self.clip_norm,
@@ -330,6 +342,7 @@ class Plan:
         trace: bool = False,
         resume: Resume | None = None,
         respawn: int = 0,
+        card: Card | None = None,
     ) -> Server:
         """Make server `index` of this run.
 
@@ -341,6 +354,7 @@ class Plan:
             trace: whether the leader tells of every push, if the plan does not say so.
             resume: what to go on from.
             respawn: lost workers that the driver can replace, in all.
+            card: where its shard is to be; None for the host.
 
         Raises:
             ValueError: `resume` is not what a run of these parameters and this optimizer has left.
@@ -354,12 +368,21 @@ class Plan:
         ]
         policy = self.mode.policy(workers)
         batch = policy.batch(end - begin, self.layout.dtype)
-        store = Store(buffers, self.initial[begin:end], rule, unscaled, batch)
+        initial = self.initial[begin:end]
+        if card is None:
+            store = Store(buffers, initial, rule, unscaled, batch)
+        else:
+            store = DeviceStore(buffers, initial, rule, unscaled, batch, card=card)
         correction = self.stale.correction(self.layout, begin, end, workers)
-        correcting = None
+        correcting: Correcting | None = None
         if correction is not None:
             reads = self.stale.needs_read
-            correcting = Correcting(store, correction, workers, reads, unscaled)
+            # A batch is gathered on the host.
+            corrects = None if policy.gathers else as_device_correction(correction)
+            if isinstance(store, DeviceStore) and corrects is not None:
+                correcting = DeviceCorrecting(store, corrects, workers, reads)
+            else:
+                correcting = Correcting(store, correction, workers, reads, unscaled)
         machine: Server
         if index:
             machine = Follower(index, workers, store, policy, memory, correcting)
@@ -429,6 +452,18 @@ def _checked_codec(
             " may change; leave the codec out"
         )
     return found
+
+
+def _check_kernels(optimizer: Any, layout: Layout) -> None:
+    """Raise unless a GPU can apply the optimizer to all parameters."""
+    rules = [optimizer] if not hasattr(optimizer, "rule_of") else None
+    for rule in rules or [optimizer.rule_of(name) for name in layout.names]:
+        if not isinstance(rule, Optimizer):
+            raise TypeError(
+                f"server_device: {optimizer!r} has no formula that a GPU could apply; take one of"
+                " psframe.optim, or server_device='cpu'"
+            )
+        check_formula(rule.formula, len(rule.slots))
 
 
 def _can_be_kept(optimizer: OptimizerLike, layout: Layout) -> bool:

@@ -8,12 +8,15 @@ worker at most are kept from being written, of which one it usually holds itself
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from psframe.device_store import DeviceStore
 from psframe.layout import Array
 from psframe.stale import Correction
+from psframe.stale.on_device import DeviceCorrection
 from psframe.store import Store
 
-__all__ = ["Correcting"]
+__all__ = ["Correcting", "DeviceCorrecting"]
 
 # A worker computes on the parameters that it has while it fetches the next ones.
 _READS_MAX = 2
@@ -76,12 +79,10 @@ class Correcting:
                 for it, the gradient counts as computed on the present parameters.
             grad: only read.
         """
-        store, reads = self._store, self._reads[worker]
-        while reads and reads[0][0] < version:
-            store.release(reads.pop(0)[1])
-        params = read = store.params
-        if reads and reads[0][0] == version:
-            read = store.buffer(reads[0][1])
+        index = self._read(worker, version)
+        params = read = self._store.params
+        if index is not None:
+            read = self._store.buffer(index)
         if self._out is None:
             self._out = grad.copy()
         corrected = self._correction.correct(worker, grad, params, read, self._out)
@@ -90,6 +91,13 @@ class Correcting:
                 corrected[begin:end] = grad[begin:end]
         self._before = params
         return corrected
+
+    def _read(self, worker: int, version: int) -> int | None:
+        """Find the buffer with what a worker had read; let go what is older."""
+        reads = self._reads[worker]
+        while reads and reads[0][0] < version:
+            self._store.release(reads.pop(0)[1])
+        return reads[0][1] if reads and reads[0][0] == version else None
 
     def settled(self, *, good: bool) -> None:
         """Say whether an update with what was corrected last has been published."""
@@ -104,3 +112,60 @@ class Correcting:
         reads = self._reads[worker]
         while reads:
             self._store.release(reads.pop()[1])
+
+
+class DeviceCorrecting(Correcting):
+    """Corrects the stale gradients of a shard on a device, in the kernel that applies them.
+
+    Args:
+        store: the shard's snapshots.
+        correction: the rule's, in its form for a device.
+        workers, reads: as for `Correcting`. What the store does not scale stays as it is.
+    """
+
+    def __init__(
+        self, store: DeviceStore, correction: DeviceCorrection, workers: int, reads: bool
+    ) -> None:
+        super().__init__(store, _Unused(), workers, reads)
+        self._device_store = store
+        self._device_correction = correction
+        self._applied_to: Any = None
+
+    def correct(self, worker: int, version: int, grad: Array) -> Array:
+        """Have the gradient corrected when it is applied; then say what comes of it.
+
+        Args:
+            worker, version: as for `Correcting`.
+            grad: given back.
+        """
+        store, index = self._device_store, self._read(worker, version)
+        with store.card as card:
+            params = read = store.device_params()
+            if index is not None and index != store.current:
+                read = store.device_params(index)
+            store.stage(*self._device_correction.stages(card, worker, params, read))
+        self._applied_to = params
+        return grad
+
+    def settled(self, *, good: bool) -> None:
+        """Say whether an update with what was corrected last has been published."""
+        before, self._applied_to = self._applied_to, None
+        store = self._device_store
+        with store.card as card:
+            if good and before is not None:
+                self._device_correction.applied(card, before, store.device_params())
+            else:
+                self._device_correction.rejected()
+
+
+class _Unused:
+    """Stands where a host's correction would."""
+
+    def correct(self, worker: int, grad: Array, params: Array, read: Array, out: Array) -> Array:
+        raise AssertionError("gradients are corrected on the device")
+
+    def applied(self, before: Array, after: Array) -> None:
+        raise AssertionError("gradients are corrected on the device")
+
+    def rejected(self) -> None:
+        raise AssertionError("gradients are corrected on the device")

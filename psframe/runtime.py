@@ -42,6 +42,7 @@ def run(
     servers: Servers = 1,
     workers: int | None = None,
     device: str = "auto",
+    server_device: str = "cpu",
     seed: int = 0,
     max_updates: int | None = None,
     run_dir: str | Path | None = None,
@@ -80,6 +81,10 @@ def run(
             server without a launcher); or a list of ranks, with 0, which is server 0, in front.
         workers: worker threads without a launcher (default 1); ignored under one.
         device: "auto" (a GPU if CuPy can use one), "cpu", "cuda" or "cuda:k".
+        server_device: where the servers' parameters are, and are updated: "cpu", "cuda" (server k
+            of a node takes its GPU k, and the next one again the first after the last) or
+            "cuda:k". Gradients and what workers pull still go through the host's memory. The
+            optimizer is one of `psframe.optim`, or one with a formula as theirs.
         seed: decides `worker.rng` and the order of leased samples.
         max_updates: stop at exactly this version.
         run_dir: folder for config.toml, metrics.jsonl and status.json, written by rank 0;
@@ -153,6 +158,7 @@ def run(
             servers=one_process(placement) if alone else 1,
             placement=placement,
             device=device,
+            server_device=server_device,
             seed=seed,
             max_updates=max_updates,
             clip_norm=clip_norm,
@@ -176,6 +182,7 @@ def run(
             "mode": repr(checked.mode),
             "servers": checked.placement,
             "device": checked.device,
+            **({} if server_device == "cpu" else {"server_device": server_device}),
             "seed": checked.seed,
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),

@@ -18,6 +18,7 @@ from psframe.checkpoint import Shard, abandon, commit, prune, write_shard
 from psframe.errors import CheckpointError
 from psframe.events import HostEvent, Marked, Saved, ShardsSaved
 from psframe.layout import Layout
+from psframe.plan import to_numpy
 from psframe.server import Server
 
 __all__ = ["RunSaver", "Saver", "ShardSaver"]
@@ -113,13 +114,14 @@ class ShardSaver:
 
     def _write(self) -> Shard:
         assert self._mark is not None, "there is something to write"
-        arrays = self._machine.marked  # which nobody writes before the machine is told
+        marked = self._machine.marked  # which nobody writes before the machine is told
+        arrays = {name: to_numpy(array) for name, array in marked.items()}
         return write_shard(
             self._folder,
             self._mark.version,
             self._machine.index,
             self._servers,
-            dict(arrays),
+            arrays,
             begin=self._begin,
             end=self._end,
         )

@@ -255,7 +255,7 @@ class Server(ABC):
                     self._received(event, fenced=False)
                     if event.coded is not None:
                         self.pushed[0] += len(event.coded)
-                        self.pushed[1] += self.store.params.nbytes
+                        self.pushed[1] += self.store.n_bytes
             self._last_seq[worker] = event.seq
         elif isinstance(event, Leave):
             self._leaving[worker] = True

@@ -181,6 +181,9 @@ class Settings:
     precision: Precision = "float32"
     """arithmetic on a GPU; float16 scales the loss. Parameters and gradients stay float32"""
 
+    server_device: Literal["cpu", "cuda"] = "cpu"
+    """where servers keep and update parameters; cuda gives them the GPUs of their node in turn"""
+
     timeout_s: float = TIMEOUT_S
     """under mpirun: seconds without a sign of life after which a rank counts as lost"""
 

@@ -152,6 +152,7 @@ class Store:
 
     Attributes:
         per_worker: whether the rule tells workers apart.
+        n_bytes: of one snapshot.
     """
 
     def __init__(
@@ -179,7 +180,8 @@ class Store:
         self.current = 0
         self.version = 0
         self._marked: int | None = None
-        buffers[0][:] = initial
+        self.n_bytes = initial.nbytes
+        self._to_fill(0)[:] = initial
 
     @property
     def params(self) -> Array:
@@ -209,6 +211,10 @@ class Store:
 
     def buffer(self, index: int) -> Array:
         """The memory of buffer `index`."""
+        return self._buffers[index]
+
+    def _to_fill(self, index: int) -> Array:
+        """The memory of buffer `index`, about to be written from outside."""
         return self._buffers[index]
 
     def release(self, index: int) -> None:
@@ -271,7 +277,7 @@ class Store:
                 f"slots are {sorted(names)}, expected {sorted(expected)}; has the optimizer been"
                 " another one?"
             )
-        fill("params", self.params)
+        fill("params", self._to_fill(self.current))
         if names:
             if self.per_worker:
                 rule.load(self.params, fill, names)  # type: ignore[call-arg]
@@ -282,7 +288,7 @@ class Store:
     def hold_copy(self, fill: Callable[[Array], None]) -> int:
         """Have `fill` write a buffer of an earlier version, and hold it."""
         index = heapq.heappop(self._free)
-        fill(self._buffers[index])
+        fill(self._to_fill(index))
         self._holds[index] = 1
         self._n_held += 1
         return index

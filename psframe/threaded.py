@@ -36,6 +36,7 @@ from psframe.roles import (
 )
 from psframe.rundir import CHECKPOINTS
 from psframe.saving import ShardSaver
+from psframe.server_device import Card, choose_server_device
 from psframe.state import Fields, Resume
 from psframe.transports.threads import ThreadEndpoint, ThreadHub, ThreadPort
 
@@ -95,10 +96,14 @@ class _ThreadRun:
         self._work = keeping_errors(work, self._errors)
         self._hub = hub = ThreadHub(plan.layout, plan.servers, workers)
         self._ports = [ThreadPort(hub, s) for s in range(plan.servers)]
+        ordinals = [choose_server_device(plan.server_device, s) for s in range(plan.servers)]
+        cards = [None if ordinal is None else Card(ordinal) for ordinal in ordinals]
         resume = None if reader is None else Resume(reader.state, reader)
         with explained_state(reader):
             self._machines = [
-                plan.build_server(s, workers, port.buffers, port.memory, resume=resume)
+                plan.build_server(
+                    s, workers, port.buffers, port.memory, resume=resume, card=cards[s]
+                )
                 for s, port in enumerate(self._ports)
             ]
             self._random = {} if reader is None else read_draws(Fields(reader.state))

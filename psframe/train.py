@@ -48,6 +48,7 @@ from psframe.output import give_up_printing, parse_flags, prepare_output
 from psframe.placement import find_serving, one_process
 from psframe.resuming import is_completed
 from psframe.roles import describe
+from psframe.server_device import choose_server_device
 from psframe.settings import (
     INTERRUPTED,
     PREEMPTED,
@@ -219,6 +220,8 @@ def _prepare(
     """Load the data and make the model, its trainer, and what looks on."""
     if launched is None or launched.rank not in serving:
         _check_device(settings.device, settings.precision)
+    if launched is None or launched.rank in serving:
+        _check_server_device(settings.server_device)
     parts = load_parts(settings)
     model = create(settings.model, parts.train.input_shape, parts.train.n_classes)
     workers = working = settings.workers
@@ -252,6 +255,7 @@ def _prepare(
         patience=settings.patience,
         device=settings.device,
         precision=settings.precision,
+        server_device=settings.server_device,
         servers=settings.placement(),
         workers=workers,
         run_dir=settings.run_dir,
@@ -285,6 +289,13 @@ def _check_device(device: str, precision: str) -> None:
             check_host(precision)
         except ArgumentError as error:
             raise ArgumentError(f"--{error}") from error
+
+
+def _check_server_device(device: str) -> None:
+    try:
+        choose_server_device(device, server=0)
+    except ValueError as error:
+        raise ArgumentError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def load_parts(settings: Settings) -> Parts:

@@ -34,6 +34,8 @@ FLOORS = (
         "pacing",
         "coding",
         "reads",
+        "paired",
+        "device_store",
         "state",
         "blocks",
         "draws",
@@ -51,7 +53,7 @@ FLOORS = (
         "follower",
         "worker",
     ),
-    ("wire", "devices", "launcher", "alarm", "transports"),
+    ("wire", "devices", "server_device", "launcher", "alarm", "transports"),
 )
 PURE = FLOORS[1]
 IMPURE_MODULES = frozenset(
@@ -200,11 +202,11 @@ def strangers_to_mpi4py(house: House) -> list[str]:
 def eager_or_strange_cupy(house: House) -> list[str]:
     return [
         f"{found.module}:{found.line} imports {found.target}: CuPy is imported inside functions of"
-        " devices and optim only"
+        " devices, server_device and optim only"
         for found in all_imports(house)
         if top(found.target) in ("cupy", "cupyx")
         and not found.for_types
-        and not (found.lazy and room(found.module) in ("devices", "optim"))
+        and not (found.lazy and room(found.module) in ("devices", "server_device", "optim"))
     ]
 
 

@@ -213,7 +213,7 @@ def test_a_changed_formula_is_not_found_in_the_cache() -> None:
     def second(w: float, g: float, lr: float) -> float:
         return w + lr * g
 
-    names = {cpu._with_formula(cpu._loop0, None, f, 1).__qualname__ for f in (first, second)}
+    names = {cpu.bind_formula(cpu._loop0, f, vars(cpu)).__qualname__ for f in (first, second)}
     assert len(names) == 2
 
 

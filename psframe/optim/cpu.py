@@ -22,7 +22,7 @@ import numpy as np
 from psframe.layout import Array
 from psframe.optim.formulas import SCALARS_MAX
 
-__all__ = ["compile_loop"]
+__all__ = ["bind_formula", "compile_follow", "compile_loop"]
 
 _log = logging.getLogger("psframe")
 
@@ -125,24 +125,31 @@ def _follow(words: Array, begin: int, limit: int, arrays: Any) -> tuple[int, boo
 PATIENCE = 20_000  # loads without progress, each of half a nanosecond or more
 
 
-def _with_formula(
-    loop: Callable[..., bool], compiled: Any, rule: Callable[..., Any], scalars: int
+def bind_formula(
+    loop: Callable[..., Any], rule: Callable[..., Any], names: dict[str, Any], **more: Any
 ) -> Any:
     """Copy `loop` with the global name `formula` bound to the compiled formula.
 
     A closure would be plainer, but numba's cache on disk never finds a loop again that closes
     over a compiled function (its key holds a random id). The name of the copy is the key instead,
     so it carries a checksum of the formula.
+
+    Args:
+        loop: a function of a module.
+        rule: the formula.
+        names: the globals of that module.
+        more: other global names of the copy.
     """
+    import numba
+
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=False)(rule)
     code = rule.__code__
     text = repr((code.co_code, code.co_consts, code.co_names, code.co_varnames))
     bound = types.FunctionType(
-        loop.__code__,
-        {**globals(), "formula": compiled, "SCALARS": scalars},
-        f"{rule.__name__}_loop",
+        loop.__code__, {**names, "formula": compiled, **more}, f"{rule.__name__}_loop"
     )
     bound.__qualname__ = f"{rule.__name__}_loop_{zlib.crc32(text.encode()):08x}"
-    bound.__module__ = __name__
+    bound.__module__ = names["__name__"]
     return bound
 
 
@@ -234,6 +241,5 @@ def compile_loop(
     write = numba.types.Array(number, 1, "C")
     index = numba.types.intp
     signature = numba.types.boolean(index, index, read, read, write, read, *(read, write) * slots)
-    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=False)(rule)
-    bound = _with_formula(_LOOPS[slots], compiled, rule, scalars)
+    bound = bind_formula(_LOOPS[slots], rule, globals(), SCALARS=scalars)
     return _compile(bound, signature)  # type: ignore[no-any-return]

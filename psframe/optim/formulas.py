@@ -19,11 +19,14 @@ __all__ = [
     "SCALARS_MAX",
     "adagrad",
     "adam",
+    "add",
     "average",
     "delayed_nesterov",
+    "first",
     "momentum",
     "rmsprop",
     "sgd",
+    "share",
 ]
 
 # The length of the array in which the scalars reach a kernel: Adam's number.
@@ -131,3 +134,21 @@ def adam(
     m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + one_minus_beta2 * (g * g)
     return w - (step * (m / (sqrt(v) * unbias + eps)) + lr_decay * w), m, v
+
+
+# What a server on a GPU makes the mean of a round with; on the CPU it is NumPy that does.
+
+
+def first(t: float, g: float, scale: float) -> float:
+    """Begin a sum."""
+    return g * scale
+
+
+def add(t: float, g: float, scale: float) -> float:
+    """Add to a sum."""
+    return t + g * scale
+
+
+def share(g: float, count: float) -> float:
+    """Make a sum of so many a mean."""
+    return g / count

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from psframe.layout import Array, Layout
+from psframe.stale.on_device import DeviceChain, as_device_correction
 from psframe.stale.rule import Correction, Rule, Stale, as_rule, checked_factor
 
 __all__ = ["Chain", "chain"]
@@ -78,6 +79,10 @@ class _Corrections:
     def __init__(self, made: Sequence[Correction], size: int, dtype: np.dtype[Any]) -> None:
         self._corrections = made
         self._between = [np.empty(size, dtype) for _ in range(min(2, len(made) - 1))]
+
+    def on_device(self) -> DeviceChain | None:
+        parts = [as_device_correction(one) for one in self._corrections]
+        return DeviceChain([p for p in parts if p is not None]) if all(parts) else None
 
     def correct(self, worker: int, grad: Array, params: Array, read: Array, out: Array) -> Array:
         *first, last = self._corrections

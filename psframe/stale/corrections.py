@@ -11,6 +11,7 @@ import numpy as np
 from psframe.layout import Array, Layout
 from psframe.optim.checks import as_float
 from psframe.stale.kernels import compile_adaptive, compile_distance, compile_fixed
+from psframe.stale.on_device import DeviceAdaptive, DeviceFixed, DeviceGap
 from psframe.stale.rule import Correction, Rule, Stale
 
 __all__ = ["DelayCompensation", "GapAware"]
@@ -134,6 +135,9 @@ class _Fixed:
         self._loop = compile_fixed(layout.dtype)
         self._scalars = _scalars(layout, rule.lam)
 
+    def on_device(self) -> DeviceFixed:
+        return DeviceFixed(float(self._scalars[0]))
+
     def correct(self, worker: int, grad: Array, params: Array, read: Array, out: Array) -> Array:
         assert len(grad) == len(params) == len(read) == len(out), "arrays of different shards"
         self._loop(grad, params, read, out, self._scalars)
@@ -160,6 +164,9 @@ class _Adaptive:
         self._blank: Array | None = None  # zeros, for a worker that has none
         self._old = self._spare = np.empty(size, layout.dtype)  # what `correct` reads and writes
         self._written: int | None = None  # the worker whose next one the spare is
+
+    def on_device(self) -> DeviceAdaptive:
+        return DeviceAdaptive(tuple(self._scalars.tolist()), self._size, self._dtype)
 
     def correct(self, worker: int, grad: Array, params: Array, read: Array, out: Array) -> Array:
         assert len(grad) == len(params) == len(read) == len(out) == self._size, "another shard"
@@ -191,6 +198,9 @@ class _Gap:
         self._size, self._dtype = size, layout.dtype
         # The mean is their quotient: both are as if there had been steps of 0 before the first.
         self._sum, self._weight = 0.0, 0.0
+
+    def on_device(self) -> DeviceGap:
+        return DeviceGap(_GAP_DECAY, self._size)
 
     def correct(self, worker: int, grad: Array, params: Array, read: Array, out: Array) -> Array:
         assert len(grad) == len(out) == self._size, "another shard"

@@ -8,41 +8,41 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from psframe.layout import Array
-from psframe.optim.cpu import _compile
+from psframe.optim.cpu import _compile, bind_formula
+from psframe.stale import formulas
 
 __all__ = ["compile_adaptive", "compile_distance", "compile_fixed"]
 
 _LANES = 256  # sums at a time, which need no fastmath to be computed in vectors: 2 KiB
 
 
+def formula(*args: Any) -> Any:
+    """Stand for the formula in the loops below; `bind_formula` puts it in."""
+    raise AssertionError("a loop runs only with a formula put in")
+
+
 def _fixed(grad: Array, params: Array, read: Array, out: Array, h: Array) -> None:
-    """Write g + lam g g (x - x_read) to `out`; h holds lam."""
+    """Write the corrected gradient to `out`; h holds lam."""
     lam = h[0]
     for i in range(out.size):
-        g = grad[i]
-        out[i] = g + lam * (g * g) * (params[i] - read[i])
+        out[i] = formula(grad[i], params[i], read[i], lam)
 
 
 def _adaptive(
     grad: Array, params: Array, read: Array, out: Array, h: Array, old: Array, new: Array
 ) -> None:
-    """Write the mean square to `new` and g + lam / sqrt(it + eps) g g (x - x_read) to `out`.
+    """Write the corrected gradient to `out` and the mean square to `new`.
 
     h holds lam, decay, 1 - decay and eps.
     """
     lam, decay, rest, eps = h[0], h[1], h[2], h[3]
     for i in range(out.size):
-        g = grad[i]
-        square = g * g
-        mean = decay * old[i] + rest * square
-        new[i] = mean
-        out[i] = g + lam / sqrt(mean + eps) * square * (params[i] - read[i])
+        out[i], new[i] = formula(grad[i], params[i], read[i], old[i], lam, decay, rest, eps)
 
 
 def _distance(a: Array, b: Array) -> float:
@@ -79,7 +79,8 @@ def compile_fixed(dtype: np.dtype[Any]) -> Callable[..., None]:
 
     read, write = _types(dtype)
     signature = numba.types.void(read, read, read, write, read)
-    return _compile(_fixed, signature)  # type: ignore[no-any-return]
+    bound = bind_formula(_fixed, formulas.fixed, globals())
+    return _compile(bound, signature)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -89,7 +90,8 @@ def compile_adaptive(dtype: np.dtype[Any]) -> Callable[..., None]:
 
     read, write = _types(dtype)
     signature = numba.types.void(read, read, read, write, read, read, write)
-    return _compile(_adaptive, signature)  # type: ignore[no-any-return]
+    bound = bind_formula(_adaptive, formulas.adaptive, globals())
+    return _compile(bound, signature)  # type: ignore[no-any-return]
 
 
 @functools.cache
