@@ -135,9 +135,9 @@ class DeviceStore(Store):
 
     def begin(self) -> None:
         """Begin the next update in parts; as `Store`."""
-        self._begin(1.0, None)
+        self._begin(1.0, 0)
 
-    def _begin(self, scale: float, worker: int | None) -> None:
+    def _begin(self, scale: float, worker: int) -> None:
         self.abandon()
         if self.per_worker:
             self._rule.select(worker)  # type: ignore[attr-defined]  # such rules have it
@@ -146,7 +146,7 @@ class DeviceStore(Store):
             self._params = self._pairs.device(self.current)
             self._rule.begin(self.version, self._params, scale)
             self._early = heapq.heappop(self._free)
-            self._eager = self._pairs.is_on_host(self.current)
+            self._eager = self._pairs.was_asked_for(self.current)
             self._target = self._pairs.to_compute(self._early)
         self._done = 0
 
@@ -209,8 +209,7 @@ class DeviceStore(Store):
             if not card.verdict():
                 self.abandon()
                 return False
-            if self._eager:
-                card.settle()
+            card.fetched()
             self._early = None
             self._rule.finish()
         self._pairs.computed(target, copied=self._eager)
@@ -239,7 +238,7 @@ class DeviceStore(Store):
                 if number:
                     card.reuse()
                 self._add(grad, scale, first=not number)
-        self._begin(1.0, None)
+        self._begin(1.0, 0)
         with self._card:
             share = Staged(_SHARE, (float(len(grads)),))
             incoming: Any = Incoming(self._total, self._card.bad, (share,))

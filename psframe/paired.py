@@ -47,13 +47,16 @@ class Card(Protocol):
         """Have what is sent from now on wait for the kernels so far, which read its targets."""
 
     def fetch(self, source: Any, target: Array, *, alone: bool = False) -> None:
-        """Copy from the device to the host, behind the kernels so far; `settle` waits for it."""
+        """Copy from the device to the host, behind the kernels so far; `fetched` waits for it."""
 
     def verdict(self) -> bool:
         """Wait for the kernels so far, and say whether all that they have written is finite."""
 
     def read(self, scalar: Any) -> float:
         """Wait for a kernel's one number, and give it."""
+
+    def fetched(self) -> None:
+        """Wait for what has been fetched, but not what was alone: for that `verdict` waits."""
 
     def settle(self) -> None:
         """Wait until nothing is under way any more."""
@@ -80,6 +83,7 @@ class Paired:
         self._device: list[Any] = [None] * len(host)
         self._on_host = [False] * len(host)
         self._on_device = [False] * len(host)
+        self._asked = [False] * len(host)
 
     def __len__(self) -> int:
         return len(self._host)
@@ -89,16 +93,17 @@ class Paired:
         array: Array = self._host[index]
         return array
 
-    def is_on_host(self, index: int) -> bool:
+    def was_asked_for(self, index: int) -> bool:
         """Whether somebody has asked for these bytes on the host."""
-        return self._on_host[index]
+        return self._asked[index]
 
     def bring(self, index: int) -> None:
-        """Have the bytes on the host."""
+        """Have the bytes on the host, for somebody who asks for them."""
+        self._asked[index] = True
         if self._on_device[index] and not self._on_host[index]:
             with self._card as card:
                 card.fetch(self._device[index], self._host[index])
-                card.settle()
+                card.fetched()
             self._on_host[index] = True
 
     def device(self, index: int) -> Any:
@@ -118,7 +123,7 @@ class Paired:
 
     def to_compute(self, index: int) -> tuple[Any, Array]:
         """Give both arrays, about to be written by kernels and by copies of what those write."""
-        self._on_host[index] = self._on_device[index] = False
+        self._on_host[index] = self._on_device[index] = self._asked[index] = False
         return self._array(index), self._host[index]
 
     def computed(self, index: int, *, copied: bool) -> None:

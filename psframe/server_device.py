@@ -55,6 +55,7 @@ class Card:
             with self._compute:
                 self.bad = cupy.zeros(1, cupy.int32)
             self._compute.synchronize()
+        self._fetching = False  # whether something may be under way on the outward stream
         self._seen: set[int] = set()  # addresses of memory that has been looked at
         self._registered: list[Array] = []  # which stays as long as it is registered
         self._unregister = weakref.finalize(self, _unregister, self._runtime, self._registered)
@@ -105,14 +106,15 @@ class Card:
         self._inward.wait_event(self._computed)
 
     def fetch(self, source: Any, target: Array, *, alone: bool = False) -> None:
-        """Copy from the device to the host, behind the kernels so far; `settle` waits for it.
+        """Copy from the device to the host, behind the kernels so far; `fetched` waits for it.
 
         Args:
             source, target: contiguous.
-            alone: as for `send`.
+            alone: as for `send`; then `verdict` waits for it, too.
         """
         stream = self._compute if alone else self._outward
         if not alone:
+            self._fetching = True
             self._computed.record(self._compute)
             self._outward.wait_event(self._computed)
         kind = self._runtime.memcpyDeviceToHost
@@ -130,13 +132,20 @@ class Card:
 
     def read(self, scalar: Any) -> float:
         """Wait for a kernel's one number, and give it."""
-        return float(scalar.get(stream=self._compute))
+        return float(scalar.get(stream=self._compute).item())
+
+    def fetched(self) -> None:
+        """Wait for what has been fetched, but not what was alone."""
+        if self._fetching:
+            self._outward.synchronize()
+            self._fetching = False
 
     def settle(self) -> None:
         """Wait until nothing is under way any more."""
         self._inward.synchronize()
         self._compute.synchronize()
         self._outward.synchronize()
+        self._fetching = False
 
     def clear(self) -> None:
         """Forget the verdict; what is computed from now on has its own."""
