@@ -1,4 +1,4 @@
-"""A CUDA device made of NumPy, under the few names of CuPy that servers use, and as late as it may be.
+"""A CUDA device made of NumPy, under the names of CuPy that servers use, and as late as may be.
 
 Streams do nothing before they are synchronised, or before something waits for an event behind it:
 so who reads too early finds what was there before, or the NaN that fills new memory and whatever a
@@ -225,15 +225,15 @@ class _Elementwise:
     def __init__(
         self,
         fake: FakeCuda,
-        in_params: str,
-        out_params: str,
+        ins: str,
+        outs: str,
         operation: str,
         name: str,
         **more: Any,
     ) -> None:
         assert more == {"no_return": True, "options": ("--fmad=false",)}
         self.fake, self.name = fake, name
-        self.inputs, self.outputs = names_of(in_params), names_of(out_params)
+        self.inputs, self.outputs = names_of(ins), names_of(outs)
         self.lines = operation.splitlines()
 
     def __call__(self, *arguments: Any) -> None:

@@ -20,6 +20,8 @@ from psframe import optim
 from psframe.layout import Layout
 from psframe.optim import cuda, formulas
 from psframe.optim.formulas import SCALARS_MAX
+from psframe.stale import formulas as corrections
+from psframe.stale import kernels
 
 RULES: dict[str, Any] = {
     "sgd": optim.SGD(0.1, weight_decay=0.02),
@@ -193,6 +195,125 @@ def test_the_written_c_has_the_bits_of_the_cpu_loop(
     grad[SIZE // 2] = np.inf
     assert run(8, w, grad)[1] == 1
     assert not updater.update(8, w, grad, np.empty(SIZE, dtype), 0.5)
+
+
+STAGES: dict[str, tuple[cuda.Stage, ...]] = {
+    "fixed": (cuda.Stage(corrections.fixed, reads=1),),
+    "adaptive": (cuda.Stage(corrections.adaptive, reads=1, states=1),),
+    "scaled": (cuda.Stage(corrections.scaled),),
+    "chained": (
+        cuda.Stage(corrections.adaptive, reads=1, states=1),
+        cuda.Stage(corrections.fixed, reads=1),
+        cuda.Stage(corrections.scaled),
+    ),
+}
+# The scalars of each stage; of `corrections`.
+SCALARS = {"fixed": (2.0,), "adaptive": (1.5, 0.95, 1.0 - 0.95, 1e-7), "scaled": (0.3,)}
+_CUDA_NAMES = """#include <tgmath.h>
+#include <stdint.h>
+#include <string.h>
+typedef _Float16 float16;
+typedef uint16_t uint16;
+static inline float __uint_as_float(unsigned int bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+"""
+
+
+def staged_program(rule: Any, stages: tuple[cuda.Stage, ...], payload: str, ctype: str) -> str:
+    """Wrap the text of a kernel with stages in a loop over [begin, end)."""
+    text = cuda.translate(rule.formula, len(rule.slots), stages, payload)
+    named = [param.split() for param in text.in_params.split(", ")]
+    arrays = [(kind, name) for kind, name in named if name.startswith("in_")]
+    scalars = [name for _, name in named if not name.startswith("in_")]
+    outputs = names_of(text.out_params)[:-1]
+    parameters = ["long begin", "long end", "const T *h", "int *bad"]
+    parameters += [f"const {kind} *p_{name}" for kind, name in arrays]
+    parameters += [f"T *p_{name}" for name in outputs]
+    lines = [f"const T {name} = h[{k}];" for k, name in enumerate(scalars)]
+    lines += [f"const {kind} {name} = p_{name}[k];" for kind, name in arrays]
+    lines += [f"T {name};" for name in outputs]
+    lines += [text.operation, *(f"p_{name}[k] = {name};" for name in outputs)]
+    head = f"{_CUDA_NAMES}typedef {ctype} T;\nvoid kernel({', '.join(parameters)}) {{"
+    return "\n".join([head, "for (long k = begin; k < end; ++k) {", *lines, "}}"])
+
+
+def corrected_on_cpu(name: str, grad: Any, w: Any, read: Any, old: Any) -> tuple[Any, Any]:
+    """Apply one stage with the loops of the CPU."""
+    out, new, h = np.empty_like(w), np.empty_like(w), np.array(SCALARS[name], w.dtype)
+    if name == "fixed":
+        kernels.compile_fixed(w.dtype)(grad, w, read, out, h)
+        return out, None
+    if name == "adaptive":
+        kernels.compile_adaptive(w.dtype)(grad, w, read, out, h, old, new)
+        return out, new
+    return grad * h[0], None
+
+
+@pytest.mark.parametrize("payload", ["float32", "float16", "uint16"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("staged", STAGES)
+@pytest.mark.parametrize("name", RULES)
+def test_one_kernel_has_the_bits_of_all_the_loops(
+    name: str, staged: str, dtype: Any, payload: str, compile_c: Callable[[str], Any]
+) -> None:
+    if payload != "float32" and (staged != "chained" or name not in ("momentum", "adam")):
+        pytest.skip("the widening is the first line of every kernel")
+    rule, stages = RULES[name], STAGES[staged]
+    ctype = "float" if dtype is np.float32 else "double"
+    kernel = compile_c(staged_program(rule, stages, payload, ctype))
+    rng = np.random.default_rng(7)
+    w, read = rng.standard_normal((2, SIZE)).astype(dtype)
+    raw = rng.standard_normal(SIZE).astype(np.float32)
+    raw[:3] = 0.0, -0.0, 6e-8
+    sent: Any = raw.astype(dtype)
+    grad = sent
+    if payload == "float16":
+        sent = raw.astype(np.float16)
+        grad = sent.astype(dtype)
+    elif payload == "uint16":
+        sent = (raw.view(np.uint32) >> 16).astype(np.uint16)
+        grad = (sent.astype(np.uint32) << 16).view(np.float32).astype(dtype)
+    olds = [rng.random(SIZE).astype(dtype) for stage in stages for _ in range(stage.states)]
+    expected, news = grad, []
+    for stage in stages:
+        formula = stage.formula.__name__
+        expected, new = corrected_on_cpu(formula, expected, w, read, olds[0] if olds else None)
+        news += [] if new is None else [new]
+    updater = rule.updater(Layout.of({"w": np.zeros(SIZE, dtype)}), 0, SIZE)
+    out = np.empty(SIZE, dtype)
+    assert updater.update(0, w, expected, out, 0.5)
+
+    scalars = list(rule.scalars(0, rule.lr, 0.5, rule.weight_decay))
+    arrays = [w, sent, *(np.zeros(SIZE, dtype) for _ in rule.slots)]
+    for stage in stages:
+        arrays += [read] * stage.reads + olds[: stage.states]
+        scalars += SCALARS[stage.formula.__name__]
+    results = [np.full(SIZE, np.nan, dtype) for _ in range(1 + len(rule.slots) + len(olds))]
+    h, bad = np.array(scalars, dtype), ctypes.c_int(0)
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (h, *arrays, *results)]
+    for begin, end in ((0, 1), (1, 640), (640, SIZE - 3), (SIZE - 3, SIZE)):  # in ranges
+        bounds = ctypes.c_long(begin), ctypes.c_long(end)
+        kernel(*bounds, pointers[0], ctypes.byref(bad), *pointers[1:])
+    assert bad.value == 0
+    wanted = [out, *updater.slots.values(), *news]
+    for got, want in zip(results, wanted, strict=True):
+        assert got.tobytes() == want.tobytes()
+
+
+def test_the_text_of_a_corrected_gradient() -> None:
+    text = cuda.translate(formulas.sgd, 0, STAGES["fixed"], "float16")
+    assert text.in_params == "T in_w, float16 in_g, T scale, T decay, T lr, T in_s0_read, T s0_lam"
+    assert text.operation.splitlines()[:6] == [
+        "T w = in_w;",
+        "T g = (T)(float)in_g;",
+        "T s0_g = g;",
+        "T s0_w = w;",
+        "T s0_read = in_s0_read;",
+        "g = (s0_g + ((s0_lam * (s0_g * s0_g)) * (s0_w - s0_read)));",
+    ]
 
 
 class FakeArray(np.ndarray[Any, Any]):

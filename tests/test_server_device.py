@@ -1,4 +1,4 @@
-"""A server on a GPU has the bits of one on the CPU; on a device made of NumPy, as late as may be."""
+"""A server on a GPU has the bits of one on the CPU: on a device made of NumPy, late as may be."""
 
 from __future__ import annotations
 
@@ -274,6 +274,21 @@ def test_a_version_comes_to_the_host_once_and_only_if_it_is_read(cupy: FakeCuda)
     store.hold()
     assert cupy.copied[1] == before + 2 * n_bytes + 4
     assert index is not None
+    for _ in range(5):  # the first of these is copied in vain
+        assert store.update(pair.draw())
+    assert cupy.copied[1] == before + 3 * n_bytes + 6 * 4
+
+
+def test_what_is_abandoned_writes_nothing_any_more(cupy: FakeCuda) -> None:
+    pair = Pair(optim.SGD(0.1))
+    store, copy = pair.gpu, pair.draw()
+    store.hold()
+    store.begin()
+    store.extend(pair.draw(), 40)
+    store.abandon()
+    index = store.hold_copy(lambda out: np.copyto(out, copy))
+    assert store.update(pair.draw())
+    assert pair.memory[1][index].tobytes() == copy.tobytes()
 
 
 def test_one_small_update_waits_once(cupy: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +512,7 @@ def test_an_optimizer_without_a_formula_is_refused() -> None:
         def updater(self, layout: Any, begin: int, end: int) -> Any:
             raise AssertionError("it is not asked")
 
-    with pytest.raises(TypeError, match="server_device: .* has no formula"):
+    with pytest.raises(TypeError, match=r"server_device: .* has no formula"):
         Plan.check(
             work,
             PARAMS,
