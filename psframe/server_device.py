@@ -16,7 +16,7 @@ import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["Card", "check_server_device", "choose_server_device"]
+__all__ = ["Card", "check_server_device", "choose_server_device", "visible_gpus"]
 
 _PAGE = 4096
 _REGISTERED_ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered
@@ -204,7 +204,7 @@ def choose_server_device(device: str, server: int) -> int | None:
     """
     if device == "cpu":
         return None
-    count = _visible_gpus()
+    count = visible_gpus()
     if not count:
         raise ValueError(
             f"server_device: {device!r} needs a GPU that CuPy can use where servers run, and there"
@@ -219,7 +219,8 @@ def choose_server_device(device: str, server: int) -> int | None:
     return ordinal
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
+    """Count the GPUs that CuPy can use; none without CuPy."""
     try:
         import cupy
     except ImportError:

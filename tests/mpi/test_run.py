@@ -17,6 +17,7 @@ from psframe import BSP, SSP, Async, Worker
 from psframe.cluster import fail_together
 from psframe.events import EpochDone, Evaluated, HostEvent
 from psframe.launcher import find_launcher
+from psframe.server_device import visible_gpus
 from psframe.transports import mpi_post
 from psframe.transports.mpi import TAG_END, Mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
@@ -271,6 +272,16 @@ def test_arguments_that_differ_are_named(name: str, here: Any, there: Any) -> No
     kwargs = {"params": PARAMS, "optimizer": SGD, name: there if RANK == SIZE - 1 else here}
     with pytest.raises(psframe.ArgumentError, match=f"{name}: rank {SIZE - 1} called"):
         psframe.run(lambda worker: None, kwargs.pop("params"), **kwargs)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.skipif(visible_gpus() > 0, reason="there is a GPU")
+def test_without_a_gpu_no_rank_starts_with_a_server_on_one() -> None:
+    """Server 0's rank raises what it would raise alone, the others name it."""
+    kind = psframe.ArgumentError if RANK else ValueError
+    with pytest.raises(kind, match="server_device: 'cuda' needs a GPU that CuPy can use") as caught:
+        psframe.run(lambda worker: None, PARAMS, optimizer=SGD, server_device="cuda")
+    assert RANK == 0 or str(caught.value).startswith("rank 0: ")
 
 
 @pytest.mark.mpi(min_size=2)
