@@ -121,7 +121,7 @@ class FakeCuda(ModuleType):
         kernels: the names of those that were launched, in order.
         copied: bytes that have gone (to the device, to the host).
         waits: how often a stream has been waited for.
-        registered: addresses of host memory to their sizes.
+        registered: addresses of host memory to their sizes; was_registered: whether any ever was.
     """
 
     def __init__(self, gpus: int = 1, copies: str = "late") -> None:
@@ -137,6 +137,7 @@ class FakeCuda(ModuleType):
         self.copied = [0, 0]
         self.waits = 0
         self.registered: dict[int, int] = {}
+        self.was_registered = False
         self.int32, self.ndarray = np.int32, FakeArray
         self.is_available = lambda: gpus > 0
         self.cuda = SimpleNamespace(
@@ -214,6 +215,7 @@ class FakeCuda(ModuleType):
         if address in self.registered:
             raise CUDARuntimeError(712)
         self.registered[address] = n_bytes
+        self.was_registered = True
 
 
 def names_of(params: str) -> list[tuple[str, str]]:
@@ -329,7 +331,7 @@ _OPERATORS: dict[str, Any] = {
 
 class _Distance:
     def __init__(self, fake: FakeCuda, *texts: str) -> None:
-        assert texts[:2] == ("T a, T b", "float64 sum")
+        assert texts[:2] == ("T x, T y", "float64 total")
         self.fake = fake
 
     def __call__(self, a: FakeArray, b: FakeArray) -> FakeArray:

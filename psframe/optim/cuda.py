@@ -357,11 +357,11 @@ def compile_distance() -> Callable[[Any, Any], Any]:
     import cupy
 
     kernel: Callable[[Any, Any], Any] = cupy.ReductionKernel(
-        "T a, T b",
-        "float64 sum",
-        "((double)a - (double)b) * ((double)a - (double)b)",
+        "T x, T y",
+        "float64 total",
+        "((double)x - (double)y) * ((double)x - (double)y)",
         "a + b",
-        "sum = a",
+        "total = a",
         "0",
         "psframe_distance",
     )
