@@ -598,6 +598,30 @@ def test_parquet_with_a_column_twice(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["name", "label", "list"])
+def test_parquet_with_text_that_is_not_utf8(tmp_path: Path, where: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path, x = tmp_path / "d.parquet", [1.0, 2.0]
+    offsets = pa.py_buffer(np.array([0, 1, 2], np.int32))
+    text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"\x93a")])
+    if where == "list":
+        x = pa.ListArray.from_arrays(pa.array([0, 1, 2]), text)
+    pq.write_table(pa.table({"name": x, "y": text if where == "label" else [0, 1]}), path)
+    if where == "name":
+        path.write_bytes(path.read_bytes().replace(b"name", b"\x93ame"))
+    with pytest.raises(ValueError, match=r"d\.parquet': holds text that is not UTF-8"):
+        load(path)
+
+
+def test_parquet_without_columns(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"a": [1.0]}).select([]), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet': has 0 columns"):
+        load(tmp_path / "d.parquet")
+
+
 @pytest.mark.parametrize("labels", [[1, 2, 1], [100, 200, 100], [-3, 10, 9], [2, 1, 2]])
 def test_a_table_is_the_same_as_parquet_and_as_csv(tmp_path: Path, labels: list[int]) -> None:
     pa = pytest.importorskip("pyarrow")

@@ -28,6 +28,13 @@ def load_parquet(path: Path, name: str, label: str | None, features: int | None 
     where = f"data {name!r}"
     check_file(path, where)
     try:
+        return _load(path, name, label, features, where)
+    except UnicodeDecodeError as error:  # a name or a label; pyarrow does not look at them before
+        raise ValueError(f"{where}: holds text that is not UTF-8: {error}") from error
+
+
+def _load(path: Path, name: str, label: str | None, features: int | None, where: str) -> Dataset:
+    try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
@@ -35,9 +42,11 @@ def load_parquet(path: Path, name: str, label: str | None, features: int | None 
             f"{where}: reading Parquet needs pyarrow: pip install 'psframe[parquet]'"
         ) from error
     try:
-        named, count = Counter(pq.read_schema(path).names).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{where}: has {count} columns named {named!r}; rename all but one")
+        for named, count in Counter(pq.read_schema(path).names).items():
+            if count > 1:
+                raise ValueError(
+                    f"{where}: has {count} columns named {named!r}; rename all but one"
+                )
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["it ends early"])[0]
