@@ -1,5 +1,8 @@
 """psframe: a parameter server for MPI clusters, in Python."""
 
+import psframe.starting  # noqa: F401 - what follows takes a second, in which signals may come
+
+# isort: split
 from psframe import codecs, local, optim, stale
 from psframe.batches import Buffered, Rennala, Ringleader
 from psframe.client import Worker

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from psframe.output import prepare_output
+from psframe.starting import INTERRUPTED
 
 __all__ = ["COMMANDS", "main"]
 
@@ -23,8 +24,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("psframe.doctor.__main__", "say whether this machine and launch are fit"),
     "bench": ("psframe.bench", "measure pushes, pulls and updates on this machine"),
 }
-
-_INTERRUPTED = 130  # the exit status that a shell reports of a program that SIGINT ended
 
 _HELP = """\
 usage: psframe COMMAND [ARGUMENTS]
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[name][0])
         status: int = module.main(arguments[1:])
     except KeyboardInterrupt:  # while it was imported; a command's main has its own
-        return _INTERRUPTED
+        return INTERRUPTED
     return status
 
 

@@ -59,6 +59,7 @@ from psframe.roles import (
 from psframe.saving import ShardSaver
 from psframe.server import Server
 from psframe.server_device import Card, choose_server_device
+from psframe.starting import INTERRUPTED
 from psframe.transports.faults import fault_tolerant
 from psframe.transports.leaving import part, part_alone
 from psframe.transports.meeting import Neighbours, meet
@@ -76,7 +77,6 @@ __all__ = ["fail_together", "run_cluster"]
 # Every rank of a run that has failed has this long to come to the end, where it learns why.
 _END_BOUND_S = 1.5
 _NO_REPLY = "it did not come to the end of the run"
-_EXIT_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 # What `work` calls of the worker: between a message's arrival and its handling no signal may raise,
 # or an answer would be lost. Rank 0 ends the run for it.
@@ -114,6 +114,9 @@ def run_cluster(
     except RankLost as lost:
         print(f"psframe: this rank ends the job: {lost}", file=sys.stderr, flush=True)
         abort(1)
+    except KeyboardInterrupt:  # the others may not have been told, and wait for this rank
+        print("psframe: this rank ends the job: interrupted", file=sys.stderr, flush=True)
+        abort(INTERRUPTED)
     run = _ClusterRun(mesh, work, shared_memory, same)
     result: Result | None = None
     error: BaseException | None = None
@@ -557,7 +560,7 @@ class _ClusterRun:
             what = "".join(traceback.format_exception(error))
         sys.stdout.flush()
         print(f"psframe: rank {self.mesh.name} ends the job:\n{what}", file=sys.stderr, flush=True)
-        self.mesh.abort(_EXIT_INTERRUPTED if _was_interrupted(error) else 1)
+        self.mesh.abort(INTERRUPTED if _was_interrupted(error) else 1)
 
 
 def _was_interrupted(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interrupts", "noting_requests"]
+__all__ = ["Interrupts", "interrupting", "noting_requests"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _REQUESTS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -38,6 +38,24 @@ def noting_requests() -> Iterator[None]:
         yield
     finally:
         _noted.clear()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGTERM and SIGINT, where no `Interrupts` is entered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

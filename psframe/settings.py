@@ -21,6 +21,7 @@ from psframe.errors import ArgumentError
 from psframe.models.precision import Precision
 from psframe.placement import Checked, parse_servers
 from psframe.plan import COUNT_MAX, RESPAWN_MAX, THREADS_MAX, TIMEOUT_S, TIMEOUT_S_MIN
+from psframe.starting import INTERRUPTED, PREEMPTED
 
 __all__ = [
     "INTERRUPTED",
@@ -32,8 +33,6 @@ __all__ = [
     "from_file",
 ]
 
-INTERRUPTED = 130  # the exit status that a shell reports of a program that SIGINT ended
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 THREADS = 3  # workers of a command without a launcher, if it is not told how many
 
 # Safe for stale gradients: Adagrad's steps shrink, which keeps it stable where SGD, at a rate that

@@ -8,24 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-if __name__ == "__main__":  # what follows takes a second to import, in which signals may come
-    for _request in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(_request, lambda number, frame: os._exit(75))  # as PREEMPTED; nothing is lost
-
-    def _without_interrupts(kind: type[BaseException], error: BaseException, place: Any) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, error, place)
-
-    sys.excepthook = _without_interrupts
 
 from psframe.choices import parse_codec, parse_stale
 from psframe.closing import print_summary
@@ -39,7 +26,7 @@ from psframe.errors import (
     RankLost,
     WorkerFailed,
 )
-from psframe.interrupts import noting_requests
+from psframe.interrupts import interrupting, noting_requests
 from psframe.launcher import Launcher, find_launcher
 from psframe.models import create
 from psframe.models.precision import check_host
@@ -205,10 +192,11 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
         from psframe.cluster import fail_together
 
         raise fail_together(launched, error) from error  # or the other ranks would wait for this
-    with noting_requests(), watching:
-        trained = trainer.fit(parts)
-    if trained.result.is_root:
-        _leave(settings, parts, watching, trained, time.monotonic() - start, serving)
+    with interrupting():
+        with noting_requests(), watching:
+            trained = trainer.fit(parts)
+        if trained.result.is_root:
+            _leave(settings, parts, watching, trained, time.monotonic() - start, serving)
     if trained.failure is None:
         return 0
     return _fail_at_the_end(trained.failure, launched.rank if launched else 0)

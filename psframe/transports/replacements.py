@@ -39,6 +39,16 @@ __all__ = ["Replacements"]
 _START_BOUND_S = 300.0
 # One that has said good-bye has only to end.
 _END_BOUND_S = 5.0
+# Until a child has come to `psframe.run` it cannot see that server 0 has died, and it may load data
+# for long; so the kernel ends it then. It is asked by the child itself, which then becomes the
+# program: Python would do it between fork and exec, where other threads' locks are held for ever.
+_PR_SET_PDEATHSIG = 1
+_TIED = f"""
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, int(signal.SIGKILL), 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 _log = logging.getLogger("psframe")
 
@@ -168,10 +178,11 @@ class Replacements:
         ours, theirs = socket.socketpair()
         files = theirs.fileno(), segment.fd, self._own.fd
         place = Place(self._names[rank], len(self._names), *files)
+        tied = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid())]
         try:
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, *sys.orig_argv[1:]],
+                    [*tied, sys.executable, *sys.orig_argv[1:]],
                     stdin=subprocess.DEVNULL,
                     pass_fds=files,
                     env=child_environment(os.environ, place),
