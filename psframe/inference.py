@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.data import Dataset
+from psframe.devices import choose_device, make_device
 from psframe.errors import ArgumentError, RankLost
 from psframe.gathering import AT, ROWS, Gather
 from psframe.launcher import find_launcher
-from psframe.layout import Array
+from psframe.layout import Array, Layout
 from psframe.models.base import Model
 from psframe.optim import SGD
 from psframe.placement import Servers
@@ -55,6 +56,7 @@ def predict(
     workers: int | None = None,
     device: str = "auto",
     comm: Any = None,
+    here: bool = False,
 ) -> Predictions | None:
     """Predict all samples of a dataset; every rank calls it with equal arguments.
 
@@ -63,6 +65,7 @@ def predict(
         params: of the model; rank 0's values count.
         data: the samples; augmentation is left out.
         servers, workers, device, comm: as for `psframe.run`.
+        here: compute in this process: it is the root, and the only rank that is left.
 
     Returns:
         The predictions in the data's order, on the root; None elsewhere.
@@ -74,6 +77,8 @@ def predict(
     n = len(data)
     block = min(_BLOCK_MAX, max(_BLOCK_MIN, -(-n // 8)))
     wide = callable(getattr(model, "probabilities", None))
+    if here:
+        return _predict_here(model, params, data, block, wide, device)
     copies = _share(params, servers=servers, workers=workers, device=device, comm=comm)
 
     def work(worker: Any) -> None:
@@ -107,6 +112,19 @@ def predict(
     if gather.missing:
         reasons = ", ".join(result.ledger.reasons) or "a worker was lost"
         raise RankLost(f"predictions of {gather.missing} blocks have not come: {reasons}")
+    return Predictions(answer.labels, answer.probabilities)
+
+
+def _predict_here(
+    model: Model, params: Mapping[str, Any], data: Dataset, block: int, wide: bool, device: str
+) -> Predictions:
+    given = {name: np.asarray(_host(p)) for name, p in params.items()}
+    opened = make_device(choose_device(device, worker=0), Layout.of(given))
+    copy = _Copy(opened.params(given)[0], opened.xp, opened.name)
+    answer = _Answer(len(data), block)
+    for begin in range(0, len(data), block):
+        end = min(begin + block, len(data))
+        answer.take(begin // block, _found(model, copy, data, begin, end, wide))
     return Predictions(answer.labels, answer.probabilities)
 
 

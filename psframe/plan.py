@@ -94,6 +94,7 @@ class Result:
             else None, and they are the last.
         lost: the workers that died or were silent for too long; the others went on.
         traffic: what codecs have made of gradients and parameters on their way; all 0 without.
+        workers: W, replacements not counted again.
     """
 
     params: dict[str, Array] | None
@@ -105,6 +106,7 @@ class Result:
     kept_version: int | None = None
     lost: tuple[int, ...] = ()
     traffic: Traffic = field(default_factory=Traffic)
+    workers: int = 0
 
 
 @dataclass(frozen=True)

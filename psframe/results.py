@@ -28,6 +28,7 @@ def summarise(leader: Leader, followers: Iterable[Traffic] = ()) -> dict[str, An
         "ledger": leader.ledger.ledger().as_dict(),
         "kept_version": leader.kept_version,
         "lost": sorted(leader.losses),
+        "workers": leader.workers,
     }
 
 
@@ -52,6 +53,7 @@ def make_result(
         kept_version=summary["kept_version"],
         lost=tuple(summary["lost"]),
         traffic=Traffic(**summary["traffic"]),
+        workers=summary["workers"],
     )
 
 

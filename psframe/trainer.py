@@ -175,6 +175,7 @@ class Trainer:
         self._prefetch = prefetch
         self._spans = spans
         self._name = name_of(model) if name is None else name
+        self._here = False  # whether only this rank is left to evaluate
         self._placement: dict[str, Any] = {
             "servers": servers,
             "workers": workers,
@@ -251,6 +252,8 @@ class Trainer:
         )
         if not self._alone():
             self._placement["workers"] = None  # which it has said to be ignored
+        if result.is_root and len(result.lost) == result.workers:
+            self._here = True  # others worked in the lost ranks' places, and have gone
         history.close()
         evaluation: Evaluation | None = None
         failure: Exception | None = None
@@ -295,7 +298,8 @@ class Trainer:
     def _predict(self, params: Mapping[str, Any] | None, data: Dataset) -> Predictions | None:
         if params is None:  # not the root: only names, shapes and dtypes count
             params = initial_params(self.model, self.seed)
-        return predict(Contract(self.model, data.n_classes), params, data, **self._placement)
+        contract = Contract(self.model, data.n_classes)
+        return predict(contract, params, data, here=self._here, **self._placement)
 
     def _evaluate(self, params: Mapping[str, Any] | None, data: Dataset) -> Evaluation | None:
         predictions = self._predict(params, data)

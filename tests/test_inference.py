@@ -45,6 +45,21 @@ class LabelsOnly:
         return (x @ params["w1"]).argmax(axis=1)
 
 
+def test_one_process_may_predict_alone_as_many_do() -> None:
+    samples, model = data(500), Softmax((3,), 3)
+    found = predict(model, PARAMS, samples, workers=2)
+    alone = predict(model, PARAMS, samples, here=True)
+    assert found is not None
+    assert alone is not None
+    np.testing.assert_array_equal(alone.labels, found.labels)
+    np.testing.assert_array_equal(alone.probabilities, found.probabilities)
+    labels = predict(LabelsOnly(), PARAMS, samples, here=True)  # type: ignore[arg-type]
+    assert labels is not None
+    np.testing.assert_array_equal(
+        labels.labels, LabelsOnly().predict(PARAMS, samples.batch(slice(None))[0])
+    )
+
+
 def test_a_model_may_tell_labels_only() -> None:
     samples = data(200)
     found = predict(LabelsOnly(), PARAMS, samples, workers=2)  # type: ignore[arg-type]

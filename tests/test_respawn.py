@@ -175,8 +175,23 @@ def test_a_replacement_is_sent_whole_parameters_where_others_get_differences(
         assert result["again"] == 10
 
 
-def test_nobody_is_left_behind_when_server_0_dies(tmp_path: Path) -> None:
-    with started(tmp_path, respawn=1, wanted=99) as job:
+# A replacement that never comes to psframe.run: it loads data.
+LOADING = """
+if REPLACES in os.environ:
+    import signal
+    (FOLDER / ".new").write_text(str(os.getpid()), encoding="ascii")
+    (FOLDER / ".new").rename(FOLDER / f"replacement-1-{os.getpid()}")
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_nobody_is_left_behind_when_server_0_dies(tmp_path: Path, loading: bool) -> None:
+    program = tmp_path / "program.py"
+    start = "PARAMS = "
+    text = PROGRAM.read_text()
+    program.write_text(text.replace(start, LOADING + start) if loading else text)
+    with started(tmp_path, respawn=1, wanted=99, program=program) as job:
         job.find("rank-1")
         job.send("rank-2")
         (file,) = job.find("replacement-1-*")
@@ -201,6 +216,39 @@ def test_a_silent_worker_is_replaced_where_no_death_is_borne(tmp_path: Path) -> 
         job.process.wait(BOUND_S)
         assert "this MPI ends the job when a rank dies" in job.text
         check(json.loads((tmp_path / "result.json").read_text()), lost=[1])
+
+
+TRAINING = """
+import os, sys
+from pathlib import Path
+from psframe.train import main
+
+folder, respawn = Path(sys.argv[1]), sys.argv[2]
+if "PSFRAME_REPLACES" not in os.environ:
+    name = "rank-" + os.environ["OMPI_COMM_WORLD_RANK"]
+    (folder / f".{name}").write_text(str(os.getpid()))
+    (folder / f".{name}").rename(folder / name)
+flags = ["--run-dir", str(folder / "run"), "--respawn", respawn, "--show", "none"]
+sys.exit(main([*flags, "--epochs", "40"]))
+"""
+
+
+def test_a_training_that_replacements_alone_have_finished_is_evaluated(tmp_path: Path) -> None:
+    """Its ranks are gone, but for rank 0."""
+    program = tmp_path / "program.py"
+    program.write_text(TRAINING)
+    with started(tmp_path, respawn=2, wanted=0, program=program) as job:
+        (metrics,) = job.find("run/metrics.jsonl")
+        while not metrics.stat().st_size:
+            assert time.monotonic() < job.deadline, job.text
+            time.sleep(0.01)
+        for rank in (1, 2):
+            job.send(f"rank-{rank}")
+        assert job.process.wait(job.deadline - time.monotonic()) == 0, job.text
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status["state"] == "completed", status
+        assert status["test_accuracy"] > 0.9
+        assert "samples 57,480" in job.text, "each of each epoch once"
 
 
 def test_a_program_that_does_something_else_now_does_not_join(tmp_path: Path) -> None:
