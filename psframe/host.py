@@ -173,7 +173,7 @@ class Host:
 
     def __call__(self, event: HostEvent) -> None:
         """Take one event of the leader."""
-        if self._recorder is not None and not self._closed:
+        if self._recorder is not None:
             self._recorder(event)
         if self._observer is not None and self._observer(event) is True:
             self.ending = True

@@ -78,11 +78,17 @@ class LedgerBook:
     def restore(self, fields: Fields) -> None:
         """Go on from a state.
 
+        A reason that is missing is one that the psframe which wrote it did not know, so 0.
+
         Raises:
-            ValueError: a field is wrong.
+            ValueError: a field is wrong, or there is a reason that this psframe does not know.
         """
         counts = fields.part("by_reason")
-        self._by_reason = [counts.count(reason.name.lower()) for reason in Reason]
+        names = {reason: reason.name.lower() for reason in Reason}
+        unknown = sorted(set(counts) - set(names.values()))
+        if unknown:
+            raise counts.bad(unknown[0], "no such reason; a later psframe may know it")
+        self._by_reason = [counts.count(n) if n in counts else 0 for n in names.values()]
         self._fenced = fields.count("fenced")
         self._partial_before = fields.count("partial")
         self.received = sum(self._by_reason) + self._fenced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import signal
 import threading
@@ -19,6 +20,9 @@ __all__ = ["Recorder"]
 
 # Workers begin the next epoch while one is evaluated; a line waits so many epochs for that.
 _HELD_MAX = 3
+# Of lines that a checkpoint has: in the moments between a signal and the end of the run as many
+# more epochs may end.
+_HELD_STATE_MAX = 1 << 16
 # Between two writings of the status: each waits for the disk, and an epoch may take milliseconds.
 _STATUS_S = 1.0
 # Of a line's fields those that are integers.
@@ -63,18 +67,30 @@ class Recorder:
         self._closed = False
         self._epochs = 0
         self._held: list[dict[str, Any]] = []
+        self._bytes_before_close = 0
 
     def __call__(self, event: Any) -> None:
-        """Take one event; events that concern no metric are ignored."""
+        """Take one event; events that concern no metric are ignored.
+
+        Once it is closed no more lines are written, but the state goes on: a run that a signal has
+        interrupted is closed at once, and its last checkpoint comes a moment later.
+        """
         if isinstance(event, Logged):
             self._sums.add(event)
         elif isinstance(event, EpochDone):
-            self._epoch_done(event)
+            with _undisturbed():
+                self._epoch_done(event)
         elif isinstance(event, Evaluated):
-            self._evaluated(event)
+            with _undisturbed():
+                self._evaluated(event)
 
     def state(self) -> dict[str, Any]:
-        """Give all that later lines may depend on, as plain data."""
+        """Give all that later lines may depend on, as plain data.
+
+        What has been written when it was closed counts as held: a run that goes on writes it again,
+        complete.
+        """
+        run_dir, closed = self._run_dir, self._closed
         return {
             "time_s": self._time_s(),
             "updates": self.updates,
@@ -86,7 +102,7 @@ class Recorder:
             "fixed": self._fixed,
             "held": [{k: _plain(v) for k, v in line.items()} for line in self._held],
             "sums": self._sums.state(),
-            "metrics_bytes": self._run_dir.metrics_bytes,
+            "metrics_bytes": self._bytes_before_close if closed else run_dir.metrics_bytes,
         }
 
     def restore(self, fields: Fields) -> int:
@@ -102,7 +118,7 @@ class Recorder:
         self.updates, self._epochs = fields.count("updates"), fields.count("epochs")
         self.test_accuracy = fields.number_or_none("test_accuracy")
         self._waits, self._fixed = fields.flag("waits"), fields.flag("fixed")
-        held = fields.parts("held", _HELD_MAX + 1)
+        held = fields.parts("held", _HELD_STATE_MAX)
         self._held = [{name: _number(line, name) for name in line} for line in held]
         self._sums.restore(fields.part("sums"))
         return fields.count("metrics_bytes")
@@ -112,9 +128,13 @@ class Recorder:
 
         The status is left to the verdict, which comes next.
         """
+        if self._closed:
+            return
         self._closed = True
-        self._release()
-        loss = {} if self._epochs else self._sums.loss()
+        self._bytes_before_close = self._run_dir.metrics_bytes
+        for fields in self._held:
+            self._run_dir.metrics(time_s=self._time_s(), **fields)
+        loss = {} if self._epochs else copy.copy(self._sums).loss()
         if loss:
             self._run_dir.metrics(time_s=self._time_s(), update=self.updates, **loss)
         self._run_dir.close()
@@ -125,6 +145,9 @@ class Recorder:
         fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
         fields.update(self._sums.take(event))
         self._held.append(fields)
+        if self._closed:
+            return
+        self._release_complete()
         if not self._waits:
             self._release()
         elif len(self._held) > _HELD_MAX:
@@ -135,15 +158,23 @@ class Recorder:
         fields: dict[str, Any] = {"epoch": event.epoch, "update": event.version}
         for held in self._held:
             if held["epoch"] == event.epoch:
-                self._held.remove(held)
                 fields = held
                 break
+        else:
+            self._held.append(fields)
         metrics = evaluation_metrics(event.sums)
         self.test_accuracy = metrics.get("test_accuracy", self.test_accuracy)
         fields.update(metrics)
         fields["evaluated_update"] = event.version
         self._waits = self._fixed = True
-        self._line(fields)
+        if not self._closed:
+            self._release_complete()
+
+    def _release_complete(self) -> None:
+        """Write the lines that have their evaluation; some may, of a run that goes on."""
+        for fields in [held for held in self._held if "evaluated_update" in held]:
+            self._held.remove(fields)
+            self._line(fields)
 
     def _release(self, count: int = _HELD_MAX) -> None:
         for fields in self._held[:count]:

@@ -26,9 +26,11 @@ __all__ = ["CHECKPOINTS", "STATES", "RunDir"]
 
 STATES = ("running", "completed", "failed", "interrupted")
 CONFIG, METRICS, STATUS, CHECKPOINTS = "config.toml", "metrics.jsonl", "status.json", "checkpoints"
+# Lines of metrics that a later attempt has taken back.
+UNDONE = "metrics.undone.jsonl"
 # What a run may write beside them (`psframe.train` does).
 _OF_ONE_ATTEMPT = ("timeline.jsonl", "summary.json", "trace.json")
-_OWN = (CONFIG, METRICS, STATUS, *_OF_ONE_ATTEMPT)
+_OWN = (CONFIG, METRICS, STATUS, UNDONE, *_OF_ONE_ATTEMPT)
 # What a run writes into checkpoints/ beside the folders of `psframe.checkpoint`. Overwriting
 # removes these and those, and nothing else.
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.tmp")
@@ -80,8 +82,8 @@ class RunDir:
             path: the folder; "{time}" in it becomes YYYYmmdd-HHMMSS, with "-2", "-3", ... after
                 it where that is taken.
             overwrite: remove what an earlier run wrote there (config.toml, metrics.jsonl,
-                status.json, timeline.jsonl, summary.json, trace.json and the checkpoints); other
-                files are never touched.
+                status.json, timeline.jsonl, summary.json, trace.json, metrics.undone.jsonl and the
+                checkpoints); other files are never touched.
             config: mapping for config.toml.
 
         Raises:
@@ -114,14 +116,17 @@ class RunDir:
         return run_dir
 
     def go_on(self, config: Mapping[str, Any], updates: int, metrics_bytes: int) -> None:
-        """Begin again where a checkpoint has left: forget what came after it.
+        """Begin again where a checkpoint has left: take back what came after it.
 
-        What tells of one attempt only goes: timeline.jsonl, summary.json, trace.json.
+        Lines of metrics.jsonl that were written later, whose updates are done again, go to the end
+        of metrics.undone.jsonl. What tells of one attempt only goes: timeline.jsonl, summary.json,
+        trace.json.
 
         Args:
             config: mapping for config.toml.
             updates: those of the checkpoint; 0 if there is none.
-            metrics_bytes: of metrics.jsonl, the length that stays; a line stays whole.
+            metrics_bytes: of metrics.jsonl, the length that stays; a line stays whole, and one of
+                a later update does not.
 
         Raises:
             RunDirError: it cannot be written.
@@ -130,8 +135,37 @@ class RunDir:
             for name in _OF_ONE_ATTEMPT:
                 (self.path / name).unlink(missing_ok=True)
             self._begin(config, updates)
-            content = (self.path / METRICS).read_bytes()[:metrics_bytes]
-            os.ftruncate(self._metrics_fd, content.rfind(b"\n") + 1)
+            self._take_back(updates, metrics_bytes)
+
+    def _take_back(self, updates: int, metrics_bytes: int) -> None:
+        file = self.path / METRICS
+        content = file.read_bytes()
+        length = content[:metrics_bytes].rfind(b"\n") + 1
+        kept, undone = list[bytes](), list[bytes]()
+        for line in content[:length].splitlines(keepends=True):
+            (undone if _update_of(line) > updates else kept).append(line)
+        inside = bool(undone)  # of an attempt that has gone on from this checkpoint before
+        undone += content[length:].splitlines(keepends=True)
+        if not undone:
+            return
+        with (self.path / UNDONE).open("ab") as stream:  # first: a death leaves them twice at worst
+            stream.write(b"".join(undone).rstrip(b"\n") + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        if inside:
+            _replace(file, b"".join(kept))
+            self.close()  # of the file that has gone
+        else:
+            os.ftruncate(self._metrics_fd, length)
+        again = any(_update_of(line) > updates for line in undone)
+        _log.log(  # the others had only been written before their time
+            logging.WARNING if again else logging.INFO,
+            "%s: %d lines that came after the checkpoint of version %d are now in %s",
+            file,
+            len(undone),
+            updates,
+            UNDONE,
+        )
 
     def _begin(self, config: Mapping[str, Any], updates: int) -> None:
         (self.path / CHECKPOINTS).mkdir(exist_ok=True)
@@ -337,12 +371,22 @@ def _status(state: str, updates: int, test_accuracy: float | None, reason: str) 
     return json.dumps(fields, allow_nan=False) + "\n"
 
 
-def _replace(file: Path, text: str) -> None:
+def _update_of(line: bytes) -> int:
+    """Find the update that a line of metrics tells of; 0 if it tells of none."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return 0
+    update = fields.get("update") if isinstance(fields, dict) else None
+    return update if isinstance(update, int) else 0
+
+
+def _replace(file: Path, text: str | bytes) -> None:
     """Write a file so that whoever reads it, and whenever the machine dies, finds it whole."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(text.encode() if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)

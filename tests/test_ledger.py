@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from psframe import Ledger
 from psframe.events import Reason
 from psframe.ledger import LedgerBook
+from psframe.state import Fields
 
 
 def test_every_reason_has_its_column() -> None:
@@ -53,3 +56,23 @@ def test_empty_and_as_dict() -> None:
 def test_reasons_have_words() -> None:
     assert Reason.NONE.text == ""
     assert len({reason.text for reason in Reason}) == len(Reason)
+
+
+def test_a_state_of_before_a_reason_was_known_counts_none_of_it() -> None:
+    book = LedgerBook()
+    for reason in (Reason.NONE, Reason.LATE):
+        book.received += 1
+        book.count(reason)
+    state = book.state()
+    del state["by_reason"]["stale"]
+    later = LedgerBook()
+    later.restore(Fields(state))
+    assert later.ledger() == book.ledger()
+
+
+def test_a_reason_that_nobody_knows_is_told() -> None:
+    """Or the account would not add up."""
+    state = LedgerBook().state()
+    state["by_reason"]["tired"] = 1
+    with pytest.raises(ValueError, match="tired is 1, expected no such reason; a later psframe"):
+        LedgerBook().restore(Fields(state))

@@ -14,6 +14,7 @@ import pytest
 from psframe.events import EpochDone, Evaluated, Logged
 from psframe.recorder import Recorder
 from psframe.rundir import RunDir
+from psframe.state import Fields
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -205,3 +206,50 @@ def test_a_run_without_epochs_leaves_a_line(tmp_path: Path) -> None:
     recorder(Logged(0, {"train_loss": (4.0, 2)}))
     recorder.close()
     assert lines(tmp_path) == [{"time_s": 1.0, "update": 0, "train_loss": 2.0}]
+
+
+def test_what_was_written_for_an_early_verdict_is_written_again_complete(tmp_path: Path) -> None:
+    """After SIGTERM the verdict comes at once, and the checkpoint to go on from a moment later."""
+    run_dir = RunDir.create(tmp_path, config={})
+    recorder = Recorder(run_dir, Clock(), evaluations=True)
+    sums = {"correct": 1.0, "count": 2.0}
+    for epoch in (0, 1):
+        recorder(Logged(0, {"loss": (2.0, 1)}))
+        recorder(EpochDone(epoch, 10 * epoch + 10, 100, 0.0))
+    recorder(Evaluated(0, 10, sums))
+    recorder.close()
+    assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
+    recorder(Logged(0, {"loss": (3.0, 1)}))
+    recorder(EpochDone(2, 30, 100, 0.0))
+    recorder(Evaluated(1, 20, sums))
+    recorder(Logged(0, {"loss": (4.0, 1)}))
+    assert len(lines(tmp_path)) == 2, "the verdict is written"
+    state = json.loads(json.dumps(recorder.state()))
+    run_dir.unlock()
+
+    run_dir = RunDir.reopen(tmp_path)
+    recorder = Recorder(run_dir, Clock())
+    run_dir.go_on({}, 30, recorder.restore(Fields(state)))
+    recorder(Evaluated(2, 30, sums))
+    recorder(EpochDone(3, 40, 100, 0.0))
+    recorder.close()
+    found = [
+        (line["epoch"], line["train_loss"], "test_accuracy" in line) for line in lines(tmp_path)
+    ]
+    assert found == [(0, 2.0, True), (1, 2.0, True), (2, 3.0, True), (3, 4.0, False)]
+
+
+def test_a_run_without_epochs_goes_on_with_its_mean_loss(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path, config={})
+    recorder = Recorder(run_dir, Clock())
+    recorder(Logged(0, {"loss": (4.0, 1)}))
+    recorder.close()
+    state = json.loads(json.dumps(recorder.state()))
+    run_dir.unlock()
+    run_dir = RunDir.reopen(tmp_path)
+    recorder = Recorder(run_dir, Clock())
+    run_dir.go_on({}, 0, recorder.restore(Fields(state)))
+    recorder(Logged(0, {"loss": (2.0, 1)}))
+    recorder.close()
+    recorder.close()
+    assert [line["train_loss"] for line in lines(tmp_path)] == [3.0]

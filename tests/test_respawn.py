@@ -229,7 +229,7 @@ if "PSFRAME_REPLACES" not in os.environ:
     (folder / f".{name}").write_text(str(os.getpid()))
     (folder / f".{name}").rename(folder / name)
 flags = ["--run-dir", str(folder / "run"), "--respawn", respawn, "--show", "none"]
-sys.exit(main([*flags, "--epochs", "40"]))
+sys.exit(main([*flags, "--epochs", "100", "--batch-size", "256"]))
 """
 
 
@@ -248,7 +248,7 @@ def test_a_training_that_replacements_alone_have_finished_is_evaluated(tmp_path:
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         assert status["state"] == "completed", status
         assert status["test_accuracy"] > 0.9
-        assert "samples 57,480" in job.text, "each of each epoch once"
+        assert "samples 143,700" in job.text, "each of each epoch once"
 
 
 def test_a_program_that_does_something_else_now_does_not_join(tmp_path: Path) -> None:

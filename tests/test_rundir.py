@@ -289,3 +289,75 @@ def test_a_relative_folder_stays_where_it_was(
     with pytest.raises(RunDirError, match=r"^run directory 'run'"):
         RunDir.create("run")
     run_dir.close()
+
+
+# ---- going on ----------------------------------------------------------------------------------
+
+
+def gone_on(folder: Path, updates: int, metrics_bytes: int) -> None:
+    run_dir = RunDir.reopen(folder)
+    run_dir.go_on({}, updates, metrics_bytes)
+    run_dir.metrics(update=updates + 1)
+    run_dir.close()
+    run_dir.unlock()
+
+
+def undone(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.undone.jsonl").read_text().splitlines()]
+
+
+def test_lines_after_the_checkpoint_are_taken_back_and_kept_beside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = RunDir.create(tmp_path, config={})
+    for update in (1, 2, 3, 4):
+        run_dir.metrics(update=update)
+        if update == 2:
+            size = run_dir.metrics_bytes
+    run_dir.close()
+    run_dir.unlock()
+    gone_on(tmp_path, 2, size + 5)  # in the middle of a line
+    assert lines(tmp_path) == [{"update": 1}, {"update": 2}, {"update": 3}]
+    assert undone(tmp_path) == [{"update": 3}, {"update": 4}]
+    assert "2 lines that came after the checkpoint of version 2 are now in metrics.undone" in (
+        caplog.text
+    )
+    gone_on(tmp_path, 0, 0)
+    assert lines(tmp_path) == [{"update": 1}]
+    assert [line["update"] for line in undone(tmp_path)] == [3, 4, 1, 2, 3]
+
+
+def test_a_second_attempt_s_lines_are_taken_back_wherever_they_are(tmp_path: Path) -> None:
+    """The file had lost lines with the machine, so that the next attempt's came before its length.
+
+    Should that attempt's checkpoints rot, the first one's length says nothing of them.
+    """
+    run_dir = RunDir.create(tmp_path, config={})
+    run_dir.metrics(update=10)
+    run_dir.metrics(epoch=0)  # of no update
+    run_dir.metrics(update=30)
+    run_dir.close()
+    run_dir.unlock()
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    gone_on(tmp_path, 20, size)
+    assert lines(tmp_path) == [{"update": 10}, {"epoch": 0}, {"update": 21}]
+    assert undone(tmp_path) == [{"update": 30}]
+
+
+def test_a_line_that_is_no_json_stays(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path, config={})
+    run_dir.close()
+    run_dir.unlock()
+    text = b'{"upd\n[1]\n' + b"[" * 100_000 + b'\n{"update": "x"}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    gone_on(tmp_path, 5, len(text))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == text + b'{"update": 6}\n'
+    assert not (tmp_path / "metrics.undone.jsonl").exists()
+
+
+def test_overwriting_removes_what_was_taken_back(tmp_path: Path) -> None:
+    (tmp_path / "metrics.undone.jsonl").write_text("{}\n")
+    with pytest.raises(RunDirError, match=r"holds another run's metrics\.undone"):
+        RunDir.create(tmp_path)
+    RunDir.create(tmp_path, overwrite=True).close()
+    assert not (tmp_path / "metrics.undone.jsonl").exists()

@@ -20,6 +20,7 @@ from psframe.cadence import parse_cadence
 from psframe.checkpoint import committed_versions, open_checkpoint
 from psframe.data import Parts, load, prepare
 from psframe.errors import CheckpointError
+from psframe.events import EpochDone
 from psframe.interrupts import noting_requests
 from psframe.layout import Layout
 from psframe.models import create
@@ -329,19 +330,38 @@ def test_a_checkpoint_that_does_not_verify_is_named_and_skipped(
     assert "v000000030" in caplog.text
 
 
-def test_metrics_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    def lines(folder: Path) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        times = [line["time_s"] for line in found]
-        assert times == sorted(times)
-        return [{key: line[key] for key in ("epoch", "update")} for line in found]
+def epochs_told(folder: Path) -> list[tuple[int, int]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time_s"] for line in found]
+    assert times == sorted(times)
+    return [(line["epoch"], line["update"]) for line in found]
 
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_metrics_of_an_interrupted_run_that_goes_on_lack_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Wherever in an epoch's end the signal comes; what is told early is told once."""
+
+    def interrupt(event: Any) -> None:
+        if isinstance(event, EpochDone) and event.epoch == 1:
+            signal.raise_signal(number)
+
+    run(run_dir=tmp_path / "whole")
+    with pytest.raises((KeyboardInterrupt, psframe.Interrupted)):
+        run(run_dir=tmp_path / "parts", observer=interrupt)
+    run(run_dir=tmp_path / "parts", resume=True)
+    assert epochs_told(tmp_path / "parts") == epochs_told(tmp_path / "whole")
+
+
+def test_metrics_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     run(run_dir=tmp_path / "whole")
     run(run_dir=tmp_path / "parts", max_updates=30, checkpoint_every=1000)
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"time_s": 1e9, "update": 40}\n')
     run(run_dir=tmp_path / "parts", resume=True)
-    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert epochs_told(tmp_path / "parts") == epochs_told(tmp_path / "whole")
+    assert "1e9" in (tmp_path / "parts" / "metrics.undone.jsonl").read_text()
 
 
 # ---- what is refused ---------------------------------------------------------------------------
