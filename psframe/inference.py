@@ -119,12 +119,18 @@ def _predict_here(
     model: Model, params: Mapping[str, Any], data: Dataset, block: int, wide: bool, device: str
 ) -> Predictions:
     given = {name: np.asarray(_host(p)) for name, p in params.items()}
-    opened = make_device(choose_device(device, worker=0), Layout.of(given))
-    copy = _Copy(opened.params(given)[0], opened.xp, opened.name)
-    answer = _Answer(len(data), block)
-    for begin in range(0, len(data), block):
-        end = min(begin + block, len(data))
-        answer.take(begin // block, _found(model, copy, data, begin, end, wide))
+    layout = Layout.of(given)
+    opened = make_device(choose_device(device, worker=0), layout)
+    try:
+        on_host = opened.name == "cpu"
+        arrays = given if on_host else opened.params([layout.flatten(given)])
+        copy = _Copy(arrays, opened.xp, opened.name)
+        answer = _Answer(len(data), block)
+        for begin in range(0, len(data), block):
+            end = min(begin + block, len(data))
+            answer.take(begin // block, _found(model, copy, data, begin, end, wide))
+    finally:
+        opened.close()
     return Predictions(answer.labels, answer.probabilities)
 
 
