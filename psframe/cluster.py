@@ -26,7 +26,6 @@ from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.coding import Traffic
 from psframe.devices import (
-    NO_GPU,
     Device,
     Sharing,
     announce,
@@ -286,17 +285,23 @@ class _ClusterRun:
                 mesh.receive(plan.initial[begin:end], 0, "the first parameters")
 
     def _share_gpus(self, plan: Plan, neighbours: Neighbours) -> None:
-        """Choose this worker's device, and hear who else is on its GPU."""
+        """Choose this rank's device, and hear who else is on its GPU."""
         mesh = self.mesh
-        if plan.device == "cpu":  # as on every rank
+        if plan.device == plan.server_device == "cpu":  # as on every rank
             return
-        device, identity = "cpu", NO_GPU
         if mesh.rank >= plan.servers:
             device = choose_device(plan.device, neighbours.local_worker)
-            identity = identify(device)
-        ids = mesh.all_gather(identity, "the GPUs")
+        else:
+            ordinal = self._server_gpu(plan)
+            device = "cpu" if ordinal is None else f"cuda:{ordinal}"
+        ids = mesh.all_gather(identify(device), "the GPUs")
         if device != "cpu":
             self._gpu = Sharing.of(device, mesh.rank, ids, mesh.nodes, mesh.names)
+
+    def _server_gpu(self, plan: Plan) -> int | None:
+        rank, nodes = self.mesh.rank, self.mesh.nodes
+        local_server = sum(node == nodes[rank] for node in nodes[:rank])  # servers are in front
+        return choose_server_device(plan.server_device, local_server)
 
     def _lead(
         self, plan: Plan, neighbours: Neighbours, watch: Watch
@@ -435,21 +440,27 @@ class _ClusterRun:
         if restart.reader is not None and self._watch is not None:
             restart.reader.alive = self._watch.tick  # it may be long
         with explained_state(restart.reader):
-            rank, nodes = self.mesh.rank, self.mesh.nodes
-            local_server = sum(node == nodes[rank] for node in nodes[:rank])  # servers are in front
-            ordinal = choose_server_device(plan.server_device, local_server)
             machine = plan.build_server(
-                rank,
+                self.mesh.rank,
                 port.workers,
                 port.buffers,
                 port.memory,
                 resume=restart.resume,
                 respawn=respawn,
-                card=None if ordinal is None else Card(ordinal),
+                card=self._open_card(plan),
             )
         restart.close()
         plan.forget_initial()
         return machine
+
+    def _open_card(self, plan: Plan) -> Card | None:
+        ordinal = self._server_gpu(plan)
+        if ordinal is None:
+            return None
+        card = Card(ordinal)
+        if self._gpu is not None:
+            announce(self._gpu, fit_memory(self._gpu.gpu, len(self._gpu.users)))
+        return card
 
     def _take_part(self, plan: Plan, neighbours: Neighbours, watch: Watch, ending: Ending) -> None:
         place = str(self.mesh.rank)

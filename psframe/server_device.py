@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from psframe.devices.choosing import visible_gpus
 from psframe.layout import Array
 
-__all__ = ["Card", "check_server_device", "choose_server_device", "visible_gpus"]
+__all__ = ["Card", "check_server_device", "choose_server_device"]
 
 _PAGE = 4096
 _REGISTERED_ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered
@@ -217,12 +218,3 @@ def choose_server_device(device: str, server: int) -> int | None:
             f"server_device: {device!r}, but the visible GPUs are cuda:0 to cuda:{count - 1}"
         )
     return ordinal
-
-
-def visible_gpus() -> int:
-    """Count the GPUs that CuPy can use; none without CuPy."""
-    try:
-        import cupy
-    except ImportError:
-        return 0
-    return int(cupy.cuda.runtime.getDeviceCount()) if cupy.is_available() else 0

@@ -208,7 +208,7 @@ def test_a_model_that_ends_the_program_is_told(
 def test_a_device_that_is_not_there(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Any
 ) -> None:
-    monkeypatch.setattr("psframe.devices._visible_gpus", lambda: 0)
+    monkeypatch.setattr("psframe.devices.choosing.visible_gpus", lambda: 0)
     flags = [str(run), str(run.parent / "t.csv"), "--device", "cuda"]
     assert command.main(flags) == 1
     out, err = capsys.readouterr()

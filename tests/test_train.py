@@ -505,7 +505,7 @@ def test_an_interrupt_ends_with_130(
 def test_a_gpu_that_is_not_there_is_missed_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("psframe.devices._visible_gpus", lambda: 0)
+    monkeypatch.setattr("psframe.devices.choosing.visible_gpus", lambda: 0)
     err = fails(["--device", "cuda", "--run-dir", "r"], capsys)
     assert "--device: 'cuda' needs a GPU that CuPy can use, and there is none" in err
     assert err.count("\n") == 1

@@ -4,7 +4,7 @@ CuPy is imported only when a GPU is wanted.
 """
 
 from psframe.devices.base import Device, HostDevice
-from psframe.devices.choosing import choose_device, make_device
+from psframe.devices.choosing import choose_device, make_device, visible_gpus
 from psframe.devices.cuda import CudaDevice
 from psframe.devices.sharing import (
     NO_GPU,
@@ -29,4 +29,5 @@ __all__ = [
     "identify",
     "make_device",
     "memory_limit",
+    "visible_gpus",
 ]

@@ -8,7 +8,7 @@ from psframe.devices.base import Device, HostDevice
 from psframe.devices.cuda import CudaDevice
 from psframe.layout import Layout
 
-__all__ = ["choose_device", "make_device"]
+__all__ = ["choose_device", "make_device", "visible_gpus"]
 
 
 def choose_device(device: str, worker: int, visible: int | None = None) -> str:
@@ -27,7 +27,7 @@ def choose_device(device: str, worker: int, visible: int | None = None) -> str:
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:k', got {device!r}")
     if device == "cpu":
         return "cpu"
-    count = _visible_gpus() if visible is None else visible
+    count = visible_gpus() if visible is None else visible
     if device == "auto" and not count:
         return "cpu"
     if not count:
@@ -48,7 +48,8 @@ def make_device(name: str, layout: Layout) -> Device:
     return CudaDevice(int(name.partition(":")[2]), layout)
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
+    """Count the GPUs that CuPy can use; none without CuPy."""
     try:
         import cupy
     except ImportError:

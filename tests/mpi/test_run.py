@@ -15,9 +15,9 @@ from mpi4py import MPI
 import psframe
 from psframe import BSP, SSP, Async, Worker
 from psframe.cluster import fail_together
+from psframe.devices import visible_gpus
 from psframe.events import EpochDone, Evaluated, HostEvent
 from psframe.launcher import find_launcher
-from psframe.server_device import visible_gpus
 from psframe.transports import mpi_post
 from psframe.transports.mpi import TAG_END, Mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
