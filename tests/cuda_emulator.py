@@ -190,6 +190,12 @@ class Stream:
             self.synchronisations += 1
             self.run(end)
 
+    def owns(self, address: int) -> bool:
+        """Tell whether an address lies in memory of the device."""
+        return any(
+            0 <= address - memory.ctypes.data - _GUARD < size for memory, size in self.guards
+        )
+
     def check(self) -> None:
         """Do all that is left, and see that nothing was written beside any memory."""
         self.run()
@@ -297,6 +303,7 @@ class Cublas:
         assert ldb >= (n if tb else k)
         assert ldc >= m
         self.computes.append(compute)
+        assert {self._stream.owns(number) for number in (alpha, beta)} == {self._on_device}
         known = None if self._on_device else (_number(alpha), _number(beta))
 
         def work() -> None:

@@ -506,6 +506,8 @@ def test_a_gpu_that_is_not_there_is_missed_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("psframe.devices.choosing.visible_gpus", lambda: 0)
+    err = fails(["--precision", "bfloat16", "--device", "cpu", "--run-dir", "r"], capsys)
+    assert "--precision: 'bfloat16' needs a GPU; on the CPU there is only 'float32'" in err
     err = fails(["--device", "cuda", "--run-dir", "r"], capsys)
     assert "--device: 'cuda' needs a GPU that CuPy can use, and there is none" in err
     assert err.count("\n") == 1

@@ -22,6 +22,7 @@ from psframe.errors import ArgumentError
 from psframe.events import SpanKind
 from psframe.history import TIMES
 from psframe.models import MLP, Softmax
+from psframe.models.contract import Contract
 from psframe.stepping import Stepper
 from psframe.trainer import Trainer, initial_params
 
@@ -275,6 +276,21 @@ def test_a_batch_larger_than_the_data_is_clipped_with_a_word(
         trained = trainer(batch_size=1000, epochs=2).fit(train, test)
     assert "batch size 1000 is larger than the 90 training samples; using 90" in caplog.text
     assert trained.result.version == 2
+
+
+def test_the_precision_is_the_models_and_the_devices() -> None:
+    model, rule = MLP((64,), 10), optim.SGD(0.1)
+    Trainer(model, optimizer=rule, precision="tf32")
+    assert model.precision == "tf32"
+    Trainer(model, optimizer=rule)
+    assert model.precision == "tf32"  # as the model has it, unless one is given
+    with pytest.raises(ArgumentError, match="precision: 'tf32' needs a GPU; on the CPU"):
+        Trainer(model, optimizer=rule, device="cpu")
+    with pytest.raises(ArgumentError, match=r"precision: expected one of float32, tf32, .*'half'"):
+        Trainer(model, optimizer=rule, precision="half")
+    Trainer(Contract(MLP((64,), 10), 10), optimizer=rule, precision="float32")
+    with pytest.raises(ArgumentError, match="Contract has none and computes as it likes"):
+        Trainer(Contract(MLP((64,), 10), 10), optimizer=rule, precision="float16")
 
 
 def test_wrong_arguments_are_named() -> None:
