@@ -471,7 +471,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: str = "90") -> FakeCupy
 def _argument(value: Any, kind: Any) -> Any:
     """Check an argument as a launch would take it, and turn it into C's."""
     if kind is ctypes.c_void_p:
-        assert value is None or isinstance(value, (int, FakeArray))
+        assert isinstance(value, FakeArray) or type(value) is int, value  # None is no null pointer
         return value.ctypes.data if isinstance(value, FakeArray) else value
     expected = np.float32 if kind is ctypes.c_float else int
     assert type(value) is expected, (value, kind)

@@ -25,6 +25,7 @@ _DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 # Compute capability that a precision needs: tensor cores for it.
 _CAPABILITY = {"float32": 0, "tf32": 80, "bfloat16": 80, "float16": 70}
 
+_NULL = 0  # a null pointer among a kernel's arguments; CuPy makes something else of None
 _BLOCKS_MAX = 4096  # of kernels that step through their values: a few waves on any GPU
 # Threads that keep a large GPU busy, which a sum over rows cuts its rows for; and the parts that
 # one thread then adds up, each waiting for memory.
@@ -140,7 +141,8 @@ class Kernels:
         rows, columns = g.shape
         grid, each = _cut(rows, columns)
         partial = self._array("partial", (grid[1], columns))
-        self._run["column_partials"](grid, (THREADS,), (g, h, partial, rows, columns, each))
+        arguments = (g, _NULL if h is None else h, partial, rows, columns, each)
+        self._run["column_partials"](grid, (THREADS,), arguments)
         self.sum_parts(partial, db)
 
     def sum_parts(self, partial: Any, out: Any) -> None:
@@ -159,13 +161,17 @@ class Kernels:
         losses = self._array("losses", (n,))
         right = self._array("hits", (n,)) if hits else None
         threads = 32 if k <= 128 else THREADS
-        arguments = (z, b, y, g, losses, right, k, np.float32(1 / n), self.state, self.bad)
+        given = [_NULL if one is None else one for one in (b, g, right)]
+        numbers = (k, np.float32(1 / n))
+        arguments = (z, given[0], y, given[1], losses, given[2], *numbers, self.state, self.bad)
         self._run["cross_entropy"]((n,), (threads,), arguments)
         return losses, right
 
     def two_sums(self, a: Any, b: Any, out: Any, factor: float) -> None:
         """out = (factor a.sum(), b.sum()); without b the latter is 0."""
-        self._run["two_sums"]((1,), (THREADS,), (a, b, out, a.size, np.float32(factor)))
+        self._run["two_sums"](
+            (1,), (THREADS,), (a, _NULL if b is None else b, out, a.size, np.float32(factor))
+        )
 
     def next_scale(self) -> None:
         """Close a step: halve the loss scale if a gradient was not finite, or let it grow."""
@@ -213,21 +219,22 @@ class Kernels:
         self._run["bias_rows"]((_blocks(m), channels), (THREADS,), (y, b, m, int(rectify)))
 
     def bias_rows_gradient(self, g: Any, h: Any, db: Any) -> None:
-        """g *= h > 0, unless h is None; db = g.sum(axis=1), unscaled, unless db is None."""
+        """g *= h > 0, unless h is None; db = g.sum(axis=1), unscaled."""
         channels, m = g.shape
         parts = -(-m // CHUNK)
         partial = self._array("partial", (channels, parts))
-        self._run["row_partials"]((parts, channels), (THREADS,), (g, h, partial, m))
-        if db is not None:
-            arguments = (partial, db, parts, self.state, self.bad)
-            self._run["row_sums"]((channels,), (THREADS,), arguments)
+        arguments: tuple[Any, ...] = (g, _NULL if h is None else h, partial, m)
+        self._run["row_partials"]((parts, channels), (THREADS,), arguments)
+        arguments = (partial, db, parts, self.state, self.bad)
+        self._run["row_sums"]((channels,), (THREADS,), arguments)
 
     # ---- batch normalisation; x is (features, m) if `images`, else (m, features)
 
     def bn_moments(self, x: Any, features: int, mean: Any, variance: Any, *, images: bool) -> None:
         """Compute mean and variance of each feature over the batch."""
         m, parts, step = _features(x, features, images)
-        means, squares = self._array("means", (2, features, parts))
+        means = self._array("means", (features, parts))
+        squares = self._array("squares", (features, parts))
         arguments = (x, means, squares, m, *step)
         self._run["bn_moments"]((parts, features), (THREADS,), arguments)
         arguments = (means, squares, mean, variance, parts, m)
@@ -273,7 +280,8 @@ class Kernels:
         """
         features = statistics[0].size
         m, parts, step = _features(x, features, images)
-        sums, products = self._array("means", (2, features, parts))
+        sums = self._array("means", (features, parts))
+        products = self._array("squares", (features, parts))
         arguments: tuple[Any, ...] = (g, x, *statistics, sums, products, m, *step, eps)
         grid = (parts, features)
         self._run["bn_gradient_partials"](grid, (THREADS,), (*arguments, int(rectify)))

@@ -172,7 +172,8 @@ class _BatchNorm(Step):
         images = x.ndim == 4
         mean, variance = params["mean"], params["variance"]
         if run.memory.training:
-            mean, variance = run.float32(self, "statistics", (2, layer._features))
+            mean = run.float32(self, "mean", mean.shape)
+            variance = run.float32(self, "variance", variance.shape)
             kernels.bn_moments(x, layer._features, mean, variance, images=images)
         statistics = (mean, variance, params["gamma"], params["beta"])
         run.save(self, "x", x)
