@@ -15,7 +15,7 @@ __all__ = ["Gemm"]
 
 # cublasOperation_t, cudaDataType_t, cublasComputeType_t, cublasPointerMode_t, cublasGemmAlgo_t.
 _KEEP, _TRANSPOSE = 0, 1
-_TYPES = {"float32": 0, "float16": 2, "uint16": 14}  # bfloat16 is kept as uint16
+_TYPES = {"f": 0, "e": 2, "H": 14}  # by character; bfloat16 is kept as uint16
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
 _ON_HOST, _ON_DEVICE = 0, 1
 _ALGORITHM = -1  # cuBLAS' choice
@@ -65,9 +65,9 @@ class Gemm:
         self._cublas.gemmEx(
             *(handle, _TRANSPOSE if tb else _KEEP, _TRANSPOSE if ta else _KEEP),
             *(columns, rows, inner, alpha),
-            *(b.data.ptr, _TYPES[b.dtype.name], b.shape[1]),
-            *(a.data.ptr, _TYPES[a.dtype.name], a.shape[1], beta),
-            *(out.data.ptr, _TYPES[out.dtype.name], columns, self._compute, _ALGORITHM),
+            *(b.data.ptr, _TYPES[b.dtype.char], b.shape[1]),
+            *(a.data.ptr, _TYPES[a.dtype.char], a.shape[1], beta),
+            *(out.data.ptr, _TYPES[out.dtype.char], columns, self._compute, _ALGORITHM),
         )
         if on_device:
             self._cublas.setPointerMode(handle, _ON_HOST)  # as CuPy expects it
@@ -88,8 +88,8 @@ class Gemm:
         alpha, beta = self._host
         self._cublas.gemmStridedBatchedEx(
             *(self._handle_of(), _TRANSPOSE, _KEEP, columns, rows, inner // parts, alpha),
-            *(b.data.ptr, _TYPES[b.dtype.name], inner, inner // parts),
-            *(a.data.ptr, _TYPES[a.dtype.name], inner, inner // parts, beta),
-            *(out.data.ptr, _TYPES[out.dtype.name], columns, rows * columns),
+            *(b.data.ptr, _TYPES[b.dtype.char], inner, inner // parts),
+            *(a.data.ptr, _TYPES[a.dtype.char], inner, inner // parts, beta),
+            *(out.data.ptr, _TYPES[out.dtype.char], columns, rows * columns),
             *(parts, self._compute, _ALGORITHM),
         )
