@@ -35,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-slurm test-cluster test-faults test-laws check docs bench clean
+.PHONY: help train test test-slurm test-cluster test-faults test-laws test-gpu check docs bench bench-gpu clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -77,6 +77,13 @@ test-faults: .venv/.installed .venv-mpich/.installed ## Kill and stop ranks of a
 bench: $(VENV)/.installed ## Measure everything and remake the tables of benchmarks/RESULTS.md; ARGS are benchmarks/remake.py's.
 	$(VENV)/bin/python benchmarks/remake.py --mpi $(MPI) --venv $(VENV) --ranks $(BENCH_RANKS) \
 	    --bytes $(BENCH_BYTES) $(ARGS)
+
+# These two make no environment and install nothing: a machine with a GPU may have no package registry.
+test-gpu: ## Run the tests that need a GPU, with PYTHON as it is: it has CuPy, pytest and psframe's needs.
+	@$(PYTHON) tests/gpu/run.py $(ARGS) </dev/null
+
+bench-gpu: ## Measure on a GPU, with PYTHON as it is, and remake the table of benchmarks/RESULTS-GPU.md.
+	@$(PYTHON) benchmarks/gpu.py $(ARGS) </dev/null
 
 clean: ## Remove the environments, caches and logs; runs are kept.
 	rm -rf .venv .venv-mpich build dist docs/_build psframe.egg-info .test-logs

@@ -15,6 +15,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,20 +131,35 @@ def put(text: str, table: Table, content: str) -> str:
 
 def machine(settings: argparse.Namespace) -> str:
     """Describe what all is measured on, and with."""
+    versions = _output([str(settings.venv / "bin/python"), "-c", VERSIONS, settings.mpi])
+    hardware, load = machine_lines()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    lines = (
+        hardware,
+        f"{versions}; commit {commit()}",
+        f"{now:%Y-%m-%d %H:%M} UTC; {load}",
+    )
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def machine_lines() -> tuple[str, str]:
+    """Describe the machine, and how busy it is."""
     cpu = _first(r"model name\s*: (.*)", Path("/proc/cpuinfo"))
     memory = int(_first(r"MemTotal:\s*(\d+)", Path("/proc/meminfo")) or 0) / 2**20
-    versions = _output([str(settings.venv / "bin/python"), "-c", VERSIONS, settings.mpi])
-    commit = _output(["git", "describe", "--always", "--dirty"])
     load = " ".join(f"{one:.1f}" for one in os.getloadavg())
-    now = datetime.datetime.now(datetime.timezone.utc)
     cores = len(os.sched_getaffinity(0))
     system = f"{platform.system()} {platform.release()}"
-    lines = (
-        f"* {cores} cores of {cpu or platform.processor()}, {memory:.0f} GiB, {system}",
-        f"* {versions}; commit {commit}",
-        f"* {now:%Y-%m-%d %H:%M} UTC; load average before: {load}",
+    return (
+        f"{cores} cores of {cpu or platform.processor()}, {memory:.0f} GiB, {system}",
+        f"load average before: {load}",
     )
-    return "\n".join(lines)
+
+
+def commit() -> str:
+    """Name the commit that is measured."""
+    if shutil.which("git") is None:
+        return "unknown"
+    return _output(["git", "describe", "--always", "--dirty"])
 
 
 def _first(pattern: str, path: Path) -> str:

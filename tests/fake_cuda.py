@@ -144,12 +144,14 @@ class FakeCuda(ModuleType):
             Device=lambda ordinal: _Device(self, ordinal),
             Stream=lambda non_blocking: Stream(self, "stream"),
             Event=lambda disable_timing: Event(self),
+            get_current_stream=lambda: self.current,
             alloc_pinned_memory=lambda size: bytearray(b"\xff" * size),
             runtime=SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 getDeviceCount=lambda: gpus,
                 memcpyHostToDevice=1,
                 memcpyDeviceToHost=2,
+                memcpyDeviceToDevice=3,
                 memcpyAsync=self._copy,
                 memsetAsync=self._set,
                 hostRegister=self._register,
@@ -201,8 +203,10 @@ class FakeCuda(ModuleType):
         to_host = kind == 2
         if n_bytes:
             assert self._is_here(source if to_host else target), "no memory of the device"
-            assert not self._is_here(target if to_host else source), "memory of the device"
-        self.copied[to_host] += n_bytes
+            other = self._is_here(target if to_host else source)
+            assert other == (kind == 3), "memory of the device"
+        if kind != 3:
+            self.copied[to_host] += n_bytes
         if to_host:
             ctypes.memset(target, 0xFF, n_bytes)
         self._stream(stream).add(lambda: ctypes.memmove(target, source, n_bytes))

@@ -1,0 +1,14 @@
+"""Under compute-sanitizer each array has an allocation of its own: a pool would hide overruns."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_allocations() -> None:
+    """Take CuPy's pool away, if the tests run under compute-sanitizer."""
+    if os.environ.get("PSFRAME_TEST_NO_POOL"):
+        import cupy
+
+        cupy.cuda.set_allocator(None)
