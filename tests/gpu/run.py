@@ -28,7 +28,7 @@ LIMIT_S = 520.0
 RANKS = 3
 _PYTEST = ("-m", "pytest", "-q", "-c", "tests/gpu/pytest.ini", "--rootdir", ".", "-m", "gpu")
 # A few: a kernel is many times slower where each access is looked at.
-_MEMCHECK = "fixed-float32 or two_bytes or order"
+_MEMCHECK = "momentum-fixed-float32 or two_bytes or (order and both) or cupy_agrees"
 _TOOLKITS = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/lib/nvidia-cuda-toolkit/bin")
 
 Run = Callable[[Sequence[str], float, Mapping[str, str]], Done]
@@ -58,6 +58,7 @@ def parts(place: Place) -> list[Part]:
     plain = [*_PYTEST, "--confcutdir", "tests/gpu", "tests/gpu"]
     elsewhere = [*_PYTEST, "--confcutdir", "tests/gpu", "tests/test_optim_cuda.py"]
     elsewhere += ["tests/test_models.py", "tests/test_local.py"]
+    few = [*plain, "tests/test_models.py", "-k", _MEMCHECK]
     ranks = [*_PYTEST, "--confcutdir", "tests/mpi", "tests/mpi/test_devices_gpu.py"]
     sanitizer = find_sanitizer(place.environ)
     checked = [
@@ -81,7 +82,7 @@ def parts(place: Place) -> list[Part]:
         ),
         Part(
             "a few under compute-sanitizer's memcheck",
-            [*checked, *place.launch(0, *plain, "-k", _MEMCHECK)] if sanitizer else (),
+            [*checked, *place.launch(0, *few)] if sanitizer else (),
             180.0,
             {"PSFRAME_TEST_NO_POOL": "1"},
             "compute-sanitizer is not installed",
