@@ -26,7 +26,7 @@ from on_gpu import Done, Place, find_place, run_bounded  # noqa: E402
 
 LIMIT_S = 520.0
 RANKS = 3
-_PYTEST = ("-m", "pytest", "-q", "-c", "tests/gpu/pytest.ini", "--rootdir", ".", "-m", "gpu")
+_PYTEST = ("-m", "pytest", "-q", "-c", "tests/gpu/plain.ini", "--rootdir", ".", "-m", "gpu")
 # A few: a kernel is many times slower where each access is looked at.
 _MEMCHECK = "momentum-fixed-float32 or two_bytes or (order and both) or cupy_agrees"
 _TOOLKITS = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/lib/nvidia-cuda-toolkit/bin")
