@@ -144,11 +144,31 @@ class FakeRuntime:
 
 
 class FakePool:
-    def __init__(self) -> None:
-        self.limit = 0
+    """The pools of all devices; `limits` has those that have one."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.limits: dict[int, int] = {}
 
     def set_limit(self, size: int) -> None:
-        self.limit = size
+        self.limits[self.cuda.current_device()] = size
+
+
+class FakeDevice:
+    def __init__(self, cuda: FakeCuda, ordinal: int) -> None:
+        self.cuda, self.id = cuda, ordinal
+        self.before: list[int] = []
+
+    def use(self) -> None:
+        self.cuda.use(self.id)
+
+    def __enter__(self) -> FakeDevice:
+        self.before.append(self.cuda.current_device())
+        self.use()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cuda.use(self.before.pop())
 
 
 class FakeCuda:
@@ -188,8 +208,11 @@ class FakeCuda:
     def get_current_stream(self) -> FakeStream:
         return self.stack()[-1]
 
-    def Device(self, ordinal: int) -> SimpleNamespace:
-        return SimpleNamespace(id=ordinal, use=lambda: setattr(self._local, "device", ordinal))
+    def Device(self, ordinal: int) -> FakeDevice:
+        return FakeDevice(self, ordinal)
+
+    def use(self, ordinal: int) -> None:
+        self._local.device = ordinal
 
     def current_device(self) -> int:
         return getattr(self._local, "device", 0)
@@ -355,7 +378,7 @@ class FakeCupy(ModuleType):
     def __init__(self, gpus: int = 2, total: int = 8 << 30) -> None:
         super().__init__("cupy")
         self.cuda: Any = FakeCuda(gpus, total)
-        self.pool = FakePool()
+        self.pool = FakePool(self.cuda)
         self.kernels = 0
         self.is_available = lambda: gpus > 0
 

@@ -99,9 +99,11 @@ def test_the_pool_is_limited_unless_the_user_has_said_how_much(cupy: FakeCupy) -
     set_by_user = {"CUPY_GPU_MEMORY_LIMIT": "30%"}
     assert sharing.fit_memory("cuda:0", 2, set_by_user) is None
     assert sharing.fit_memory("cuda:0", 1, {}) is None
-    assert cupy.pool.limit == 0
-    limit = sharing.fit_memory("cuda:0", 2, {})
-    assert cupy.pool.limit == limit == (7 << 30) // 2
+    assert cupy.pool.limits == {}
+    limit = sharing.fit_memory("cuda:1", 2, {})  # a server's, which is not the current one
+    assert limit == (7 << 30) // 2
+    assert cupy.pool.limits == {1: limit}
+    assert cupy.cuda.current_device() == 0
 
 
 def test_who_shares_a_gpu_is_found_by_its_id_and_node(cupy: FakeCupy) -> None:

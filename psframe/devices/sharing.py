@@ -107,12 +107,12 @@ def memory_limit(total_bytes: int, processes: int) -> int | None:
 
 
 def fit_memory(name: str, processes: int, environ: Mapping[str, str] = os.environ) -> int | None:
-    """Limit CuPy's pool on the current GPU to one process's share of its memory.
+    """Limit CuPy's pool on a GPU to one process's share of its memory.
 
     A limit that the user has set (CUPY_GPU_MEMORY_LIMIT) stays.
 
     Args:
-        name: the current GPU, such as "cuda:0".
+        name: the GPU, such as "cuda:0"; it need not be the current one.
         processes: as for `memory_limit`.
         environ: the environment.
 
@@ -127,7 +127,8 @@ def fit_memory(name: str, processes: int, environ: Mapping[str, str] = os.enviro
     total = int(cupy.cuda.runtime.getDeviceProperties(ordinal)["totalGlobalMem"])
     limit = memory_limit(total, processes)
     if limit is not None:
-        cupy.get_default_memory_pool().set_limit(size=limit)
+        with cupy.cuda.Device(ordinal):  # or it would be the current GPU's pool that has a limit
+            cupy.get_default_memory_pool().set_limit(size=limit)
     return limit
 
 
