@@ -57,7 +57,9 @@ class Card:
                 self.bad = cupy.zeros(1, cupy.int32)
             self._compute.synchronize()
         self._fetching = False  # whether something may be under way on the outward stream
-        self._seen: set[int] = set()  # addresses of memory that has been looked at
+        self._seen: set[int] = set()  # addresses of memory that has been looked at,
+        self._tried: set[int] = set()  # and of the whole that it is part of
+        self._told = False
         self._registered: list[Array] = []  # which stays as long as it is registered
         self._unregister = weakref.finalize(self, _unregister, self._runtime, self._registered)
         self._unregister.atexit = False  # the driver may be gone by then
@@ -164,12 +166,14 @@ class Card:
         while isinstance(whole.base, np.ndarray):
             whole = whole.base
         first = whole.__array_interface__["data"][0]
-        if first % _PAGE or not whole.nbytes or any(one is whole for one in self._registered):
+        if first % _PAGE or not whole.nbytes or first in self._tried:
             return
+        self._tried.add(first)  # once: a gradient comes in many pieces
         try:
             self._runtime.hostRegister(first, whole.nbytes, 0)
         except self._runtime.CUDARuntimeError as error:
-            if error.status != _REGISTERED_ALREADY:
+            if error.status != _REGISTERED_ALREADY and not self._told:
+                self._told = True
                 _log.warning("gradients are copied to the GPU slowly: %s", error)
             return
         self._registered.append(whole)

@@ -122,6 +122,7 @@ class FakeCuda(ModuleType):
         copied: bytes that have gone (to the device, to the host).
         waits: how often a stream has been waited for.
         registered: addresses of host memory to their sizes; was_registered: whether any ever was.
+        refuses: whether no memory can be registered; refused: how often that was tried.
     """
 
     def __init__(self, gpus: int = 1, copies: str = "late") -> None:
@@ -138,6 +139,8 @@ class FakeCuda(ModuleType):
         self.waits = 0
         self.registered: dict[int, int] = {}
         self.was_registered = False
+        self.refused = 0
+        self.refuses = False
         self.int32, self.ndarray = np.int32, FakeArray
         self.is_available = lambda: gpus > 0
         self.cuda = SimpleNamespace(
@@ -216,6 +219,9 @@ class FakeCuda(ModuleType):
 
     def _register(self, address: int, n_bytes: int, flags: int) -> None:
         assert not address % 4096
+        if self.refuses:
+            self.refused += 1
+            raise CUDARuntimeError(2)
         if address in self.registered:
             raise CUDARuntimeError(712)
         self.registered[address] = n_bytes

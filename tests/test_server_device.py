@@ -359,6 +359,24 @@ def test_memory_in_pages_of_its_own_is_registered_and_given_back(cupy: FakeCuda)
     assert not cupy.registered
 
 
+def test_memory_that_cannot_be_registered_is_tried_once_and_told_of_once(
+    cupy: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though a gradient is sent in pieces, each at an address of its own."""
+    cupy.refuses = True
+    segment = Segment.create(8, 40, np.dtype(np.float32))
+    layout = Layout.of({"a": np.zeros(40, np.float32)})
+    rule = optim.SGD(0.1).updater(layout, 0, 40)
+    buffers = SegmentBuffers(segment, 7)
+    store = DeviceStore(buffers, np.zeros(40, np.float32), rule, card=Card(0))
+    before = cupy.refused
+    for _ in range(3):
+        assert store.update(segment.array(7))
+    assert cupy.refused == before + 1
+    assert len(caplog.messages) == 1
+    assert "copied to the GPU slowly" in caplog.messages[0]
+
+
 # ---- whole runs ----------------------------------------------------------------------------------
 
 PARAMS = {
