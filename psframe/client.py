@@ -297,7 +297,8 @@ class Worker:
         """Say that `work` is over and wait until every request is answered."""
         self._notes.flush_log()
         self._notes.flush_spans()
-        self._let_go()
+        if failure is None:  # else the device may have failed, and would say so again
+            self._let_go()
         self._exchange.send_each(
             Leave(self.index, failure if server == 0 else None)
             for server in range(self._endpoint.servers)

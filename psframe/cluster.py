@@ -489,8 +489,8 @@ class _ClusterRun:
             self._error = error
             decline(endpoint, error)
         else:
-            with contextlib.closing(device), limited_threads(neighbours.ranks_here):
-                self._error = take_part(self._interruptible_work, worker)
+            with limited_threads(neighbours.ranks_here):
+                self._error = take_part(self._interruptible_work, worker, device)
         endpoint.close()
 
     def _open_device(self, plan: Plan, worker: int) -> Device:

@@ -68,8 +68,8 @@ def _work(
             decline(end, error)
             end.close()
             return error
-        with contextlib.closing(device), limited_threads(end.ranks_here):
-            error_of_work = take_part(work, worker)
+        with limited_threads(end.ranks_here):
+            error_of_work = take_part(work, worker, device)
         end.close()
     return error_of_work
 

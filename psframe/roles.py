@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from psframe.client import Worker
+from psframe.devices import Device
 from psframe.errors import MessageError, RankLost, Stopped
 from psframe.events import (
     NOBODY,
@@ -69,6 +71,8 @@ _SPANS_EVERY = 64
 _MESSAGE_CHARS_MAX = 1000
 # At either end of a traceback.
 _LINES_MAX = 300
+
+_log = logging.getLogger("psframe")
 
 _ANSWERS = (Answer, Lease)
 _MARKS = (Marked, ShardsSaved)
@@ -358,8 +362,14 @@ def keeping_errors(
     return kept
 
 
-def take_part(work: Callable[[Worker], Any], worker: Worker) -> BaseException | None:
-    """Run `work`, leave, and return what it raised (but not Stopped)."""
+def take_part(
+    work: Callable[[Worker], Any], worker: Worker, device: Device
+) -> BaseException | None:
+    """Run `work`, leave, close the device, and return what `work` raised (but not Stopped).
+
+    Raises:
+        Exception: the device has failed, and `work` has not heard of it.
+    """
     error: BaseException | None = None
     try:
         work(worker)
@@ -368,6 +378,12 @@ def take_part(work: Callable[[Worker], Any], worker: Worker) -> BaseException | 
     except BaseException as raised:  # whatever it is, the others hear of it and it is raised again
         error = raised
     worker.leave(None if error is None else describe(error))
+    try:
+        device.close()
+    except Exception as raised:  # after a kernel that fails every call does, and this is no news
+        if error is None:
+            raise
+        _log.debug("worker %d: closing its device: %s", worker.index, raised)
     return error
 
 

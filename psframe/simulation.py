@@ -212,8 +212,9 @@ class Simulation:
         endpoint = self._virtual.endpoints[index]
 
         def body() -> None:
-            random_state = self._random_states.get(index)
-            take_part(self._work, self._plan.build_worker(endpoint, HostDevice(), random_state))
+            device = HostDevice()
+            worker = self._plan.build_worker(endpoint, device, self._random_states.get(index))
+            take_part(self._work, worker, device)
 
         endpoint.start(body)
 

@@ -178,8 +178,7 @@ class _ThreadRun:
             decline(endpoint, error)
             return
         try:
-            with contextlib.closing(opened):
-                take_part(self._work, worker)
+            take_part(self._work, worker, opened)
         except RankLost as error:
             _log.debug("worker %d ends: %s", index, error)  # a server thread has told why
         except BaseException as error:

@@ -35,6 +35,7 @@ class FakeEvent:
             self.place = stream, stream.queued
 
     def synchronize(self) -> None:
+        self.cuda.check()
         self.cuda.log.append("synchronize event")
         with self.cuda.lock:
             self.cuda.reach(self.place)
@@ -66,6 +67,7 @@ class FakeStream:
         self.add(lambda: self.cuda.reach(place))
 
     def synchronize(self) -> None:
+        self.cuda.check()
         self.cuda.log.append("synchronize stream")
         with self.cuda.lock:
             self.run_to(self.queued)
@@ -182,9 +184,14 @@ class FakeCuda:
         self.places: dict[int, int] = {}
         self.under_way: list[tuple[int, int]] = []
         self.eager = False
+        self.broken = False  # a kernel has failed: what waits raises from then on
         self.runtime = FakeRuntime(self, gpus, total)
         self.default = FakeStream(self, ptr=1)
         self._local = threading.local()
+
+    def check(self) -> None:
+        if self.broken:
+            raise RuntimeError("cudaErrorIllegalAddress")
 
     def handle(self, what: Any) -> int:
         self.handles[1000 + len(self.handles)] = what

@@ -134,6 +134,24 @@ def test_a_gradient_that_is_not_finite_is_refused(cupy: FakeCupy) -> None:
         assert (result.ledger.applied, result.ledger.refused) == (2, 1)
 
 
+@pytest.mark.parametrize("pushes", [False, True])
+def test_what_work_raises_is_raised_though_the_device_fails_from_then_on(
+    cupy: FakeCupy, pushes: bool
+) -> None:
+    start = {"w": np.zeros(8, np.float32)}  # too small to be registered
+
+    def work(worker: psframe.Worker) -> None:
+        params = worker.pull()
+        if pushes:
+            worker.push({"w": params["w"] * np.float32(0.5)})
+            worker.pull()
+        cupy.cuda.broken = True
+        raise ValueError("a kernel of mine has failed")
+
+    with pytest.raises(ValueError, match="a kernel of mine has failed"):
+        psframe.run(work, start, optimizer=optim.SGD(0.1), device="cuda")
+
+
 def test_cuda_without_a_gpu_is_an_error_and_auto_falls_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
