@@ -21,6 +21,7 @@ from psframe.errors import RankLost
 from psframe.launcher import Place
 from psframe.plan import Plan
 from psframe.roles import decline, take_part
+from psframe.server_device import choose_server_device
 from psframe.transports.stand_in import StandIn
 from psframe.transports.watch import Pulse
 
@@ -80,7 +81,9 @@ def _open_device(plan: Plan, end: StandIn) -> Device:
     device = make_device(name, plan.layout)
     if name != "cpu":
         workers = range(end.ranks_here - 1)  # server 0 is the other one
-        fit_memory(name, sum(choose_device(plan.device, i) == name for i in workers))
+        users = [choose_device(plan.device, i) for i in workers]
+        server = choose_server_device(plan.server_device, server=0)
+        fit_memory(name, [*users, f"cuda:{server}"].count(name))
     return device
 
 

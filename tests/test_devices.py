@@ -9,6 +9,8 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from psframe.devices import CudaDevice, HostDevice, choose_device, make_device, 
 from psframe.devices.intake import Accepted
 from psframe.layout import Layout
 from psframe.packing import check_gradients
+from psframe.replacement import _open_device
 
 LAYOUT = Layout.of({"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)})
 
@@ -115,6 +118,18 @@ def test_who_shares_a_gpu_is_found_by_its_id_and_node(cupy: FakeCupy) -> None:
     nodes, names = ["m", "m", "m", "m", "n"], [0, 4, 3, 2, 1]
     assert sharing.Sharing.of("cuda:0", 3, ids, nodes, names).users == (2, 4)
     assert sharing.Sharing.of("cuda:0", 4, ids, nodes, names).users == (1,)
+
+
+@pytest.mark.parametrize(("server_device", "users"), [("cpu", 2), ("cuda", 3)])
+def test_a_replacement_has_the_share_of_all_on_its_gpu(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, server_device: str, users: int
+) -> None:
+    """Of three workers two are on the first GPU, with the server if that has one."""
+    monkeypatch.delenv("CUPY_GPU_MEMORY_LIMIT", raising=False)
+    plan: Any = SimpleNamespace(device="cuda", server_device=server_device, layout=LAYOUT)
+    end: Any = SimpleNamespace(local_worker=2, ranks_here=4)
+    _open_device(plan, end).close()
+    assert cupy.pool.limits == {0: sharing.memory_limit(8 << 30, users)}
 
 
 @pytest.mark.parametrize("mps", [False, True])

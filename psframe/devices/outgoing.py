@@ -23,8 +23,8 @@ from psframe.packing import GradientSlot
 
 __all__ = ["Fetcher", "Outgoing"]
 
-# A piece takes 10 to 160 us over PCIe: shorter ones are copied more slowly, and there are no more
-# of them than a server needs to be close behind.
+# Not shorter, since each copy has a cost of its own, nor more of them than a server needs to be
+# close behind. By arithmetic, 10 to 160 us each at 26 GB/s; not measured.
 _PIECE_BYTES_MIN, _PIECE_BYTES_MAX = 256 << 10, 4 << 20
 _PIECES = 32
 _ORDERED = {"disable_timing": True}

@@ -25,7 +25,7 @@ __all__ = [
     "mps_runs",
 ]
 
-# What a CUDA context takes with the kernels of CuPy and cuBLAS: 300 to 500 MiB on present cards.
+# For a CUDA context with the kernels of CuPy and cuBLAS; an allowance, not a measurement.
 MARGIN_BYTES = 512 << 20
 _LIMIT_SET_BY_USER = "CUPY_GPU_MEMORY_LIMIT"
 _ID_BYTES = 16
