@@ -122,6 +122,7 @@ class FakeCuda(ModuleType):
         copied: bytes that have gone (to the device, to the host).
         waits: how often a stream has been waited for.
         registered: addresses of host memory to their sizes; was_registered: whether any ever was.
+        limits: by device, of its memory pool.
         refuses: whether no memory can be registered; refused: how often that was tried.
     """
 
@@ -152,6 +153,10 @@ class FakeCuda(ModuleType):
             runtime=SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 getDeviceCount=lambda: gpus,
+                getDeviceProperties=lambda ordinal: {
+                    "uuid": bytes([7, ordinal] * 8),
+                    "totalGlobalMem": 8 << 30,
+                },
                 memcpyHostToDevice=1,
                 memcpyDeviceToHost=2,
                 memcpyDeviceToDevice=3,
@@ -161,6 +166,8 @@ class FakeCuda(ModuleType):
                 hostUnregister=lambda address: self.registered.pop(address),
             ),
         )
+        self.limits: dict[int, int] = {}
+        self.get_default_memory_pool = lambda: SimpleNamespace(set_limit=self._limit)
         self.ElementwiseKernel = lambda *texts, **options: _Elementwise(self, *texts, **options)
         self.ReductionKernel = lambda *texts: _Distance(self, *texts)
 
@@ -216,6 +223,9 @@ class FakeCuda(ModuleType):
 
     def _set(self, target: int, value: int, n_bytes: int, stream: int) -> None:
         self._stream(stream).add(lambda: ctypes.memset(target, value, n_bytes))
+
+    def _limit(self, size: int) -> None:
+        self.limits[self.devices[-1]] = size
 
     def _register(self, address: int, n_bytes: int, flags: int) -> None:
         assert not address % 4096

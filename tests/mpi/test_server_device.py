@@ -71,3 +71,4 @@ def test_a_run_has_the_bits_of_the_cpu(
         assert cupy.used == {0}
         assert cupy.was_registered == shared_memory
         assert not cupy.registered, "it is given back"
+        assert set(cupy.limits) == ({0} if SIZE > 3 else set()), "two servers share the GPU"
