@@ -17,6 +17,7 @@ import pytest
 from fake_cupy import FakeArray, FakeCupy, ForeignArray, installed
 
 from psframe.devices import CudaDevice, HostDevice, choose_device, make_device, sharing
+from psframe.devices.behind import Behind
 from psframe.devices.intake import Accepted
 from psframe.layout import Layout
 from psframe.packing import check_gradients
@@ -264,3 +265,17 @@ def test_what_cannot_be_read_is_refused_with_the_reason(cupy: FakeCupy) -> None:
         with pytest.raises(TypeError, match="gradient 'w' has dtype"):
             accepted(device, w=FakeArray(cupy, np.zeros(3, dtype)))
     device.close()
+
+
+def test_a_thread_that_cannot_take_its_device_says_so_at_every_job() -> None:
+    def begin() -> None:
+        raise RuntimeError("no such device")
+
+    done: list[int] = []
+    behind = Behind(begin)
+    jobs = [behind.start(lambda: done.append(1)) for _ in range(2)]
+    for job in jobs:
+        with pytest.raises(RuntimeError, match="no such device"):
+            job.wait()
+    behind.close()
+    assert not done

@@ -29,6 +29,11 @@ class Job:
             self.error = error
         self._over.set()
 
+    def fail(self, error: BaseException) -> None:
+        """Have it count as over, without doing it."""
+        self.error = error
+        self._over.set()
+
     def wait(self) -> None:
         """Wait until it is over.
 
@@ -72,4 +77,7 @@ class Behind:
         begin = Job(self._begin)
         begin.run()
         while (job := self._jobs.get()) is not None:
-            job.run()
+            if begin.error is None:
+                job.run()
+            else:
+                job.fail(begin.error)
