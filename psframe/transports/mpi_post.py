@@ -31,6 +31,7 @@ from psframe.events import (
 )
 from psframe.layout import Array
 from psframe.transports.bell import Bell
+from psframe.transports.faults import fault_tolerant
 from psframe.transports.mpi import (  # type: ignore[attr-defined]
     MPI,
     TAG_POST,
@@ -97,6 +98,8 @@ class Post:
         self._tests = [request.Test for request in self._receives]
         self._head = 0
         self._taken = False  # whether the buffer at the head is somebody's
+        self._tolerant = fault_tolerant()
+        self._reported = -1, 0  # source and bytes, as the last call that failed has told them
         self._peers: dict[int, _Peer] = {}
         self._late: set[int] = set()  # peers with messages that wait for a send buffer
         MPI.Prequest.Startall(self._receives)
@@ -119,19 +122,37 @@ class Post:
             # Any Python beside the test makes the answer to a message come later.
             for _ in _ONCE if once else _TRIES:
                 if test(status):
+                    source = status.source
+                    if source < 0:
+                        return self._recover()
                     self._taken = True
-                    return status.source, status.Get_count(_BYTE), self._inboxes[head]
+                    return source, status.Get_count(_BYTE), self._inboxes[head]
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                self._reported = status.source, status.Get_count(_BYTE)
                 self._watch.failed(error)
-                return None  # the receive goes on
+                return None  # the receive goes on, or is found to have ended
             self._taken = True
             raise TooLong(status.source) from error
+        return None
+
+    def _recover(self) -> tuple[int, int, bytearray] | None:
+        """Give what a receive has taken that is no longer active, as its empty status tells.
+
+        Now and then a receive ends in the very call that tells of a death: what it has taken is
+        here then, and no call says so.
+        """
+        self._taken = True
+        if self._inboxes[self._head][0]:
+            return *self._reported, self._inboxes[self._head]
+        self._restart()
         return None
 
     def _restart(self) -> None:
         """Receive again into the buffer of the message just taken."""
         self._taken = False
+        if self._tolerant:
+            self._inboxes[self._head][0] = 0  # which no message begins with
         self._receives[self._head].Start()
         self._head = (self._head + 1) % _RECEIVES
 

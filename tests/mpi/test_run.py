@@ -16,11 +16,12 @@ import psframe
 from psframe import BSP, SSP, Async, Worker
 from psframe.cluster import fail_together
 from psframe.devices import visible_gpus
-from psframe.events import EpochDone, Evaluated, HostEvent
+from psframe.events import EpochDone, Evaluated, HostEvent, Stop
 from psframe.launcher import find_launcher
 from psframe.transports import mpi_post
 from psframe.transports.mpi import TAG_END, Mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
+from psframe.wire import Limits, Link, decode
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -404,4 +405,45 @@ def test_receives_that_cannot_be_taken_back_are_kept(monkeypatch: pytest.MonkeyP
     assert mpi_post._kept == [post]
     monkeypatch.undo()
     post.close()  # they have been cancelled, in truth
+    mesh.close()
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_receive_that_has_ended_in_a_call_that_failed(
+    monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    """As now and then at a death: its message is not lost, and if there is none, it goes on."""
+    mesh = Mesh(WORLD)
+    monkeypatch.setattr(mesh.watch, "failed", lambda error: None)
+    post = mpi_post.Post(mesh.comm, watch=mesh.watch)
+    post._tolerant = True
+    test = post._tests[0]
+
+    def failing(status: MPI.Status) -> bool:
+        if test(status):
+            post._tests[0] = test
+            raise MPI.Exception(MPI.ERR_OTHER)
+        return False
+
+    def take() -> tuple[int, int]:
+        deadline = time.monotonic() + 30.0
+        while (taken := post.take()) is None:
+            assert time.monotonic() < deadline
+        source, n_bytes, buffer = taken
+        limits = Limits(Link.WORKER_TO_LEADER, 100)
+        event, _, _ = decode(buffer, n_bytes, limits)
+        assert isinstance(event, Stop)
+        return source, event.worker
+
+    post._tests[0] = failing
+    if not arrived:
+        post._receives[0].Cancel()
+        while post._tests[0] is failing:
+            assert post.take() is None
+    for number in range(9):
+        post.send(mesh.rank, Stop(number))
+        assert take() == (mesh.rank, number)
+    while post.sending:
+        pass
+    post.close()
     mesh.close()
