@@ -8,7 +8,15 @@ import numbers
 import operator
 from typing import Any
 
-__all__ = ["as_float", "as_int", "checked_rate", "describe"]
+__all__ = ["as_float", "as_int", "checked_rate", "describe", "to_float"]
+
+
+def to_float(value: Any) -> float:
+    """Give a number as a float; an integer that is too large for one is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def as_float(
@@ -32,7 +40,7 @@ def as_float(
         raise TypeError(
             f"{where}: {name} is {value!r} of type {type(value).__name__}, expected a number"
         )
-    number = float(value)
+    number = to_float(value)
     low = number > least if above else number >= least
     if not (low and number < below):
         allowed = f"{'>' if above else '>='} {least:g}"
@@ -77,7 +85,7 @@ def checked_rate(schedule: Any, step: int) -> float:
                 f"lr: {describe(schedule)} gave {rate!r} for update {step}, "
                 "expected a number; return a float"
             )
-        rate = float(rate)
+        rate = to_float(rate)
     if not 0.0 <= rate < math.inf:
         raise ValueError(
             f"lr: {describe(schedule)} gave {rate!r} for update {step}, "

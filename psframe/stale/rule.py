@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from psframe.layout import Array, Layout
+from psframe.optim.checks import to_float
 
 __all__ = ["Correction", "Rule", "Stale", "as_rule", "checked_factor"]
 
@@ -124,7 +125,7 @@ def checked_factor(rule: Rule, push: Stale) -> float | None:
         return None
     if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
         got = f"{factor!r} of type {type(factor).__name__}"
-    elif 0.0 <= (number := float(factor)) < math.inf:
+    elif 0.0 <= (number := to_float(factor)) < math.inf:
         return number
     else:
         got = repr(number)
