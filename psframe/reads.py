@@ -86,6 +86,11 @@ class Correcting:
         if self._out is None:
             self._out = grad.copy()
         corrected = self._correction.correct(worker, grad, params, read, self._out)
+        if corrected is not grad and corrected is not self._out:
+            raise RuntimeError(
+                f"stale: {type(self._correction).__name__}.correct gave {_kind(corrected)} of its"
+                " own, expected `grad`, or `out` with what is to be applied written to it"
+            )
         if corrected is not grad:
             for begin, end in self._unscaled:
                 corrected[begin:end] = grad[begin:end]
@@ -169,3 +174,9 @@ class _Unused:
 
     def rejected(self) -> None:
         raise AssertionError("gradients are corrected on the device")
+
+
+def _kind(value: object) -> str:
+    """Say what a user's correction has given."""
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ if dtype is None else f"an array of {dtype}"

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+import psframe
 from psframe import stale
 from psframe.layout import Array, Layout
 from psframe.stale import (
@@ -394,6 +395,26 @@ def test_corrections_of_a_chain_follow_each_other(numbers: tuple[int, ...]) -> N
     assert rule.factor(push()) == 0.5 ** len(numbers)
 
 
+def test_a_correction_that_gives_something_else_is_named() -> None:
+    class Wrong(Adding):
+        def correct(self, *arguments: Any) -> Any:
+            return np.ones(SIZE, np.float32) if self.rule.number else None
+
+    @dataclass(frozen=True)
+    class Bad(Add):
+        def correction(self, layout: Layout, begin: int, end: int, workers: int) -> Correction:
+            return Wrong(self)
+
+    def work(worker: psframe.Worker) -> None:
+        worker.push({"w": np.ones(SIZE)}).wait()
+
+    for number, name in ((0, "NoneType"), (1, "an array of float32")):
+        with pytest.raises(RuntimeError, match=rf"stale: Wrong\.correct gave {name} of its own"):
+            psframe.run(
+                work, {"w": np.ones(SIZE)}, optimizer=psframe.optim.SGD(0.1), stale=Bad(number)
+            )
+
+
 def test_a_user_s_rule_scales_corrects_and_drops_a_quadratic_s_gradients() -> None:
     """A rule that knows the Hessian gives each gradient at the present parameters: serial SGD."""
     curvature = np.linspace(0.1, 1.5, SIZE)
@@ -447,7 +468,20 @@ def test_a_user_s_rule_scales_corrects_and_drops_a_quadratic_s_gradients() -> No
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, -1.0, -1e-300, "1", True, 1j, np.float64("nan"), [1.0]],
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        -1.0,
+        -1e-300,
+        "1",
+        True,
+        1j,
+        np.float64("nan"),
+        [1.0],
+        10**400,
+    ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_a_factor_that_is_none_names_its_rule(value: Any) -> None:
     @dataclass(frozen=True)
@@ -538,6 +572,8 @@ def test_numbers_are_written_alike() -> None:
         (lambda: Drop(any_of(True)), TypeError, "threshold is True"),
         (lambda: Clip(0.0), ValueError, "Clip: norm is 0.0"),
         (lambda: Clip(math.nan), ValueError, "norm is nan"),
+        (lambda: Clip(10**400), ValueError, "norm is inf"),
+        (lambda: Clip(-(10**400)), ValueError, "norm is -inf"),
         (lambda: DelayCompensation(-1.0), ValueError, "lam is -1.0"),
         (lambda: DelayCompensation(any_of(None)), TypeError, "lam is None"),
         (lambda: DelayCompensation(1.0, decay=1.0), ValueError, "decay is 1.0, .* < 1"),
