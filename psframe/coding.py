@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from psframe.codecs import QSGD, Codec, Encoder, Sign
+from psframe.codecs.shard import is_finite
 from psframe.layout import Array, Layout
 
 __all__ = [
@@ -49,6 +50,12 @@ def as_codec(name: str, value: Any) -> Codec | None:
         raise TypeError(
             f"{name}: expected one of psframe.codecs, such as psframe.codecs.Float16(), or None,"
             f" got {value!r}"
+        )
+    kind: Any = type(value)
+    if not dataclasses.is_dataclass(kind) or " at 0x" in repr(value):
+        raise TypeError(
+            f"{name}: the text of {value!r} differs from rank to rank, which compare it; make"
+            f" {kind.__name__} a frozen dataclass of numbers"
         )
     return value
 
@@ -147,6 +154,8 @@ class PushCoder:
 
     def encode(self, slot: int, flat: Array) -> list[Coded]:
         """Code a gradient; `flat`, the slot, holds afterwards what the payloads stand for."""
+        if len(self._shards) > 1 and not is_finite(flat):
+            flat.fill(np.nan)  # refused whole, so that no shard's residual may be sent with it
         payloads = self._payloads[slot]
         if payloads is None:
             payloads = [payload_buffer(encoder.bytes_max) for encoder in self._encoders]

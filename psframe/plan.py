@@ -235,7 +235,7 @@ class Plan:
             respawn=int(respawn),
             stale=Accept() if stale is None else as_rule(stale),
             codec=_checked_codec("codec", codec, optimizer, layout),
-            pull_codec=as_pull_codec("pull_codec", pull_codec),
+            pull_codec=_fitting("pull_codec", as_pull_codec("pull_codec", pull_codec), layout),
             server_device=server_device,
         )
 
@@ -453,7 +453,17 @@ def _checked_codec(
             f"{name}: parameter {averaged!r} is an average of what is pushed for it, which no codec"
             " may change; leave the codec out"
         )
-    return found
+    return _fitting(name, found, layout)
+
+
+def _fitting(name: str, codec: Codec | None, layout: Layout) -> Codec | None:
+    """Give the codec back; ValueError if it cannot code parameters of that dtype."""
+    if codec is not None:
+        try:
+            codec.decoder(layout, 0, 0)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return codec
 
 
 def _check_kernels(optimizer: Any, layout: Layout) -> None:

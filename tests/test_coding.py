@@ -113,6 +113,26 @@ def test_a_gradient_that_is_not_finite_is_refused() -> None:
         assert reasons == ["non-finite gradient", ""], codec
 
 
+@pytest.mark.parametrize("codec", [codecs.Float16(), codecs.BFloat16()], ids=str)
+def test_a_gradient_that_is_refused_leaves_no_residual_of_any_shard(codec: Codec) -> None:
+    """What is not finite is in one shard, and what payloads have lacked in the others."""
+
+    def work(worker: psframe.Worker) -> None:
+        for step in range(6):
+            grads = {name: p * np.float32(1.001) for name, p in worker.pull().items()}
+            if step == 3:
+                grads["w"][0, 0] = np.nan
+            worker.push(grads)
+
+    optimizer = psframe.optim.SGD(0.05)
+    one, several = (
+        psframe.run(work, PARAMS, optimizer=optimizer, codec=codec, servers=servers)
+        for servers in (1, 3)
+    )
+    assert one.ledger.refused == several.ledger.refused == 1
+    assert flat(one) == flat(several)
+
+
 def test_what_has_been_written_in_place_is_coded_too() -> None:
     seen = []
 
@@ -241,8 +261,30 @@ def test_what_is_no_codec_is_named() -> None:
         run(pull_codec=codecs.QSGD(7))
     with pytest.raises(ValueError, match=r"pull_codec: .* parameters have no momentum"):
         run(pull_codec=codecs.TopK(0.1, momentum=0.5))
+    with pytest.raises(
+        ValueError, match=r"^codec: Sign: scale is 1e\+300, which is inf in float32"
+    ):
+        run(codec=codecs.Sign(1e300))
     assert as_codec("codec", None) is None
     assert as_pull_codec("pull_codec", codecs.QSGD(23)) == codecs.QSGD(23)
+
+
+def test_a_codec_of_one_s_own_is_a_dataclass() -> None:
+    """Its text is compared, and it is made anew without error feedback for parameters."""
+
+    class Own:
+        error_feedback = True
+
+        def encoder(self, *arguments: Any) -> codecs.Encoder:
+            return codecs.Float16().encoder(*arguments)
+
+        def decoder(self, *arguments: Any) -> codecs.Decoder:
+            return codecs.Float16().decoder(*arguments)
+
+    assert isinstance(Own(), Codec)
+    for name in ("codec", "pull_codec"):
+        with pytest.raises(TypeError, match=rf"^{name}: .*; make Own a frozen dataclass"):
+            run(**{name: Own()})
 
 
 def test_averages_are_not_coded() -> None:
