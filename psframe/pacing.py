@@ -9,6 +9,7 @@ WarmStart   BSP for the first updates, where gradients are largest and staleness
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from psframe.consistency import (
@@ -23,6 +24,10 @@ from psframe.consistency import (
 from psframe.state import Fields
 
 __all__ = ["DynamicSSP", "WarmStart"]
+
+# Further steps that are looked at for the least wait: more are asked for once these are made, and
+# what is between two bounds may be a billion.
+_FORESEEN = 256
 
 
 class _DynamicPolicy(SSPPolicy):
@@ -90,8 +95,11 @@ class _DynamicPolicy(SSPPolicy):
         pushed = self._pushed_s[slowest]
         if own is None or its is None or pushed is None or its <= 0.0:
             return 0
+        most = min(max(0, most), _FORESEEN)
+        if not math.isfinite((self.time_s + most * own - pushed) / its):
+            return 0  # against this one the slowest takes no time
         waits = []
-        for steps in range(max(0, most) + 1):
+        for steps in range(most + 1):
             ready = self.time_s + steps * own
             behind = (ready - pushed) / its
             # The slowest one's next push from then on; it owes one at least.
