@@ -68,8 +68,8 @@ class Worker:
         self._slots: list[GradientSlot | None] = [None, None]
         self._staging: list[Mapping[str, Any] | None] = [None, None]
         self._coder = coder
-        judged = coder is not None and endpoint.index == 0 and not endpoint.virtual_time
-        self._worth = Worth(coder.codec) if coder is not None and judged else None
+        weighs = coder is not None and endpoint.weighs_codecs
+        self._worth = Worth(coder.codec) if coder is not None and weighs else None
         self._progress = [
             None if coder is not None else endpoint.progress(k, judges=judges) for k in (0, 1)
         ]
@@ -332,12 +332,20 @@ class Worker:
         self._exchange.send_each(messages)
         self._exchange.wait(request)
         if self._worth is not None:
-            n_bytes = self._layout.size * self._layout.dtype.itemsize
-            self._worth.pulled(n_bytes, self._endpoint.now() - begin_s)
+            self._worth.pulled(sum(self._travelling()), self._endpoint.now() - begin_s)
         return self._take(request)
 
     def _pull_pinned(self) -> Params:
         return self._pull(pinned=True)
+
+    def _travelling(self) -> list[int]:
+        """By server, the bytes of its parameters; 0 where they are read in shared memory."""
+        size, endpoint = self._layout.dtype.itemsize, self._endpoint
+        shards = self._layout.shards(endpoint.servers)
+        return [
+            0 if near else (end - begin) * size
+            for near, (begin, end) in zip(endpoint.in_place, shards, strict=True)
+        ]
 
     def _end_prefetch(self) -> None:
         if self._prefetch is not None:
@@ -455,7 +463,10 @@ class Worker:
         flat, begin_s = self._endpoint.slot(index), self._endpoint.now()
         coded = coder.encode(index, flat)
         if self._worth is not None:
-            self._worth.coded(flat.nbytes - sum(map(len, coded)), self._endpoint.now() - begin_s)
+            seconds = self._endpoint.now() - begin_s
+            dense = self._travelling()
+            saved = sum(n - len(data) for n, data in zip(dense, coded, strict=True) if n)
+            self._worth.coded(saved, seconds)
         judged = self._measure(slot, *slot.judge()) if self._judges else (True, 0.0)
         request, messages = self._protocol.push(index, *judged, want_params, read=read)
         for message, payload in zip(messages, coded, strict=True):

@@ -59,6 +59,8 @@ class Endpoint(Protocol):
         workers, servers: W and S.
         in_place: by server, whether its snapshots are read in place.
         virtual_time: whether this is a simulation, in which threads have no place.
+        weighs_codecs: whether it is this worker that looks whether a codec pays: the first one to
+            which something travels; the first of all if nothing travels to any.
     """
 
     virtual_time: bool
@@ -66,6 +68,7 @@ class Endpoint(Protocol):
     workers: int
     servers: int
     in_place: Sequence[bool]
+    weighs_codecs: bool
 
     @property
     def direct(self) -> Direct | None:

@@ -25,21 +25,41 @@ class Worth:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._rate = 0.0  # bytes a second, of the first parameters that came
+        self._rate: float | None = None  # bytes a second, of the first parameters that came
         self._times: list[float] = []
 
     def pulled(self, n_bytes: int, seconds: float) -> None:
-        """Take note of how long parameters have taken that were not coded: the first count."""
-        self._rate = self._rate or n_bytes / max(seconds, 1e-9)
+        """Take note of how long parameters have taken that were not coded: the first count.
+
+        Args:
+            n_bytes: that have travelled; 0 if all was read in shared memory.
+            seconds: from the question to the answer.
+        """
+        if self._rate is None:
+            self._rate = n_bytes / max(seconds, 1e-9)
 
     def coded(self, saved_bytes: int, seconds: float) -> None:
-        """Take note of a gradient; after some, warn if coding them does not pay."""
-        if len(self._times) == _JUDGED_AT or not self._rate:
+        """Take note of a gradient; after some, warn if coding them does not pay.
+
+        Args:
+            saved_bytes: by how much less travels; 0 if nothing does.
+            seconds: that coding took.
+        """
+        if len(self._times) == _JUDGED_AT or self._rate is None:
             return
         self._times.append(seconds)
         if len(self._times) < _JUDGED_AT:
             return
-        costs_s, saves_s = statistics.median(self._times), saved_bytes / self._rate
+        costs_s = statistics.median(self._times)
+        if not self._rate:
+            _log.warning(
+                "codec %r only costs here: it takes %.3g ms a gradient, and on one node nothing"
+                " travels that it could make less of",
+                self._codec,
+                costs_s * 1e3,
+            )
+            return
+        saves_s = saved_bytes / self._rate
         if costs_s > saves_s:
             _log.warning(
                 "codec %r costs more time than it saves: it takes %.3g ms a gradient, and what it"

@@ -14,6 +14,7 @@ from psframe import codecs
 from psframe.codecs import Codec
 from psframe.coding import PullCoder, PullDecoder, PushCoder, as_codec, as_pull_codec
 from psframe.layout import Layout
+from psframe.transports.shared_memory import first_apart
 from psframe.worth import Worth
 
 PARAMS = {"w": np.linspace(-1, 1, 600, dtype=np.float32).reshape(20, 30), "b": np.ones(7, "f4")}
@@ -306,6 +307,40 @@ def test_a_codec_that_does_not_pay_is_told_of_once(
             worth.coded(50_000, seconds)
     assert len(caplog.records) == told
     assert not told or "costs more time than it saves: it takes 100 ms a gradient" in caplog.text
+
+
+def test_where_nothing_travels_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:
+    worth = Worth(codecs.Float16())
+    worth.pulled(0, 1e-6)
+    with caplog.at_level(logging.WARNING, "psframe.worth"):
+        for _ in range(50):
+            worth.coded(0, 1e-9)
+    assert ["only costs here" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_in_one_process_a_codec_only_costs_and_one_worker_says_so(
+    caplog: pytest.LogCaptureFixture, servers: int
+) -> None:
+    def many(worker: psframe.Worker) -> None:
+        params = worker.pull()
+        for _ in range(25):
+            params = worker.push_pull(dict(params))
+
+    optimizer = psframe.optim.SGD(0.1)
+    with caplog.at_level(logging.WARNING, "psframe.worth"):
+        psframe.run(
+            many, PARAMS, optimizer=optimizer, codec=codecs.Float16(), workers=2, servers=servers
+        )
+    assert ["only costs here" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "servers", "rank"),
+    [("aaa", 1, 1), ("aabb", 1, 2), ("abab", 2, 2), ("aaab", 2, 3), ("abb", 1, 1)],
+)
+def test_who_weighs_a_codec(nodes: str, servers: int, rank: int) -> None:
+    assert first_apart([node.encode() for node in nodes], servers) == rank
 
 
 def test_the_slot_holds_what_the_payload_stands_for() -> None:

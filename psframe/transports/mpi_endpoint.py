@@ -16,6 +16,7 @@ from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers, piece_elements
 from psframe.transports.mpi_post import Post, close, copy_inline
+from psframe.transports.shared_memory import first_apart
 from psframe.transports.streams import STORES_IN_ORDER, Progress
 from psframe.wire import (
     Delivery,
@@ -51,6 +52,7 @@ class MpiEndpoint:
         self.index = mesh.rank - neighbours.servers
         self._shards = layout.shards(self.servers)
         self.virtual_time = False
+        self.weighs_codecs = mesh.rank == first_apart(mesh.nodes, self.servers)
         self.in_place: Sequence[bool] = [
             rank in neighbours.segments for rank in range(self.servers)
         ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["Segment", "SegmentBuffers", "node_id"]
+__all__ = ["Segment", "SegmentBuffers", "first_apart", "node_id"]
 
 NONCE_BYTES = 16
 _PAGE = 4096
@@ -126,3 +127,15 @@ def _stride(size: int, dtype: Any) -> int:
 
 def _length(count: int, size: int, dtype: Any) -> int:
     return _PAGE + count * _stride(size, dtype)
+
+
+def first_apart(nodes: Sequence[bytes], servers: int) -> int:
+    """Give the first working rank of the line on another node than a server; else the first.
+
+    Args:
+        nodes: of each rank of the line, equal on one node; servers are in front.
+        servers: S.
+    """
+    serving = set(nodes[:servers])
+    apart = (rank for rank in range(servers, len(nodes)) if serving != {nodes[rank]})
+    return next(apart, servers)

@@ -260,6 +260,7 @@ class SimulatedEndpoint:
         self.workers = virtual.workers
         self.servers = virtual.servers
         self.virtual_time = True
+        self.weighs_codecs = False  # coding takes no virtual time
         self.direct = None
         self.in_place: Sequence[bool] = [True] * virtual.servers
         self._inbox: deque[tuple[int, Answer | Lease]] = deque()

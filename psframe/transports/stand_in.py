@@ -64,6 +64,7 @@ class StandIn:
         self.ranks_here: int = welcome["ranks_here"]
         self.servers = 1
         self.virtual_time = False
+        self.weighs_codecs = False  # the run has begun
         self.direct = None
         self.in_place: Sequence[bool] = [True]
         self._own = _open(place.own, welcome["own"], WORKER_ARRAYS, layout)

@@ -144,6 +144,7 @@ class ThreadEndpoint:
         self.workers = hub.workers
         self.servers = hub.servers
         self.virtual_time = False
+        self.weighs_codecs = index == 0
         self.direct = None
         self.in_place: Sequence[bool] = [True] * hub.servers
         self.now = clock
