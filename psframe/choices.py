@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from psframe import codecs, stale
 from psframe.batches import Buffered, Rennala, Ringleader
@@ -24,6 +25,7 @@ _GOES_WITH: Mapping[str, tuple[tuple[str, ...], int]] = {
     "pushes": (("rennala", "buffered"), 4),
 }
 _WARM = ("async", "ssp", "dynamic-ssp")
+_LIKENESS_MIN = 0.5  # of a name that is suggested; fp16 is 0.55 like float16
 
 
 def mode_of(mode: str, given: Mapping[str, int | None]) -> dict[str, int | None]:
@@ -110,9 +112,8 @@ def _parse_rule(part: str, text: str, flag: str) -> stale.Rule:
         raise ArgumentError(f"{flag}: {error}") from error
     if rule is None:
         examples = ", ".join(example for *_, example in _RULES.values())
-        raise ArgumentError(
-            f"{flag}: expected one of {examples}, or some of them with + between; got {text!r}"
-        )
+        wanted = f"expected one of {examples}, or some of them with + between; got {text!r}"
+        raise ArgumentError(f"{flag}: {_numbers_of(_RULES, part) or wanted + _hint(_RULES, part)}")
     return rule
 
 
@@ -131,6 +132,27 @@ def _make_of(known: Mapping[str, tuple[Callable[..., _Made], int, str]], text: s
     except ValueError:
         return None
     return known[name][0](*numbers)
+
+
+def _numbers_of(known: Mapping[str, tuple[Any, int, str]], text: str) -> str:
+    """Say what numbers go with a name; "" if there is no such name."""
+    name = text.partition("=")[0]
+    if name not in known:
+        return ""
+    _, count, example = known[name]
+    wanted = f"needs a number, such as {example}" if count else "takes no number"
+    return f"{name} {wanted}; got {text!r}"
+
+
+def _hint(known: Mapping[str, tuple[Any, int, str]], text: str) -> str:
+    """Name the nearest of the known names, with the number that was given or an example's."""
+    name, equals, rest = text.partition("=")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=_LIKENESS_MIN)
+    if not near:
+        return ""
+    _, count, example = known[near[0]]
+    meant = f"{near[0]}={rest}" if count and equals else example
+    return f"; did you mean {meant!r}?"
 
 
 _CODECS: Mapping[str, tuple[Callable[..., codecs.Codec], int, str]] = {
@@ -157,7 +179,10 @@ def parse_codec(text: str, flag: str) -> codecs.Codec | None:
         raise ArgumentError(f"{flag}: {error}") from error
     if codec is None:
         examples = ", ".join(example for *_, example in _CODECS.values())
-        raise ArgumentError(f"{flag}: expected none or one of {examples}; got {text!r}")
+        wanted = f"expected none or one of {examples}; got {text!r}"
+        raise ArgumentError(
+            f"{flag}: {_numbers_of(_CODECS, text) or wanted + _hint(_CODECS, text)}"
+        )
     return codec
 
 
