@@ -316,6 +316,27 @@ class Settings:
         rise = optim.schedules.LinearWarmup(lr, self.warmup)
         return optim.schedules.Composed((rise, after), (self.warmup,))
 
+    def idle(self, *, launched: bool) -> list[str]:
+        """Say which settings do nothing here, each in a line; nothing is wrong with them.
+
+        Args:
+            launched: whether ranks have been started, and not one process.
+        """
+        told = []
+        names = [part.strip().partition("=")[0] for part in self.stale.split("+")]
+        idle = [name for name in names if name not in ("accept", "clip")]
+        if self.mode == "bsp" and idle:
+            told.append(
+                f"--stale: {' and '.join(idle)} will do nothing: with --mode bsp no gradient is"
+                " stale"
+            )
+        if self.respawn and not launched:
+            told.append(
+                f"--respawn {self.respawn} is ignored: without a launcher the workers are threads,"
+                " and none is lost; start with Open MPI's mpirun --with-ft ulfm"
+            )
+        return told
+
     def cadence(self) -> str | None:
         """Give how often there are checkpoints, as `psframe.run` takes it.
 

@@ -184,6 +184,8 @@ def _train(settings: Settings, launched: Launcher | None) -> int:
     if settings.resume and is_completed(settings, launched):  # all ranks together
         return 0
     serving = find_serving(settings.placement(), launched)  # all ranks together, if at all
+    for idle in settings.idle(launched=launched is not None):
+        _log.warning("%s", idle)
     try:
         trainer, parts, watching = _prepare(settings, launched, serving)
     except Exception as error:

@@ -167,6 +167,25 @@ def test_cosine_in_rounds_needs_the_number_of_workers() -> None:
         settings.rule(PARAMS, 100, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "launched", "told"),
+    [
+        ({}, False, []),
+        ({"mode": "bsp", "stale": "clip=1"}, True, []),
+        ({"stale": "inverse"}, True, []),
+        ({"mode": "bsp", "stale": "inverse"}, True, ["--stale: inverse will do nothing: with"]),
+        ({"mode": "bsp", "stale": "clip=1 + drop=8"}, True, ["--stale: drop will do nothing"]),
+        ({"respawn": 2}, True, []),
+        ({"respawn": 2}, False, ["--respawn 2 is ignored: without a launcher"]),
+    ],
+)
+def test_what_does_nothing_is_told(
+    changes: dict[str, Any], launched: bool, told: list[str]
+) -> None:
+    lines = Settings(**changes).resolved().idle(launched=launched)
+    assert [line[: len(words)] for line, words in zip(lines, told, strict=True)] == told
+
+
 def test_the_stored_configuration_gives_the_same_settings(tmp_path: Path) -> None:
     settings = Settings(
         mode="ssp", lr=0.5, clip_norm=1.0, run_dir="a b", overwrite=True, config="x"
