@@ -92,7 +92,7 @@ def closing_lines(
     lines = _outcome(record, evaluation)
     lines += _pushes(record["ledger"], reasons or {}, width)
     lines += _staleness(record["staleness"], width, ascii_only)
-    lines += _workers(record["workers"], record["mode"], width)
+    lines += _workers(record, width)
     lines += _classes(record, width)
     if run_dir is not None:
         lines += [
@@ -189,21 +189,24 @@ def _range(least: int, most: int) -> str:
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def _workers(workers: Sequence[Mapping[str, Any]], mode: str, width: int) -> list[Line]:
+def _workers(record: Mapping[str, Any], width: int) -> list[Line]:
+    workers, lost, replaced = record["workers"], record["lost"], record["replaced"]
     active = [one for one in workers if one["pushes"]]
     if not active:
         return []
-    slowest, why = find_slowest(workers, mode)
+    slowest, why = find_slowest(workers, record["mode"], lost)
     shown = list(workers)
     if len(shown) > _WORKER_ROWS:
         shown = sorted(shown, key=lambda one: (one["samples_per_s"], one["worker"]))
-        shown.sort(key=lambda one: one["worker"] != slowest)  # it may be slow in its own time only
+        # It may be slow in its own time only; and who was lost is to be seen.
+        shown.sort(key=lambda one: (one["worker"] != slowest, one["worker"] not in lost))
         shown = shown[: _WORKER_ROWS - 1]
     head = "worker    samples  samples/s  compute  servers  data  staleness"
     lines: list[Line] = [[], [(head[:width], "bold")]]
     for one in shown:
-        style = "yellow" if one["worker"] == slowest else ""
-        lines.append([(_worker_row(one, width), style)])
+        style = "yellow" if one["worker"] == slowest or one["worker"] in lost else ""
+        fate = "lost, replaced" if one["worker"] in replaced else "lost" * (one["worker"] in lost)
+        lines.append([(_worker_row(one, width, fate), style)])
     if len(shown) < len(workers):
         rest = [one["samples_per_s"] for one in workers if one not in shown]
         text = f"   ... and {len(rest):,} more, {rate(min(rest))} to {rate(max(rest))} samples/s"
@@ -217,7 +220,7 @@ def _workers(workers: Sequence[Mapping[str, Any]], mode: str, width: int) -> lis
     return lines
 
 
-def _worker_row(one: Mapping[str, Any], width: int) -> str:
+def _worker_row(one: Mapping[str, Any], width: int, fate: str) -> str:
     whole = one["compute_s"] + one["servers_s"] + one["data_s"]
     shares = [
         f"{one[name] / whole:.0%}" if whole else "-"
@@ -225,7 +228,9 @@ def _worker_row(one: Mapping[str, Any], width: int) -> str:
     ]
     row = f"{one['worker']:>6}{one['samples']:>11,}{rate(one['samples_per_s']):>11}"
     row += f"{shares[0]:>9}{shares[1]:>9}{shares[2]:>6}{one['staleness_mean']:>11.2f}"
-    return (row if one["rank"] is None else f"{row}  rank {one['rank']}")[:width]
+    if one["rank"] is not None:  # of the lost one, not of a replacement, which is no rank
+        row += f"  rank {one['rank']}" if fate != "lost, replaced" else ""
+    return (f"{row}  {fate}" if fate else row)[:width]
 
 
 def class_lines(record: Mapping[str, Any], width: int = _WIDTH) -> list[str]:

@@ -84,7 +84,12 @@ class Ending:
 
     def _status(self, folder: Path, state: str, reason: str = "") -> None:
         RunDir(folder).status(
-            state, updates=self._result.version, test_accuracy=self.accuracy, reason=reason
+            state,
+            updates=self._result.version,
+            test_accuracy=self.accuracy,
+            reason=reason,
+            lost=self._result.lost,
+            replaced=self._result.replaced,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Host:
         self._recorder = None if run_dir is None else Recorder(run_dir)
         self._witness: Witness | None = None
         self._version: Callable[[], int] = lambda: 0
+        self._losses: Callable[[], tuple[Collection[int], Collection[int]]] = lambda: ((), ())
         self._closed = False
         self._begun = False
         self._config: Mapping[str, Any] = {}
@@ -167,9 +168,18 @@ class Host:
         """The run directory's path."""
         return None if self.run_dir is None else self.run_dir.path
 
-    def watch(self, version: Callable[[], int]) -> None:
-        """Learn where to ask for the updates applied so far, for a verdict that comes early."""
-        self._version = version
+    def watch(
+        self,
+        version: Callable[[], int],
+        losses: Callable[[], tuple[Collection[int], Collection[int]]] = lambda: ((), ()),
+    ) -> None:
+        """Learn where to ask what a verdict tells, which may come early.
+
+        Args:
+            version: gives the updates applied so far.
+            losses: gives the workers lost so far, and those of them that were replaced.
+        """
+        self._version, self._losses = version, losses
 
     def __call__(self, event: HostEvent) -> None:
         """Take one event of the leader."""
@@ -192,6 +202,7 @@ class Host:
         if not self._begun:  # what the attempt before has left tells more
             self.run_dir.unlock()
             return
+        lost, replaced = self._losses()
         try:
             self._recorder.close()  # a reader that waits for the verdict finds every line
         finally:
@@ -200,6 +211,8 @@ class Host:
                 updates=self._version() if updates is None else updates,
                 test_accuracy=self._recorder.test_accuracy,
                 reason=reason[:_REASON_CHARS_MAX],
+                lost=lost,
+                replaced=replaced,
             )
         self.run_dir.unlock()
         if self._witness is not None:

@@ -58,6 +58,7 @@ class Leader(DecidingServer):
 
     Attributes:
         losses: the workers that have been lost, replaced or not.
+        replaced: those of them in whose place another has joined.
         vacant: those of them that wait for a replacement, which the driver is to bring: `Joined` or
             `Missing` says what has come of it.
     """
@@ -100,6 +101,7 @@ class Leader(DecidingServer):
         self._ended = False
         self._respawn = respawn
         self.losses: set[int] = set()
+        self.replaced: set[int] = set()
         self.vacant: dict[int, int] = {}
         self._replacements = 0
         if max_updates == 0:
@@ -268,6 +270,7 @@ class Leader(DecidingServer):
             return
         self._check_vacant(worker)
         del self.vacant[worker]
+        self.replaced.add(worker)
         self._readmit(worker)
         self._book.rejoin(worker)
 

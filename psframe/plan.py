@@ -95,6 +95,7 @@ class Result:
         lost: the workers that died or were silent for too long; the others went on.
         traffic: what codecs have made of gradients and parameters on their way; all 0 without.
         workers: W, replacements not counted again.
+        replaced: those of the lost in whose place another has joined (`respawn=`).
     """
 
     params: dict[str, Array] | None
@@ -107,6 +108,7 @@ class Result:
     lost: tuple[int, ...] = ()
     traffic: Traffic = field(default_factory=Traffic)
     workers: int = 0
+    replaced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

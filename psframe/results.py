@@ -28,6 +28,7 @@ def summarise(leader: Leader, followers: Iterable[Traffic] = ()) -> dict[str, An
         "ledger": leader.ledger.ledger().as_dict(),
         "kept_version": leader.kept_version,
         "lost": sorted(leader.losses),
+        "replaced": sorted(leader.replaced),
         "workers": leader.workers,
     }
 
@@ -52,6 +53,7 @@ def make_result(
         run_dir=run_dir,
         kept_version=summary["kept_version"],
         lost=tuple(summary["lost"]),
+        replaced=tuple(summary["replaced"]),
         traffic=Traffic(**summary["traffic"]),
         workers=summary["workers"],
     )

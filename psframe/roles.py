@@ -295,7 +295,7 @@ def serve_first(grace: Grace, port: ServerPort, host: Host, plan: Plan) -> None:
         Overdue, MessageError: as `Grace.check` and `serve`.
     """
     leader, interrupts = grace.leader, grace.interrupts
-    host.watch(lambda: leader.store.version)
+    host.watch(lambda: leader.store.version, lambda: (leader.losses, leader.replaced))
     saver = host.saver(plan, leader)
     if saver is not None:
         leader.mark_interrupt()

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,14 @@ class RunDir:
         return dict(status)
 
     def status(
-        self, state: str, *, updates: int, test_accuracy: float | None = None, reason: str = ""
+        self,
+        state: str,
+        *,
+        updates: int,
+        test_accuracy: float | None = None,
+        reason: str = "",
+        lost: Collection[int] = (),
+        replaced: Collection[int] = (),
     ) -> bool:
         """Replace status.json; a reader sees the old one or the new one, whole.
 
@@ -208,6 +215,8 @@ class RunDir:
             test_accuracy: in [0, 1], where known.
             reason: why it failed or was interrupted. Lost lines of metrics are added to it, and the
                 first and the last trouble.
+            lost: workers that have been lost; the status has them if there are any.
+            replaced: those of them in whose place another has joined, likewise.
 
         Returns:
             True if it was written.
@@ -215,11 +224,11 @@ class RunDir:
         if state not in STATES:
             raise ValueError(f"status: expected a state of {STATES}, got {state!r}")
         if self.metrics_lost:
-            lost = f"{METRICS} lacks {self.metrics_lost} lines: {self._metrics_error}"
-            reason = f"{reason}; {lost}" if reason else lost
+            lacking = f"{METRICS} lacks {self.metrics_lost} lines: {self._metrics_error}"
+            reason = f"{reason}; {lacking}" if reason else lacking
         if self._troubles and state != "running":
             reason = "; ".join(filter(None, (reason, *self._troubles)))
-        text = _status(state, updates, test_accuracy, reason)
+        text = _status(state, updates, test_accuracy, reason, lost=lost, replaced=replaced)
         try:
             try:
                 _replace(self.path / STATUS, text)
@@ -365,9 +374,17 @@ def _check_status(status: object, file: Path) -> None:
         raise RunDirError(f"{file}: is not a run's status: expected a 'state' of {STATES}")
 
 
-def _status(state: str, updates: int, test_accuracy: float | None, reason: str) -> str:
+def _status(
+    state: str,
+    updates: int,
+    test_accuracy: float | None,
+    reason: str,
+    **workers: Collection[int],
+) -> str:
     accuracy = _plain(test_accuracy)
-    fields = {"state": state, "updates": int(updates), "test_accuracy": accuracy, "reason": reason}
+    fields: dict[str, Any] = {"state": state, "updates": int(updates)}
+    fields |= {"test_accuracy": accuracy, "reason": reason}
+    fields |= {name: sorted(those) for name, those in workers.items() if those}
     return json.dumps(fields, allow_nan=False) + "\n"
 
 

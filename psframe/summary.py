@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -90,7 +90,9 @@ def summarise(
         "confusion": None if matrix is None else matrix.tolist(),
         "per_class": None if matrix is None else class_accuracies(matrix),
         "workers": workers,
-        "slowest": find_slowest(workers, mode)[0],
+        "slowest": find_slowest(workers, mode, result.lost)[0],
+        "lost": list(result.lost),
+        "replaced": list(result.replaced),
         "best_epoch": best_epoch,
         "stopped_early": bool(stopped_early),
     }
@@ -130,17 +132,20 @@ def write_summary(folder: str | Path, record: Mapping[str, Any]) -> bool:
     return True
 
 
-def find_slowest(workers: Sequence[Mapping[str, Any]], mode: str = "") -> tuple[int | None, str]:
+def find_slowest(
+    workers: Sequence[Mapping[str, Any]], mode: str = "", lost: Collection[int] = ()
+) -> tuple[int | None, str]:
     """Find the worker that is slower than the others, and why.
 
     Args:
         workers: the entries of a summary.
         mode: the run's; in "bsp" and "ssp" workers wait for each other.
+        lost: the workers that were lost: a dead one is not slow.
 
     Returns:
         Its index, None if all are much alike; and the reason in words.
     """
-    known = [one for one in workers if one["pushes"]]
+    known = [one for one in workers if one["pushes"] and one["worker"] not in lost]
     if len(known) < 2:
         return None, ""
     slow, factor = _outlier(known, _TIMES)

@@ -56,6 +56,15 @@ def test_the_first_verdict_counts(tmp_path: Path) -> None:
     assert len(heard) == 2
 
 
+def test_the_verdict_names_the_lost(tmp_path: Path) -> None:
+    host = open_host(tmp_path)
+    assert "lost" not in status(tmp_path)
+    host.watch(lambda: 7, lambda: ({2, 1}, {2}))
+    host.verdict("completed", updates=9)
+    said = status(tmp_path)
+    assert (said["lost"], said["replaced"]) == ([1, 2], [2])
+
+
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     open_host(tmp_path).verdict("completed", updates=3)
     with pytest.raises(RunDirError, match="another run's"):

@@ -201,6 +201,7 @@ def test_another_takes_the_place_of_a_lost_worker_and_begins_anew(mode: Any) -> 
     assert (desk.leader.vacant, desk.leader.lost) == ({1: 1}, [False, True])
     assert desk.hears(Joined(1)) == []
     assert (desk.leader.vacant, desk.leader.lost, desk.leader.losses) == ({}, [False] * 2, {1})
+    assert desk.leader.replaced == {1}
     desk.begins_anew(1)
     assert one(desk.pull(1), Answer).version == version
     desk.pull(0), desk.push(0)

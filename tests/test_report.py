@@ -339,6 +339,16 @@ def test_the_words_name_the_worker_that_fell_silent(tmp_path: Path) -> None:
     assert "were lost: their worker died" in text
 
 
+def test_a_lost_worker_is_said_to_be_lost_and_is_not_the_slowest(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 6, slow=1, dies=5)
+    found = change(run, lost=[1, 5])
+    text = said(found)
+    assert "Worker 1 (rank 2), Worker 5 (rank 6) were lost" in text
+    assert "slowest" not in text
+    assert "Fell silent" not in text, "it has been said"
+    assert [worker.lost for worker in gather(found).workers] == [False, True, *[False] * 3, True]
+
+
 def change(run: Path, **fields: Any) -> Run:
     """The run with other fields in its summary."""
     summary = json.loads((run / "summary.json").read_text())

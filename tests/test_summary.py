@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -113,6 +114,8 @@ def test_the_record_is_what_readers_of_summary_json_expect() -> None:
         "confusion": [[3, 1], [0, 0]],
         "per_class": [0.75, None],
         "slowest": None,
+        "lost": [],
+        "replaced": [],
         "best_epoch": None,  # the monitor saw a best one, but nothing of it was kept
         "stopped_early": False,
     }
@@ -207,6 +210,28 @@ def test_of_workers_much_alike_none_is_the_slowest() -> None:
     assert find_slowest(record()["workers"])[0] is None
     assert find_slowest(record([[STEP]])["workers"]) == (None, "")
     assert find_slowest([]) == (None, "")
+
+
+def test_a_lost_worker_is_named_so_and_is_not_the_slowest() -> None:
+    steps = [[STEP] * 9, [{**STEP, "compute_s": 0.1}] * 3, [STEP] * 9, [STEP] * 4]
+    outcome = dataclasses.replace(result([25]), lost=(1, 3), replaced=(3,))
+    now = watched(steps).statistics()
+    found = summarise(outcome, now, seconds=2.0, ranks=(1, 2, 3, 4))
+    assert (found["lost"], found["replaced"], found["slowest"]) == ([1, 3], [3], None)
+    said = text(found)
+    assert "the slowest" not in said
+    begin = next(i for i, line in enumerate(said.splitlines()) if line.startswith("worker "))
+    rows = said.splitlines()[begin + 1 : begin + 5]
+    ends = ["  rank 1", "  rank 2  lost", "  rank 3", "  lost, replaced"]
+    assert all(row.endswith(end) for row, end in zip(rows, ends, strict=True))
+    assert max(map(len, rows)) <= 80
+
+
+def test_of_many_workers_the_lost_are_among_those_shown() -> None:
+    outcome = dataclasses.replace(result([90]), lost=(29,))
+    found = summarise(outcome, watched([[STEP] * 3] * 30).statistics(), seconds=2.0)
+    (row,) = [line for line in text(found).splitlines() if line.startswith("    29 ")]
+    assert row.endswith("  lost")
 
 
 # ---- the text ----

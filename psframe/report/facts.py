@@ -32,6 +32,7 @@ class Worker:
     compute_s: float = math.nan
     servers_s: float = math.nan
     data_s: float = math.nan
+    lost: bool = False
 
     @property
     def accounted_s(self) -> float:
@@ -168,10 +169,10 @@ def _ledger(facts: Facts, value: Any) -> None:
 
 
 def _workers(run: Run, seconds: float) -> list[Worker]:
-    listed = run.summary.get("workers")
+    listed, lost = run.summary.get("workers"), _lost(run)
     if isinstance(listed, list) and 0 < len(listed) <= _WORKERS_MAX:
         rows = [row if isinstance(row, dict) else {} for row in listed]
-        return [_worker(row, i) for i, row in enumerate(rows)]
+        return [_worker(row, i, lost) for i, row in enumerate(rows)]
     if run.timeline is None:
         return []
     workers = []
@@ -180,16 +181,28 @@ def _workers(run: Run, seconds: float) -> list[Worker]:
         pushes, stale = known["pushes"], known.pop("staleness_sum")
         rate = known["samples"] / seconds if seconds > 0 else math.nan
         mean = stale / pushes if pushes > 0 else math.nan
-        workers.append(Worker(i, samples_per_s=rate, staleness_mean=mean, **known))
+        workers.append(Worker(i, samples_per_s=rate, staleness_mean=mean, lost=i in lost, **known))
     return workers
 
 
-def _worker(row: dict[str, Any], position: int) -> Worker:
+def _lost(run: Run) -> set[int]:
+    """Find the workers that were lost; of a run that has left no summary, in its status."""
+    for table in (run.summary, run.status):
+        listed = table.get("lost")
+        if isinstance(listed, list):
+            found = map(_index, listed[:_WORKERS_MAX])
+            return {index for index in found if index is not None}
+    return set()
+
+
+def _worker(row: dict[str, Any], position: int, lost: set[int]) -> Worker:
     names = ["pushes", "samples", "samples_per_s", "staleness_mean"]
     names += ["compute_s", "servers_s", "data_s"]
     index, rank = _index(row.get("worker")), _index(row.get("rank"))
+    index = index if index is not None and index < _WORKERS_MAX else position
     return Worker(
-        index if index is not None and index < _WORKERS_MAX else position,
+        index,
+        lost=index in lost,
         rank="" if rank is None else str(rank),
         **{name: value for name in names if (value := number(row.get(name))) >= 0},
     )
@@ -206,7 +219,7 @@ def _slowest(workers: list[Worker], mode: str) -> tuple[int | None, str]:
             "data_s": worker.data_s,
         }
         for position, worker in enumerate(workers)
-        if worker.pushes > 0 and not math.isnan(worker.accounted_s)
+        if worker.pushes > 0 and not math.isnan(worker.accounted_s) and not worker.lost
     ]
     return find_slowest(known, mode)
 

@@ -197,7 +197,7 @@ def _workers(facts: Facts) -> str:
 
 def _row(worker: Worker, slowest: bool) -> str:
     stale = "–" if math.isnan(worker.staleness_mean) else f"{worker.staleness_mean:.2f}"
-    texts = [f"{worker.index}{' (slowest)' * slowest}", worker.rank or "–"]
+    texts = [f"{worker.index}{' (slowest)' * slowest}{' (lost)' * worker.lost}", worker.rank or "–"]
     numbers = [count(worker.pushes), count(worker.samples_per_s), stale]
     for part in ("compute_s", "servers_s", "data_s"):
         share = worker.share(part)

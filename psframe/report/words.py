@@ -78,7 +78,7 @@ def seconds(value: float) -> str:
 
 def findings(run: Run, facts: Facts) -> list[Finding]:
     """Say what the run's numbers mean, the most important first."""
-    rules = (_outcome, _learning, _staleness, _slowest, _data, _servers, _silent, _ledger)
+    rules = (_outcome, _lost, _learning, _staleness, _slowest, _data, _servers, _silent, _ledger)
     return [found for rule in rules for found in rule(run, facts)]
 
 
@@ -94,6 +94,15 @@ def _outcome(run: Run, facts: Facts) -> Iterator[Finding]:
     yield Finding(text.rstrip(".") + ".", kind.get(facts.state, "plain"))
     if facts.stopped_early:
         yield Finding("It was stopped early: further epochs no longer made it better.")
+
+
+def _lost(run: Run, facts: Facts) -> Iterator[Finding]:
+    lost = [worker for worker in facts.workers if worker.lost]
+    if lost:
+        named = ", ".join(map(_name, lost[:_NAMED_MAX]))
+        more = f" and {len(lost) - _NAMED_MAX:,} more" if len(lost) > _NAMED_MAX else ""
+        verb = "were" if len(lost) > 1 else "was"
+        yield Finding(f"{named}{more} {verb} lost while the run was under way.", "warning")
 
 
 def _learning(run: Run, facts: Facts) -> Iterator[Finding]:
@@ -211,7 +220,9 @@ def _silent(run: Run, facts: Facts) -> Iterator[Finding]:
         return
     pushes, time_s = timeline.counts[:, :, 0], timeline.time_s
     done = np.argmax(pushes >= pushes[-1], axis=0)  # the first line with the final count
+    known = [worker.index for worker in facts.workers if worker.lost]  # which has been said
     early = np.flatnonzero((time_s[done] < 0.8 * time_s[-1]) & (pushes[-1] > 0))
+    early = np.setdiff1d(early, known)
     if len(early):
         names = ", ".join(f"{i} after {seconds(time_s[done[i]])}" for i in early[:_NAMED_MAX])
         more = f" and {len(early) - _NAMED_MAX} more" if len(early) > _NAMED_MAX else ""
