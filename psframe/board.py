@@ -92,7 +92,7 @@ def one_line(
         parts = [(0, f"{some}{_count(now.epochs, 'epoch')} in {took(now.time_s)}")]
     else:
         parts = [(0, f"epoch {min(now.epoch + 1, now.epochs)}/{now.epochs} {now.fraction:.0%}")]
-    updates = now.updates / seconds if last else now.updates_per_s
+    updates = (now.updates - now.updates_before) / seconds if last else now.updates_per_s
     samples = now.samples / seconds if last and now.samples else now.samples_per_s
     staleness = now.staleness_mean if last else now.staleness
     if not now.pushes:

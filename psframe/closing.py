@@ -118,7 +118,8 @@ def _outcome(record: Mapping[str, Any], evaluation: str) -> list[Line]:
     if record["stopped_early"]:
         text += ", stopped early"
     seconds, samples, updates = record["seconds"], record["samples"], record["updates"]
-    per_s = f"  {rate(updates / seconds)} updates/s" if seconds else ""
+    own = updates - record["updates_before"]  # in these seconds
+    per_s = f"  {rate(own / seconds)} updates/s" if seconds else ""
     per_s += f"  {rate(samples / seconds)} samples/s" if seconds and samples else ""
     lines = [_entry(f"{evaluation} accuracy", text, style="bold")]
     per_s += ", start-up included" if per_s else ""

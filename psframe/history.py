@@ -289,6 +289,7 @@ class Onlookers:
         self._other = other
         self.tick: Callable[[], None] = getattr(other, "tick", lambda: None)
         self.opened: Callable[[Path], None] = getattr(other, "opened", lambda folder: None)
+        self.goes_on: Callable[[int], None] = getattr(other, "goes_on", lambda version: None)
 
     def state(self) -> dict[str, Any]:
         """Give the history's state, for a checkpoint."""

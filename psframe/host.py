@@ -89,6 +89,7 @@ class Host:
         if self.run_dir is None or self._begun:
             return
         self.run_dir.go_on(self._config, self._version(), self._metrics_bytes)
+        getattr(self._observer, "goes_on", lambda version: None)(self._version())
         self._opened()
 
     def _opened(self) -> None:

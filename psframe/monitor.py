@@ -78,6 +78,7 @@ class Monitor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.updates = 0
+        self._updates_before = 0
         self._epochs = epochs
         self._samples_per_epoch = samples_per_epoch
         self._clock = clock
@@ -118,6 +119,12 @@ class Monitor:
             self._evaluated(event)
         if now >= self._frame_due:
             self._take_frame(now)
+
+    def goes_on(self, version: int) -> None:
+        """Learn that the run goes on from this version, before its first event."""
+        self.updates = self._updates_before = version
+        self._frames.clear()
+        self._take_frame(self._clock())
 
     @property
     def workers(self) -> int:
@@ -167,6 +174,7 @@ class Monitor:
             staleness_counts=dict(sorted(self._counts.items())),
             left_s=self._left_s(now, position),
             workers=tuple(self._worker(i, now, then, span) for i in range(len(self._seen))),
+            updates_before=self._updates_before,
         )
 
     # ---- events ----------------------------------------------------------------------------

@@ -105,7 +105,8 @@ def run(
         config: what to write to config.toml; default these arguments.
         observer: called on rank 0 with each `psframe.events.HostEvent`; one that returns True ends
             the run as `worker.stop()` does. It may have a method `tick`, which is called between
-            events and at least twice a second, and `opened`, called with the run directory.
+            events and at least twice a second, `opened`, called with the run directory, and
+            `goes_on`, called before it with the version that a resumed run begins with.
         trace: tell the observer of every push (`PushHandled`).
         spans: tell it when servers were at what (`Spans`); workers tell with `worker.span`.
         score: function of an evaluation's sums (`worker.tasks(evaluate=...)`), higher is better;

@@ -63,6 +63,7 @@ class Statistics:
         staleness_counts: staleness -> pushes applied with it.
         left_s: seconds that the remaining epochs will take.
         workers: one entry a worker.
+        updates_before: those of `updates` that were made before a run that goes on was resumed.
     """
 
     time_s: float
@@ -85,3 +86,4 @@ class Statistics:
     staleness_counts: Mapping[int, int]
     left_s: float | None
     workers: tuple[WorkerStatistics, ...]
+    updates_before: int = 0

@@ -79,6 +79,7 @@ def summarise(
         "loss": _finite(loss),
         "seconds": round(float(seconds), 3),
         "updates": int(result.version),
+        "updates_before": now.updates_before,
         "samples": now.samples,
         "staleness": [int(count) for count in result.staleness],
         "ledger": {name: int(count) for name, count in ledger.items() if name != "reasons"},

@@ -104,6 +104,10 @@ class Watching:
         if self._tensorboard:
             self._events = EventFiles(folder / "tensorboard")
 
+    def goes_on(self, version: int) -> None:
+        """Learn that updates up to this version were made before."""
+        self.monitor.goes_on(version)
+
     def tick(self) -> None:
         """Do what is due."""
         self._display.tick()

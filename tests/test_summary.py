@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from psframe.board import one_line
 from psframe.closing import closing_lines, print_summary
 from psframe.events import Evaluated, Logged, PushHandled
 from psframe.ledger import Ledger
@@ -95,6 +96,7 @@ def test_the_record_is_what_readers_of_summary_json_expect() -> None:
         "loss": None,
         "seconds": 1.235,
         "updates": 3,
+        "updates_before": 0,
         "samples": 30,
         "staleness": [1, 2],
         "ledger": {
@@ -156,6 +158,24 @@ def test_the_record_is_written_whole_or_not_at_all(
     assert json.loads(file.read_text()) == found
     assert list(tmp_path.iterdir()) == [file], "no half of it stays behind"
     assert len(caplog.records) == 1
+
+
+def test_updates_from_before_a_resume_are_not_of_its_seconds() -> None:
+    monitor = Monitor(1, 2, 100, Clock())
+    monitor.goes_on(1000)
+    for version in range(1000, 1012):
+        monitor(PushHandled(0, version, version, version + 1, 0, True))
+    now = monitor.statistics()
+    outcome = dataclasses.replace(result([12]), version=1012)
+    found = summarise(outcome, now, seconds=2.0)
+    assert (found["updates"], found["updates_before"]) == (1012, 1000)
+    assert "  6 updates/s" in text(found)
+    assert (
+        one_line(dataclasses.replace(now, time_s=2.0), last=True)
+        .split("updates ")[1]
+        .startswith("1,012 (6/s)")
+    )
+    assert now.updates_per_s <= 12 / 0.1, "the resume itself is no update"
 
 
 # ---- the slowest ----
