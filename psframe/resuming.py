@@ -48,6 +48,7 @@ _TOLD = (
     "warmup",
     "augment",
     "patience",
+    "precision",
 )
 
 _log = logging.getLogger("psframe")
@@ -95,10 +96,11 @@ def _compare(settings: Settings) -> None:
             continue
         flag = "--" + name.replace("_", "-")
         if name in _FIXED:
-            raise ArgumentError(
-                f"{flag}: the run to go on with has {was!r}, not {now!r}; --config {file} brings"
-                " its settings"
-            )
+            what = "the number of epochs" if name == "epochs" else "that"
+            remedy = f"--config {file} brings its settings"
+            if settings.config is not None:  # it has, or another file has brought others
+                remedy = f"{what} cannot change when a run goes on"
+            raise ArgumentError(f"{flag}: the run to go on with has {was!r}, not {now!r}; {remedy}")
         _log.warning("%s: was %r, and is %r from here on", flag, was, now)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psframe import toml, train
+from psframe import resuming, toml, train
 from psframe.launcher import Launcher
+from psframe.settings import Settings
 from psframe.train import main, parse
 
 
@@ -113,9 +115,42 @@ def test_a_run_goes_on_with_its_own_data_and_amount_of_work(
         file.write_text(json.dumps({**status, "state": "interrupted"}))
         assert text in fails([*flags, *more, "--resume"], capsys)
         assert json.loads(file.read_text())["state"] == "interrupted"
+    err = fails(["--config", "r/config.toml", "--resume", "--epochs", "5"], capsys)
+    assert "has 3, not 5; the number of epochs cannot change when a run goes on" in err
+    assert err.count("--config") == 0
     assert main(["--config", "r/config.toml", "--resume", "--lr", "0.05"]) == 0
     assert "--lr: was 0.1, and is 0.05 from here on" in caplog.text
     assert json.loads(file.read_text()) == status
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--mode", "ssp"], "--mode: was 'async', and is 'ssp' from here on"),
+        (["--stale", "inverse"], "--stale: was 'accept', and is 'inverse' from here on"),
+        (["--codec", "float16"], "--codec: was 'none', and is 'float16' from here on"),
+        (["--pull-codec", "sign"], "--pull-codec: was 'none', and is 'sign' from here on"),
+        (["--clip-norm", "2"], "--clip-norm: was 5.0, and is 2.0 from here on"),
+        (["--schedule", "cosine"], "--schedule: was 'constant', and is 'cosine' from here on"),
+    ],
+    ids=lambda one: one[0] if isinstance(one, list) else "",
+)
+def test_what_changes_when_a_run_goes_on_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, more: list[str], text: str
+) -> None:
+    flags = [*small(tmp_path), "--run-dir", "r", "--clip-norm", "5"]
+    assert main(flags) == 0
+    status = json.loads(Path("r/status.json").read_text())
+    Path("r/status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    assert main([*flags, *more, "--resume"]) == 0
+    assert text in caplog.text
+
+
+def test_of_every_setting_it_is_known_what_it_means_to_change_it_on_going_on() -> None:
+    free = "servers workers device server_device no_prefetch timeout_s respawn run_dir show"
+    free += " tensorboard trace checkpoint_every keep_checkpoints resume overwrite config"
+    known = [*resuming._FIXED, *resuming._TOLD, *free.split()]
+    assert sorted(known) == sorted(field.name for field in dataclasses.fields(Settings))
 
 
 def test_the_digits_reach_the_promised_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
