@@ -13,7 +13,7 @@ from psframe.leader import Leader
 from psframe.ledger import Ledger
 from psframe.plan import Plan, Result, staleness_counts
 
-__all__ = ["diverged", "make_result", "summarise"]
+__all__ = ["diverged", "ended_by", "interrupted_by", "make_result", "summarise"]
 
 
 def summarise(leader: Leader, followers: Iterable[Traffic] = ()) -> dict[str, Any]:
@@ -61,10 +61,15 @@ def make_result(
 
 def interrupted_by(request: str, version: int, saved: int | None) -> Interrupted:
     """Make the error of a run that a signal has ended in good order."""
-    kept = (
-        "there is no checkpoint of it" if saved is None else f"version {saved} is in a checkpoint"
-    )
-    return Interrupted(f"{request} has ended the run at version {version}; {kept}")
+    return Interrupted(ended_by(request, version, saved))
+
+
+def ended_by(name: str, version: int, saved: int | None) -> str:
+    """Say at which version a signal has ended a run, and what there is to go on from."""
+    kept = "there is no checkpoint of it"
+    if saved is not None:
+        kept = f"version {saved} is in a checkpoint, and --resume (resume=True) goes on from it"
+    return f"{name} has ended the run at version {version}; {kept}"
 
 
 def diverged(leader: Leader) -> Diverged:

@@ -22,7 +22,7 @@ from psframe.interrupts import Interrupts
 from psframe.leader import Leader
 from psframe.plan import Plan, Result
 from psframe.restoring import explained_state
-from psframe.results import diverged, interrupted_by, make_result, summarise
+from psframe.results import diverged, ended_by, interrupted_by, make_result, summarise
 from psframe.roles import (
     Grace,
     Overdue,
@@ -135,13 +135,16 @@ class _ThreadRun:
         except Overdue as error:
             # Nobody can end a thread; these are daemons, and end with the process.
             _log.warning("%s; they are left behind", error)
+            if grace.interrupt is not None:  # of what is saved nothing can be said
+                raise grace.interrupt from None
         except BaseException as error:
             self._hub.broken = error  # every waiting thread finds it within its poll
             raise
         else:
             self._join()
         if grace.interrupt is not None:
-            raise grace.interrupt
+            said = ended_by(str(grace.interrupt), leader.store.version, grace.saved)
+            raise KeyboardInterrupt(said) from grace.interrupt
         self._raise_failure(leader)
         if grace.request:
             raise interrupted_by(grace.request, leader.store.version, grace.saved)

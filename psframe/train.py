@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -134,9 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             # SystemExit of the model's: a program that ended so would not say why, nor where.
             return _fail_in_code(error, rank)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if rank == 0:
-            print("psframe: interrupted", file=sys.stderr, flush=True)
+            said = str(error)
+            # The bare name of a signal tells nothing; what is in a checkpoint does.
+            what = f": {said}" if said and said not in signal.Signals.__members__ else ""
+            print(f"psframe: interrupted{what}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Interrupted as error:
         _fail(error, rank)

@@ -243,6 +243,27 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path: Path, name: str) -> N
     assert name in found["reason"]
 
 
+def test_an_interrupt_says_what_is_in_a_checkpoint(tmp_path: Path) -> None:
+    def endless(worker: psframe.Worker) -> None:
+        params = worker.pull()
+        while True:
+            params = worker.push_pull({name: params[name] for name in PARAMS})
+            if params.version == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def go(**more: Any) -> None:
+        psframe.run(endless, PARAMS, optimizer=psframe.optim.SGD(0.1), **more)
+
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM has ended the run at version") as caught:
+        go(run_dir=tmp_path)
+    (version,) = versions(tmp_path)
+    said = f"version {version} is in a checkpoint, and --resume (resume=True) goes on from it"
+    assert said in str(caught.value)
+    assert status(tmp_path)["reason"] == "SIGTERM received"
+    with pytest.raises(KeyboardInterrupt, match="there is no checkpoint of it"):
+        go()
+
+
 def test_a_signal_without_a_run_directory_ends_the_run(tmp_path: Path) -> None:
     def endless(worker: psframe.Worker) -> None:
         params = worker.pull()
