@@ -14,7 +14,7 @@ PYTHON ?= python3
 BENCH_RANKS ?= 2 3
 BENCH_BYTES ?= 1KiB 64KiB 1MiB 16MiB 256MiB
 TEST_RANKS ?= 1 2 4
-TEST_LIMIT_S ?= 900
+TEST_LIMIT_S ?= 1800
 
 VENV_openmpi := .venv
 VENV_mpich := .venv-mpich
