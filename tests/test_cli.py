@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -205,15 +204,3 @@ def test_an_interrupt_while_a_command_is_imported_is_quiet(
     monkeypatch.setattr(sys, "meta_path", [_Interrupts(), *sys.meta_path])
     assert main(["train"]) == 130
     assert capsys.readouterr() == ("", "")
-
-
-def test_and_so_it_is_for_the_module() -> None:
-    program = (
-        f"import sys, runpy\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from test_cli import _Interrupts\nsys.meta_path.insert(0, _Interrupts())\n"
-        "runpy.run_module('psframe.train', run_name='__main__', alter_sys=True)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, timeout=100, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
