@@ -22,7 +22,8 @@ OTHERS = {
     "overlap": ["overlap", *TINY, "--seconds", "0.002", "--bytes", "64KiB"],
     "scaling": ["scaling", *TINY, "--seconds", "0.002", "--bytes", "64KiB"],
     "latency": ["latency", *TINY, "--seconds", "0.002", "--large", "1MiB"],
-    "memory": ["memory", *TINY, "--bytes", "1MiB"],
+    # Large beside what a kernel may take back meanwhile of the pages of libraries.
+    "memory": ["memory", *TINY, "--bytes", "32MiB"],
     "idle": ["idle", *TINY, "--silence", "0.11"],
 }
 
@@ -113,9 +114,8 @@ def test_memory_names_the_optimizer_s_apart(capsys: pytest.CaptureFixture[str]) 
     for row in rows:
         rest = row["peak_over_p"] - row["slots_over_p"]
         assert row["beyond_over_p"] == pytest.approx(rest, abs=0.02)  # all are rounded
-        # A current snapshot and the next, and a gradient of each worker, are there in any case; but
-        # a kernel that reclaims idle pages has been seen to leave .998 of them.
-        assert row["beyond_over_p"] > 0.5
+        # A current snapshot and the next, and a gradient of each worker, are there in any case.
+        assert row["beyond_over_p"] > 1
 
 
 @pytest.mark.mpi(min_size=2)
