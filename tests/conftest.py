@@ -2,7 +2,9 @@
 
 import functools
 import os
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -18,6 +20,26 @@ settings.register_profile(
     database=None if _under_launcher else settings.default.database,
 )
 settings.load_profile("psframe")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have the files that start MPI jobs run one after the other, beside all others (xdist).
+
+    Ranks beyond the cores are slow enough; a file stays with one process, for what its tests share.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "mpi" if _starts_jobs(item.path) else item.path.name
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@functools.cache
+def _starts_jobs(file: Path) -> bool:
+    """Whether a test file, or a helper beside it that it imports, speaks of mpirun."""
+    text = file.read_text(encoding="utf-8")
+    helpers = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+    beside = (file.with_name(f"{name}.py") for name in helpers)
+    return "mpirun" in text or any("mpirun" in h.read_text("utf-8") for h in beside if h.exists())
 
 
 @functools.cache
