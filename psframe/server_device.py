@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from psframe.devices.choosing import visible_gpus
+from psframe.devices.choosing import pick_gpu
+from psframe.devices.pinning import registered
 from psframe.layout import Array
 
 __all__ = ["Card", "check_server_device", "choose_server_device"]
 
 _PAGE = 4096
-_REGISTERED_ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 _log = logging.getLogger("psframe")
 
@@ -170,18 +170,18 @@ class Card:
             return
         self._tried.add(first)  # once: a gradient comes in many pieces
         try:
-            self._runtime.hostRegister(first, whole.nbytes, 0)
-        except self._runtime.CUDARuntimeError as error:
-            if error.status != _REGISTERED_ALREADY and not self._told:
+            registered.add(self._runtime, whole)
+        except RuntimeError as error:  # CuPy's for CUDA's
+            if not self._told:
                 self._told = True
                 _log.warning("gradients are copied to the GPU slowly: %s", error)
             return
         self._registered.append(whole)
 
 
-def _unregister(runtime: Any, registered: list[Array]) -> None:
-    while registered:
-        runtime.hostUnregister(registered.pop().__array_interface__["data"][0])
+def _unregister(runtime: Any, mine: list[Array]) -> None:
+    while mine:
+        registered.remove(runtime, mine.pop())
 
 
 def check_server_device(device: object) -> str:
@@ -209,16 +209,5 @@ def choose_server_device(device: str, server: int) -> int | None:
     """
     if device == "cpu":
         return None
-    count = visible_gpus()
-    if not count:
-        raise ValueError(
-            f"server_device: {device!r} needs a GPU that CuPy can use where servers run, and there"
-            " is none; take server_device='cpu', or install psframe[cuda12] or psframe[cuda13]"
-        )
-    _, _, number = device.partition(":")
-    ordinal = int(number) if number else server % count
-    if ordinal >= count:
-        raise ValueError(
-            f"server_device: {device!r}, but the visible GPUs are cuda:0 to cuda:{count - 1}"
-        )
-    return ordinal
+    remedy = "server_device='cpu'"
+    return pick_gpu("server_device", device, server, remedy)

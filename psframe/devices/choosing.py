@@ -8,7 +8,7 @@ from psframe.devices.base import Device, HostDevice
 from psframe.devices.cuda import CudaDevice
 from psframe.layout import Layout
 
-__all__ = ["choose_device", "make_device", "visible_gpus"]
+__all__ = ["choose_device", "make_device", "pick_gpu", "visible_gpus"]
 
 
 def choose_device(device: str, worker: int, visible: int | None = None) -> str:
@@ -22,23 +22,41 @@ def choose_device(device: str, worker: int, visible: int | None = None) -> str:
     Raises:
         ValueError: the device is none of these, or there is no such GPU.
     """
-    found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]+))?", device)
-    if found is None:
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device, re.ASCII) is None:
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:k', got {device!r}")
     if device == "cpu":
         return "cpu"
     count = visible_gpus() if visible is None else visible
     if device == "auto" and not count:
         return "cpu"
+    ordinal = pick_gpu("device", device, worker, "device='cpu' or 'auto'", count)
+    return f"cuda:{ordinal}"
+
+
+def pick_gpu(what: str, device: str, index: int, remedy: str, visible: int | None = None) -> int:
+    """Give the number of the GPU that "auto", "cuda" or "cuda:k" is for one process of a node.
+
+    Args:
+        what: the argument's name, for the error.
+        device: as above.
+        index: of the process among its like on its node; GPUs are given out in turn.
+        remedy: what to give in place of it where there is no GPU.
+        visible: as for `choose_device`.
+
+    Raises:
+        ValueError: there is no such GPU.
+    """
+    count = visible_gpus() if visible is None else visible
     if not count:
         raise ValueError(
-            f"device: {device!r} needs a GPU that CuPy can use, and there is none;"
-            " take device='cpu' or 'auto', or install psframe[cuda12] or psframe[cuda13]"
+            f"{what}: {device!r} needs a GPU that CuPy can use, and there is none;"
+            f" take {remedy}, or install psframe[cuda12] or psframe[cuda13]"
         )
-    ordinal = worker % count if found[1] is None else int(found[1])
+    number = device.partition(":")[2]
+    ordinal = int(number) if number else index % count
     if ordinal >= count:
-        raise ValueError(f"device: {device!r}, but the visible GPUs are cuda:0 to cuda:{count - 1}")
-    return f"cuda:{ordinal}"
+        raise ValueError(f"{what}: {device!r}, but the visible GPUs are cuda:0 to cuda:{count - 1}")
+    return ordinal
 
 
 def make_device(name: str, layout: Layout) -> Device:

@@ -15,7 +15,7 @@ import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["REGISTER_BYTES_MIN", "Pinned", "Pinning"]
+__all__ = ["REGISTER_BYTES_MIN", "Pinned", "Pinning", "registered"]
 
 # Small arrays of the heap share their pages with others, and a copy on the host costs little.
 REGISTER_BYTES_MIN = 1 << 20
@@ -24,7 +24,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
 _log = logging.getLogger("psframe")
 
 
-class _Registered:
+class Registered:
     """Ranges of this process that are registered: address -> (bytes, users)."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class _Registered:
                 runtime.hostUnregister(address)
 
 
-_registered = _Registered()
+registered = Registered()  # what a process has registered is registered for all of it
 
 
 class Pinned:
@@ -115,12 +115,12 @@ class Pinning:
         pinned, self._pinned = self._pinned, {}
         for one in pinned.values():
             if one.bounce is None:
-                _registered.remove(self._cupy.cuda.runtime, one.array)
+                registered.remove(self._cupy.cuda.runtime, one.array)
 
     def _bounce_for(self, array: Array) -> Array | None:
         if array.nbytes >= REGISTER_BYTES_MIN:
             try:
-                _registered.add(self._cupy.cuda.runtime, array)
+                registered.add(self._cupy.cuda.runtime, array)
                 return None
             except RuntimeError as error:  # CuPy's for CUDA's
                 if not self._told:
