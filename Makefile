@@ -10,11 +10,13 @@ ARGS ?=
 # The interpreter that makes the virtual environments.
 PYTHON ?= python3
 
-# What `make bench` measures, and the seconds that the plain tests may take in all.
+# What `make bench` measures, the seconds that the plain tests may take in all, and how many of them
+# run at a time (those that start MPI jobs run one after the other).
 BENCH_RANKS ?= 2 3
 BENCH_BYTES ?= 1KiB 64KiB 1MiB 16MiB 256MiB
 TEST_RANKS ?= 1 2 4
-TEST_LIMIT_S ?= 1800
+TEST_LIMIT_S ?= 900
+TEST_PROCESSES ?= 2
 
 VENV_openmpi := .venv
 VENV_mpich := .venv-mpich
@@ -48,7 +50,8 @@ train: $(VENV)/.installed ## Train on the digits under mpirun: a server and NP -
 	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/python -m psframe.train$(if $(ARGS), $(ARGS))
 
 test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without MPI, then under Open MPI and MPICH at 1, 2 and 4 ranks.
-	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m "not mpi and not slow" tests </dev/null
+	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -n $(TEST_PROCESSES) \
+	    --dist loadgroup -m "not mpi and not slow" tests </dev/null
 	@set -e; for venv in .venv .venv-mpich; do for ranks in $(TEST_RANKS); do \
 	    tests/mpi/run $$venv $$ranks; done; done
 

@@ -564,14 +564,15 @@ class _ClusterRun:
 
     def abort(self, error: BaseException) -> None:
         """End the whole job: the others cannot be told otherwise any more."""
-        self.verdict_of(error)
-        if _was_interrupted(error):  # there is nothing to be found in the stack
-            what = "".join(traceback.format_exception_only(error))
-        else:
-            what = "".join(traceback.format_exception(error))
-        sys.stdout.flush()
-        print(f"psframe: rank {self.mesh.name} ends the job:\n{what}", file=sys.stderr, flush=True)
-        self.mesh.abort(INTERRUPTED if _was_interrupted(error) else 1)
+        try:
+            self.verdict_of(error)
+            if _was_interrupted(error):  # there is nothing to be found in the stack
+                what = "".join(traceback.format_exception_only(error))
+            else:
+                what = "".join(traceback.format_exception(error))
+            print(f"psframe: rank {self.mesh.name} ends the job:\n{what}", file=sys.stderr)
+        finally:  # also with a disk that is full
+            self.mesh.abort(INTERRUPTED if _was_interrupted(error) else 1)
 
 
 def _was_interrupted(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,10 @@ settings.register_profile(
     database=None if _under_launcher else settings.default.database,
 )
 settings.load_profile("psframe")
+
+# A shell starts its background jobs with SIGINT ignored, and what they start inherits that; tests
+# of what Ctrl-C does would find out nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

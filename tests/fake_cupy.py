@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import operator
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -123,10 +124,13 @@ class FakeRuntime:
         end = address + self.registered.pop(address)
         assert not any(address <= at < end for at in self.cuda.copying()), "it is being copied"
 
+    def reaches(self, host: int, n_bytes: int) -> bool:
+        ranges = [*self.registered.items(), *self.cuda.pinned.items()]
+        return any(a <= host and host + n_bytes <= a + n for a, n in ranges)
+
     def memcpyAsync(self, target: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
         host = target if kind == self.memcpyDeviceToHost else source
-        ranges = {**self.registered, **self.cuda.pinned}
-        assert any(a <= host and host + n_bytes <= a + n for a, n in ranges.items()), "not pinned"
+        assert self.reaches(host, n_bytes), "not pinned"
         if kind == self.memcpyDeviceToHost:
             ctypes.memset(target, 0xFF, n_bytes)  # NaN, until it has arrived
         self.copies.append((kind, n_bytes))
@@ -135,10 +139,7 @@ class FakeRuntime:
         under_way.append(entry)
 
         def copy() -> None:
-            assert any(
-                a <= host and host + n_bytes <= a + n
-                for a, n in {**self.registered, **self.cuda.pinned}.items()
-            ), "it was unregistered"
+            assert self.reaches(host, n_bytes), "it was unregistered"
             ctypes.memmove(target, source, n_bytes)
             under_way.remove(entry)
 
@@ -234,6 +235,7 @@ class FakeCuda:
     def alloc_pinned_memory(self, n_bytes: int) -> np.ndarray:
         memory = np.full(n_bytes, 0xFF, np.uint8)
         self.pinned[memory.ctypes.data] = n_bytes
+        weakref.finalize(memory, self.pinned.pop, memory.ctypes.data)
         return memory
 
 

@@ -32,7 +32,7 @@ from psframe.optim import Adagrad
 from psframe.trainer import Trainer
 
 MODELS = [Softmax((3, 2), 4), MLP((3, 2), 4, hidden=(5,)), MLP((6,), 4, hidden=(7, 5))]
-NAMES = ["softmax", "one hidden layer", "two hidden layers"]
+IDS = ["softmax", "one hidden layer", "two hidden layers"]
 
 
 def batch(model: Any, seed: int, n: int = 9) -> tuple[dict[str, Any], Any, Any]:
@@ -47,7 +47,7 @@ def batch(model: Any, seed: int, n: int = 9) -> tuple[dict[str, Any], Any, Any]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
 def test_gradients_equal_central_differences(model: Any, seed: int) -> None:
     params, x, y = batch(model, seed)
     _, grads = model.loss_and_gradients(params, x, y)
@@ -65,7 +65,7 @@ def test_gradients_equal_central_differences(model: Any, seed: int) -> None:
             assert grads[name][place] == pytest.approx(expected, rel=1e-6, abs=1e-8), (name, place)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
 def test_gradients_written_in_place_are_the_same_bits(model: Any) -> None:
     params, x, y = batch(model, 5)
     loss, grads = model.loss_and_gradients(params, x, y)
@@ -77,7 +77,7 @@ def test_gradients_written_in_place_are_the_same_bits(model: Any) -> None:
         np.testing.assert_array_equal(out[name], grads[name])
 
 
-@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
 def test_nothing_given_is_written(model: Any) -> None:
     params, x, y = batch(model, 6)
     for array in (x, y, *params.values()):
@@ -87,7 +87,7 @@ def test_nothing_given_is_written(model: Any) -> None:
     model.predict(params, x)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
 def test_parts_sum_to_the_whole(model: Any) -> None:
     params, x, y = batch(model, 7, n=20)
     whole = model.evaluate(params, x, y)
@@ -365,7 +365,7 @@ def test_a_model_that_hands_on_whatever_it_is_given() -> None:
     assert trained.result.version == -(-len(train) // 32)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
 def test_no_samples_are_no_error(model: Any) -> None:
     params, x, y = batch(model, 3)
     assert model.predict(params, x[:0]).shape == (0,)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import os
+import stat
 import sys
+import termios
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +56,8 @@ __all__ = [
 TAG_POST, _TAG_ARRAY, TAG_END, _TAG_BEAT, _TAG_GROUP = 1, 2, 3, 4, 5
 # Set-up needs every rank; one that does not come within this has died or gone astray.
 SETUP_BOUND_S = 120.0
+# How long a launcher has to read a rank's last words.
+_READ_BOUND_S = 1.0
 
 
 # Ranks of MPI_COMM_WORLD that a run has lost. MPI is one a process, and so are its dead: a later
@@ -286,9 +291,26 @@ class Mesh:
 
 
 def abort(status: int) -> NoReturn:
-    """End the whole job at once."""
+    """End the whole job at once, when the launcher has read why."""
+    # Output that is closed, broken or full is no reason to go on.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _until_read(sys.stdout.fileno())
+        _until_read(sys.stderr.fileno())
     MPI.COMM_WORLD.Abort(status)
     os._exit(status)  # MPICH's returns while its launcher is ending the job itself
+
+
+def _until_read(output: int) -> None:
+    """Wait until a pipe is empty, within a bound: MPICH's launcher drops what it has not read of a
+    job that is aborted."""
+    if stat.S_ISFIFO(os.fstat(output).st_mode):
+        deadline = time.monotonic() + _READ_BOUND_S
+        while any(fcntl.ioctl(output, termios.FIONREAD, bytes(4))):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
 
 
 def open_mesh(comm: Any, launcher: Launcher | None, prefix: str) -> Mesh:
