@@ -393,3 +393,21 @@ def test_messages_are_counted_and_the_dead_are_left_out() -> None:
     one.receive()
     one.receive()
     one.close([])
+
+
+def test_a_rank_waits_for_the_last_sign_of_each_of_its_peers() -> None:
+    comm = BeatComm(
+        FakeRequest([True, False, True, False, False]),
+        {1: FakeRequest([False, True]), 3: FakeRequest([True])},
+    )
+    status = FakeStatus()
+    messages = Messages(comm, [1, 3], -1, status, 4)
+    inbox = comm.buffers[-1]
+    assert not messages.take_leave()  # an ordinary sign; rank 1 has not received the last one yet
+    assert [comm.buffers[rank][1] for rank in (1, 3)] == [0, 1]
+    inbox[1] = 1
+    assert not messages.take_leave()  # of rank 3; rank 1 is sent the last one now
+    assert comm.buffers[1][1] == 1
+    status.source = 1
+    comm.receive.outcomes[:] = [True, False]
+    assert messages.take_leave()

@@ -19,6 +19,8 @@ BEAT_LINE = 31
 _MESSAGE_BYTES = 8
 # Words of the line.
 _COUNT, _ASKED = 0, 1
+# Bytes of a message: the signal, and whether it is the last.
+_SIGNAL, _LAST = 0, 1
 _LAST_WORDS = (signal.SIGTERM, signal.SIGINT)  # nothing that comes after them replaces them
 
 
@@ -49,13 +51,15 @@ class Messages:
         self._inbox = bytearray(_MESSAGE_BYTES)
         self._receive: Any = comm.Recv_init(self._inbox, source, tag)
         self._receive.Start()
+        self._left: set[int] = set()  # the peers that have been sent the last sign,
+        self._gone: set[int] = set()  # and those whose last sign has come
 
     def send(self) -> None:
         """Send one to each peer that has received the last."""
         for rank, request in tuple(self._sends.items()):
             try:
                 if request.Test():
-                    self._outboxes[rank][0] = self.asks
+                    self._outboxes[rank][_SIGNAL] = self.asks
                     request.Start()
             except RuntimeError:  # MPI's: it is dead, which the calls that matter will notice
                 del self._sends[rank]
@@ -77,8 +81,27 @@ class Messages:
                 return
             source = self._status.source
             self.heard[source] = self.heard.get(source, 0) + 1
-            self.asked[source] = self._inbox[0]
+            self.asked[source] = self._inbox[_SIGNAL]
+            if self._inbox[_LAST]:
+                self._gone.add(source)
             self._receive.Start()
+
+    def take_leave(self) -> bool:
+        """Send each peer a last sign, after which there is none; True once theirs have come.
+
+        Messages do not overtake each other: none is under way then.
+
+        Raises:
+            RuntimeError: MPI's, if some rank is dead.
+        """
+        self.receive()
+        for rank, request in self._sends.items():
+            if rank not in self._left and request.Test():
+                self._outboxes[rank][_LAST] = 1
+                request.Start()
+                self._left.add(rank)
+        everyone = self._outboxes.keys()
+        return everyone <= self._left & self._gone and all(r.Test() for r in self._sends.values())
 
     def close(self, lost: Iterable[int]) -> None:
         """Give the requests back, but for those to ranks that may never complete."""

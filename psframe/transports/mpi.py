@@ -56,6 +56,8 @@ __all__ = [
 TAG_POST, _TAG_ARRAY, TAG_END, _TAG_BEAT, _TAG_GROUP = 1, 2, 3, 4, 5
 # Set-up needs every rank; one that does not come within this has died or gone astray.
 SETUP_BOUND_S = 120.0
+# To send the last sign of life, a rank has only to come to the end of the run, where it is let go.
+_LEAVE_BOUND_S = 30.0
 # How long a launcher has to read a rank's last words.
 _READ_BOUND_S = 1.0
 
@@ -253,11 +255,23 @@ class Mesh:
     def close(self, *, keep: bool = False) -> None:
         """Give the communicator back, or keep it to the end of the program; every rank does.
 
-        To free it is a matter of all ranks, so where one is lost it is kept.
+        To free it is a matter of all ranks, so where one is lost it is kept. So it is where a
+        message may be under way: Open MPI would count it with those of the next communicator,
+        which has the same number, and lose one of these for it.
         """
+        keep = keep or not self._take_leave()
         self.watch.close()
         if not keep:
             self._comm.Free()
+
+    def _take_leave(self) -> bool:
+        """Whether all that was sent has come, within a bound."""
+        self.patience.reset()
+        deadline = time.monotonic() + _LEAVE_BOUND_S
+        while not self.watch.take_leave():
+            if self.patience.wait() and time.monotonic() > deadline:
+                return False
+        return True
 
     def complete(self, requests: list[Any], bound_s: float | None, what: str) -> None:
         """Wait until requests are complete that come of one rank or all, and without which the

@@ -79,6 +79,10 @@ class Unwatched:
         """Count a rank as lost; there is nobody to tell."""
         self.lost.add(rank)
 
+    def take_leave(self) -> bool:
+        """Whether nobody's sign of life is still under way; to be asked until it is so."""
+        return True
+
     def close(self) -> None:
         """Look no more."""
 
@@ -247,6 +251,20 @@ class Watch(Unwatched):
         """
         self.fatal = RankLost(f"{what} (rank {self._names[rank]}) is lost: {self.why[rank]}")
         raise self.fatal
+
+    def take_leave(self) -> bool:
+        """Look no more, and send and receive the last signs; True once that is done.
+
+        Raises:
+            Exception: MPI's, if nobody is dead; RankLost.
+        """
+        self.due = math.inf
+        messages = self.beats.messages
+        try:
+            return messages is None or messages.take_leave()
+        except RuntimeError as error:
+            self.faults.explain(error)
+            return False
 
     def close(self) -> None:
         """Look no more; nobody is told of anything any more."""

@@ -18,7 +18,7 @@ from psframe.cluster import fail_together
 from psframe.devices import visible_gpus
 from psframe.events import EpochDone, Evaluated, HostEvent, Stop
 from psframe.launcher import find_launcher
-from psframe.transports import mpi_post
+from psframe.transports import mpi_post, watch
 from psframe.transports.mpi import TAG_END, Mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.wire import Limits, Link, decode
@@ -392,6 +392,17 @@ def test_the_end_of_a_run_is_no_exclusion(monkeypatch: pytest.MonkeyPatch) -> No
 
     for _ in range(3):
         assert run(work).version == SIZE - 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_nothing_of_a_run_is_under_way_when_the_next_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sign of life that came later would be counted with the next run's messages, and hang it."""
+    monkeypatch.setattr(watch, "_LOOK_S", 0.001)
+    for _ in range(60):
+        result = run(lambda worker: worker.push_pull(ONES), shared_memory=False)
+        assert result.version == max(1, SIZE - 1)
 
 
 def test_receives_that_cannot_be_taken_back_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
