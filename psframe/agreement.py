@@ -6,7 +6,7 @@ Everything is gathered by all ranks, so that an error on one of them is an error
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from psframe.devices import choose_device
 from psframe.errors import ArgumentError
@@ -17,7 +17,7 @@ from psframe.server_device import choose_server_device
 from psframe.transports.mpi import Mesh
 from psframe.transports.rounds import Rounds
 
-__all__ = ["agree", "tell"]
+__all__ = ["agree", "local_server", "tell"]
 
 _TEXT_BYTES_MAX = 2048
 _CHECK = "the check of the arguments"
@@ -56,7 +56,7 @@ def agree(
             serving = tuple(_place_of(rank, mesh) for rank in serving)
         plan = plan.placed(serving)
         if mesh.rank in plan.serving:
-            choose_server_device(plan.server_device, _local_server(plan, mesh))
+            choose_server_device(plan.server_device, local_server(mesh, plan.serving))
         if mesh.rank == 0:
             open_host(plan, rounds.alive)
         elif mesh.rank not in plan.serving:
@@ -98,9 +98,14 @@ def tell(mesh: Mesh, error: Exception | None, rounds: Rounds | None = None) -> E
     return None
 
 
-def _local_server(plan: Plan, mesh: Mesh) -> int:
-    """Count the servers on this server's node that come before it."""
-    nodes, before = mesh.nodes, plan.serving[: plan.serving.index(mesh.rank)]
+def local_server(mesh: Mesh, serving: Sequence[int]) -> int:
+    """Count the servers on this server's node that come before it.
+
+    Args:
+        mesh: the ranks.
+        serving: the servers' places; one that there is not counts for none.
+    """
+    nodes, before = mesh.nodes, serving[: serving.index(mesh.rank)]
     return sum(nodes[rank] == nodes[mesh.rank] for rank in before if rank < mesh.size)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from psframe.agreement import agree, tell
+from psframe.agreement import agree, local_server, tell
 from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.coding import Traffic
@@ -48,9 +48,9 @@ from psframe.results import diverged, interrupted_by, make_result, summarise
 from psframe.roles import (
     Grace,
     Overdue,
-    decline,
     describe,
     no_host_event,
+    open_worker,
     serve,
     serve_first,
     take_part,
@@ -299,9 +299,8 @@ class _ClusterRun:
             self._gpu = Sharing.of(device, mesh.rank, ids, mesh.nodes, mesh.names)
 
     def _server_gpu(self, plan: Plan) -> int | None:
-        rank, nodes = self.mesh.rank, self.mesh.nodes
-        local_server = sum(node == nodes[rank] for node in nodes[:rank])  # servers are in front
-        return choose_server_device(plan.server_device, local_server)
+        in_front = range(plan.servers)
+        return choose_server_device(plan.server_device, local_server(self.mesh, in_front))
 
     def _lead(
         self, plan: Plan, neighbours: Neighbours, watch: Watch
@@ -481,13 +480,15 @@ class _ClusterRun:
 
     def _work_as(self, plan: Plan, neighbours: Neighbours) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours, plan.pull_codec)
+        random_state = (self.restart.random or {}).get(endpoint.index)
         try:
-            device = self._open_device(plan, endpoint.index)
-            random_state = (self.restart.random or {}).get(endpoint.index)
-            worker = plan.build_worker(endpoint, device, random_state)
-        except Exception as error:  # CuPy's are many
+            worker, device = open_worker(
+                endpoint,
+                lambda: self._open_device(plan, endpoint.index),
+                lambda device: plan.build_worker(endpoint, device, random_state),
+            )
+        except Exception as error:  # which the others have heard of
             self._error = error
-            decline(endpoint, error)
         else:
             with limited_threads(neighbours.ranks_here):
                 self._error = take_part(self._interruptible_work, worker, device)

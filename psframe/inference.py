@@ -26,7 +26,7 @@ from psframe.optim import SGD
 from psframe.placement import Servers
 from psframe.runtime import run
 
-__all__ = ["Predictions", "confusion_matrix", "mean_loss", "predict"]
+__all__ = ["Predictions", "confusion_matrix", "mean_loss", "predict", "predict_alone"]
 
 # Samples in a leased block: large enough for one matrix product to be worth a message, small
 # enough to be shared among workers.
@@ -56,7 +56,6 @@ def predict(
     workers: int | None = None,
     device: str = "auto",
     comm: Any = None,
-    here: bool = False,
 ) -> Predictions | None:
     """Predict all samples of a dataset; every rank calls it with equal arguments.
 
@@ -65,7 +64,6 @@ def predict(
         params: of the model; rank 0's values count.
         data: the samples; augmentation is left out.
         servers, workers, device, comm: as for `psframe.run`.
-        here: compute in this process: it is the root, and the only rank that is left.
 
     Returns:
         The predictions in the data's order, on the root; None elsewhere.
@@ -74,11 +72,7 @@ def predict(
         What `psframe.run` raises; ArgumentError: a prediction is not finite; RankLost: a part of
         the predictions has not come.
     """
-    n = len(data)
-    block = min(_BLOCK_MAX, max(_BLOCK_MIN, -(-n // 8)))
-    wide = callable(getattr(model, "probabilities", None))
-    if here:
-        return _predict_here(model, params, data, block, wide, device)
+    n, block, wide = len(data), _block_of(data), _is_wide(model)
     copies = _share(params, servers=servers, workers=workers, device=device, comm=comm)
 
     def work(worker: Any) -> None:
@@ -115,9 +109,11 @@ def predict(
     return Predictions(answer.labels, answer.probabilities)
 
 
-def _predict_here(
-    model: Model, params: Mapping[str, Any], data: Dataset, block: int, wide: bool, device: str
+def predict_alone(
+    model: Model, params: Mapping[str, Any], data: Dataset, *, device: str = "auto"
 ) -> Predictions:
+    """Predict all samples of a dataset in this process, whoever else is left; see `predict`."""
+    block, wide = _block_of(data), _is_wide(model)
     given = {name: np.asarray(_host(p)) for name, p in params.items()}
     layout = Layout.of(given)
     opened = make_device(choose_device(device, worker=0), layout)
@@ -132,6 +128,16 @@ def _predict_here(
     finally:
         opened.close()
     return Predictions(answer.labels, answer.probabilities)
+
+
+def _block_of(data: Dataset) -> int:
+    """How many samples are predicted at a time."""
+    return min(_BLOCK_MAX, max(_BLOCK_MIN, -(-len(data) // 8)))
+
+
+def _is_wide(model: Model) -> bool:
+    """Whether the model tells probabilities."""
+    return callable(getattr(model, "probabilities", None))
 
 
 @dataclass(frozen=True)

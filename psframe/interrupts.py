@@ -52,12 +52,20 @@ def interrupting() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    before = {number: signal.signal(number, interrupt) for number in _heeded()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that interrupt, but for those that this process was started to ignore.
+
+    A shell does so with SIGINT in the background, where Ctrl-C is meant for somebody else.
+    """
+    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupts:
@@ -91,7 +99,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
-            self._before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
+            self._before = {n: signal.signal(n, self._handle) for n in _heeded()}
             self._before |= {n: signal.signal(n, self._ask) for n in _REQUESTS}
             self.asked = _noted[0] if _noted else ""
         return self

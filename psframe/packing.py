@@ -85,7 +85,7 @@ class GradientSlot:
 
     def __init__(self, layout: Layout, flat: Array) -> None:
         self.arrays: dict[str, Array] = layout.views(flat)
-        self.flat = self._flat = flat
+        self.flat = flat
         self._places = list(zip(layout.names, layout.offsets, layout.sizes, strict=True))
         targets = self.arrays.values()
         self._targets = list(zip(layout.names, layout.shapes, targets, strict=True))
@@ -125,7 +125,7 @@ class GradientSlot:
             target[...] = grad
         if not judge:
             return _NOT_JUDGED
-        flat = self._flat
+        flat = self.flat
         return self._verdict(float(np.vdot(flat, flat)) if self._few else _sum_of_blocks(flat))
 
     def write(self, grads: Mapping[str, Any], advance: Callable[[int], None]) -> None:
@@ -136,7 +136,7 @@ class GradientSlot:
             advance: called, some elements at a time, with how many are there from the start; not
                 with all.
         """
-        flat, length, told = self._flat, self._piece, 0
+        flat, length, told = self.flat, self._piece, 0
         for name, offset, size in self._places:
             source = grads[name]
             begin = 0
@@ -173,7 +173,7 @@ class GradientSlot:
             As `judge`, of what the slot holds now (so after a cast); (True, 0.0) unlooked at.
         """
         with _quietly():
-            summed = _Sum(self._flat, advance, self._piece, judge)
+            summed = _Sum(self.flat, advance, self._piece, judge)
             self._pack_in_pieces(grads, summed)
             return self._verdict(summed.all()) if judge else _NOT_JUDGED
 
@@ -186,7 +186,7 @@ class GradientSlot:
         Args:
             advance: as for `pack`.
         """
-        flat = self._flat
+        flat = self.flat
         if advance is None and flat.size <= _PIECE:
             return self._verdict(_sum_of_blocks(flat))
         with _quietly():
@@ -194,12 +194,12 @@ class GradientSlot:
 
     def norm(self, runs: Sequence[tuple[int, int]]) -> float:
         """Compute the Euclidean norm of some runs [begin, end) of the slot, which is finite."""
-        parts = (self._flat[begin:end].astype(np.float64) for begin, end in runs)
+        parts = (self.flat[begin:end].astype(np.float64) for begin, end in runs)
         with np.errstate(over="ignore"):
             return math.sqrt(sum(float(np.vdot(part, part)) for part in parts))
 
     def _pack_in_pieces(self, grads: Mapping[str, Any], summed: _Sum) -> None:
-        flat, length = self._flat, self._piece
+        flat, length = self.flat, self._piece
         for name, offset, size in self._places:
             source = grads[name]
             if (
@@ -222,7 +222,7 @@ class GradientSlot:
         return (True, math.sqrt(total)) if total < math.inf else self._look_again()
 
     def _look_again(self) -> tuple[bool, float]:
-        flat = self._flat
+        flat = self.flat
         if not bool(np.isfinite(flat).all()):
             return False, math.nan
         # Finite, but the squares overflow: elements above 1e19 in float32, 1e154 in float64.

@@ -35,7 +35,7 @@ from psframe.optim.base import Optimizer
 from psframe.optim.cuda import check_formula
 from psframe.paired import Card
 from psframe.placement import Checked
-from psframe.reads import Correcting, DeviceCorrecting
+from psframe.reads import Correcting, DeviceCorrecting, HostCorrecting
 from psframe.server import SLOTS, Server, ServerMemory
 from psframe.server_device import check_server_device
 from psframe.stale import Accept, Rule, as_rule
@@ -386,7 +386,7 @@ class Plan:
             if isinstance(store, DeviceStore) and corrects is not None:
                 correcting = DeviceCorrecting(store, corrects, workers, reads)
             else:
-                correcting = Correcting(store, correction, workers, reads, unscaled)
+                correcting = HostCorrecting(store, correction, workers, reads, unscaled)
         machine: Server
         if index:
             machine = Follower(index, workers, store, policy, memory, correcting)
@@ -470,14 +470,17 @@ def _fitting(name: str, codec: Codec | None, layout: Layout) -> Codec | None:
 
 def _check_kernels(optimizer: Any, layout: Layout) -> None:
     """Raise unless a GPU can apply the optimizer to all parameters."""
-    rules = [optimizer] if not hasattr(optimizer, "rule_of") else None
-    for rule in rules or [optimizer.rule_of(name) for name in layout.names]:
+    several = hasattr(optimizer, "rule_of")
+    for rule in [optimizer.rule_of(n) for n in layout.names] if several else [optimizer]:
         if not isinstance(rule, Optimizer):
             raise TypeError(
                 f"server_device: {optimizer!r} has no formula that a GPU could apply; take one of"
                 " psframe.optim, or server_device='cpu'"
             )
-        check_formula(rule.formula, len(rule.slots))
+        try:
+            check_formula(rule.formula, len(rule.slots))
+        except ValueError as error:
+            raise ValueError(f"server_device: {error}; or take server_device='cpu'") from None
 
 
 def _can_be_kept(optimizer: OptimizerLike, layout: Layout) -> bool:

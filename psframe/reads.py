@@ -7,6 +7,7 @@ worker at most are kept from being written, of which one it usually holds itself
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,40 +17,26 @@ from psframe.stale import Correction
 from psframe.stale.on_device import DeviceCorrection
 from psframe.store import Store
 
-__all__ = ["Correcting", "DeviceCorrecting"]
+__all__ = ["Correcting", "DeviceCorrecting", "HostCorrecting"]
 
 # A worker computes on the parameters that it has while it fetches the next ones.
 _READS_MAX = 2
 
 
-class Correcting:
-    """Corrects the stale gradients of one shard.
+class Correcting(ABC):
+    """Corrects the stale gradients of one shard, which it compares with what workers have read.
 
     Args:
         store: the shard's snapshots.
-        correction: the rule's.
         workers: W.
         reads: whether it needs what workers have read.
-        unscaled: the runs [begin, end) of the shard that are no gradients, but observations to be
-            averaged: they stay as they are.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        correction: Correction,
-        workers: int,
-        reads: bool,
-        unscaled: Sequence[tuple[int, int]] = (),
-    ) -> None:
+    def __init__(self, store: Store, workers: int, reads: bool) -> None:
         self._store = store
-        self._correction = correction
-        self._unscaled = unscaled
         self._keeps = reads
         # By worker, the versions that it may be computing on, and the buffers with them.
         self._reads: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
-        self._out: Array | None = None
-        self._before: Array | None = None
 
     def granted(self, worker: int, *, alone: bool, copied: int | None = None) -> None:
         """Keep the present parameters, which the worker is given.
@@ -70,6 +57,13 @@ class Correcting:
         assert index is not None, "there are two buffers a worker"
         reads.append((self._store.version, index))
 
+    def forget(self, worker: int) -> None:
+        """Let go what is kept for a worker."""
+        reads = self._reads[worker]
+        while reads:
+            self._store.release(reads.pop()[1])
+
+    @abstractmethod
     def correct(self, worker: int, version: int, grad: Array) -> Array:
         """Give the gradient that is to be applied, perhaps `grad`; then say what comes of it.
 
@@ -79,6 +73,45 @@ class Correcting:
                 for it, the gradient counts as computed on the present parameters.
             grad: only read.
         """
+
+    @abstractmethod
+    def settled(self, *, good: bool) -> None:
+        """Say whether an update with what was corrected last has been published."""
+
+    def _read(self, worker: int, version: int) -> int | None:
+        """Find the buffer with what a worker had read; let go what is older."""
+        reads = self._reads[worker]
+        while reads and reads[0][0] < version:
+            self._store.release(reads.pop(0)[1])
+        return reads[0][1] if reads and reads[0][0] == version else None
+
+
+class HostCorrecting(Correcting):
+    """Corrects the gradients of a shard in the host's memory.
+
+    Args:
+        store, workers, reads: as for `Correcting`.
+        correction: the rule's.
+        unscaled: the runs [begin, end) of the shard that are no gradients, but observations to be
+            averaged: they stay as they are.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        correction: Correction,
+        workers: int,
+        reads: bool,
+        unscaled: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(store, workers, reads)
+        self._correction = correction
+        self._unscaled = unscaled
+        self._out: Array | None = None
+        self._before: Array | None = None
+
+    def correct(self, worker: int, version: int, grad: Array) -> Array:
+        """Give the gradient that is to be applied, perhaps `grad`; see `Correcting`."""
         index = self._read(worker, version)
         params = read = self._store.params
         if index is not None:
@@ -97,13 +130,6 @@ class Correcting:
         self._before = params
         return corrected
 
-    def _read(self, worker: int, version: int) -> int | None:
-        """Find the buffer with what a worker had read; let go what is older."""
-        reads = self._reads[worker]
-        while reads and reads[0][0] < version:
-            self._store.release(reads.pop(0)[1])
-        return reads[0][1] if reads and reads[0][0] == version else None
-
     def settled(self, *, good: bool) -> None:
         """Say whether an update with what was corrected last has been published."""
         before, self._before = self._before, None
@@ -111,12 +137,6 @@ class Correcting:
             self._correction.applied(before, self._store.params)
         else:
             self._correction.rejected()
-
-    def forget(self, worker: int) -> None:
-        """Let go what is kept for a worker."""
-        reads = self._reads[worker]
-        while reads:
-            self._store.release(reads.pop()[1])
 
 
 class DeviceCorrecting(Correcting):
@@ -131,7 +151,7 @@ class DeviceCorrecting(Correcting):
     def __init__(
         self, store: DeviceStore, correction: DeviceCorrection, workers: int, reads: bool
     ) -> None:
-        super().__init__(store, _Unused(), workers, reads)
+        super().__init__(store, workers, reads)
         self._device_store = store
         self._device_correction = correction
         self._applied_to: Any = None
@@ -161,19 +181,6 @@ class DeviceCorrecting(Correcting):
                 self._device_correction.applied(card, before, store.device_params())
             else:
                 self._device_correction.rejected()
-
-
-class _Unused:
-    """Stands where a host's correction would."""
-
-    def correct(self, worker: int, grad: Array, params: Array, read: Array, out: Array) -> Array:
-        raise AssertionError("gradients are corrected on the device")
-
-    def applied(self, before: Array, after: Array) -> None:
-        raise AssertionError("gradients are corrected on the device")
-
-    def rejected(self) -> None:
-        raise AssertionError("gradients are corrected on the device")
 
 
 def _kind(value: object) -> str:

@@ -20,7 +20,7 @@ from psframe.devices import Device, choose_device, fit_memory, make_device
 from psframe.errors import RankLost
 from psframe.launcher import Place
 from psframe.plan import Plan
-from psframe.roles import decline, take_part
+from psframe.roles import open_worker, take_part
 from psframe.server_device import choose_server_device
 from psframe.transports.stand_in import StandIn
 from psframe.transports.watch import Pulse
@@ -63,10 +63,10 @@ def _work(
     plan.forget_initial()
     with contextlib.closing(Pulse(end.watch, _end)):
         try:
-            device = _open_device(plan, end)
-            worker = plan.build_worker(end, device)
-        except Exception as error:  # CuPy's are many
-            decline(end, error)
+            worker, device = open_worker(
+                end, lambda: _open_device(plan, end), lambda device: plan.build_worker(end, device)
+            )
+        except Exception as error:  # which the others have heard of
             end.close()
             return error
         with limited_threads(end.ranks_here):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
@@ -42,11 +43,11 @@ from psframe.saving import Saver
 from psframe.server import Server
 
 __all__ = [
+    "open_worker",
     "Grace",
     "Outgoing",
     "Overdue",
     "ServerPort",
-    "decline",
     "describe",
     "handle",
     "keeping_errors",
@@ -362,6 +363,28 @@ def keeping_errors(
     return kept
 
 
+def open_worker(
+    endpoint: Endpoint, open_device: Callable[[], Device], build: Callable[[Device], Worker]
+) -> tuple[Worker, Device]:
+    """Open a worker's device and make the worker, or leave as one that could not begin.
+
+    Raises:
+        Exception: why it could not; its GPU has no room, say. The device is closed.
+    """
+    try:
+        with contextlib.ExitStack() as undone:
+            device = open_device()
+            undone.callback(device.close)
+            worker = build(device)
+            undone.pop_all()
+    except Exception as error:  # CuPy's are many
+        for server in range(endpoint.servers):
+            failure = describe(error) if server == 0 else None
+            endpoint.send(server, Leave(endpoint.index, failure))
+        raise
+    return worker, device
+
+
 def take_part(
     work: Callable[[Worker], Any], worker: Worker, device: Device
 ) -> BaseException | None:
@@ -385,12 +408,6 @@ def take_part(
             raise
         _log.debug("worker %d: closing its device: %s", worker.index, raised)
     return error
-
-
-def decline(endpoint: Endpoint, error: BaseException) -> None:
-    """Leave as a worker that could not begin, such as one whose GPU has no room."""
-    for server in range(endpoint.servers):
-        endpoint.send(server, Leave(endpoint.index, describe(error) if server == 0 else None))
 
 
 def describe(error: BaseException) -> Failure:

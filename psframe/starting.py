@@ -58,7 +58,7 @@ def end_on_signals() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     if all(os.environ.get(name, "0") == "0" for name in _RANKS):
-        said = f"psframe: {signal.Signals(number).name} received before the run has begun\n"
+        said = f"psframe: {signal.Signals(number).name} received while no run is under way\n"
         with contextlib.suppress(OSError):  # nobody reads it; the status says as much
             os.write(2, said.encode())
     os._exit(_STATUS[signal.Signals(number)])

@@ -26,10 +26,10 @@ from psframe.results import diverged, ended_by, interrupted_by, make_result, sum
 from psframe.roles import (
     Grace,
     Overdue,
-    decline,
     describe,
     keeping_errors,
     no_host_event,
+    open_worker,
     serve,
     serve_first,
     take_part,
@@ -172,13 +172,15 @@ class _ThreadRun:
 
     def _take_part(self, index: int, device: str) -> None:
         endpoint = ThreadEndpoint(self._hub, index)
+        plan = self._plan
         try:
-            opened = make_device(device, self._plan.layout)
-            plan = self._plan
-            worker = plan.build_worker(endpoint, opened, self._random.get(index))
-        except Exception as error:  # CuPy's are many
+            worker, opened = open_worker(
+                endpoint,
+                lambda: make_device(device, plan.layout),
+                lambda opened: plan.build_worker(endpoint, opened, self._random.get(index)),
+            )
+        except Exception as error:  # which the others have heard of
             self._errors[index] = error
-            decline(endpoint, error)
             return
         try:
             take_part(self._work, worker, opened)

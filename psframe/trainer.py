@@ -24,7 +24,13 @@ from psframe.ending import Ending, name_of
 from psframe.errors import ArgumentError
 from psframe.events import HostEvent
 from psframe.history import EpochSummary, History, Onlookers, score
-from psframe.inference import Predictions, confusion_matrix, mean_loss, predict
+from psframe.inference import (
+    Predictions,
+    confusion_matrix,
+    mean_loss,
+    predict,
+    predict_alone,
+)
 from psframe.launcher import find_launcher
 from psframe.layout import Layout
 from psframe.models.base import Model, check_model, takes
@@ -299,7 +305,9 @@ class Trainer:
         if params is None:  # not the root: only names, shapes and dtypes count
             params = initial_params(self.model, self.seed)
         contract = Contract(self.model, data.n_classes)
-        return predict(contract, params, data, here=self._here, **self._placement)
+        if self._here:
+            return predict_alone(contract, params, data, device=self._placement["device"])
+        return predict(contract, params, data, **self._placement)
 
     def _evaluate(self, params: Mapping[str, Any] | None, data: Dataset) -> Evaluation | None:
         predictions = self._predict(params, data)

@@ -17,7 +17,7 @@ import pytest
 from psframe.errors import RunDirError
 from psframe.events import EpochDone, HostEvent, Logged
 from psframe.host import Host
-from psframe.interrupts import Interrupts
+from psframe.interrupts import Interrupts, interrupting
 from psframe.witness import Witness
 
 
@@ -151,6 +151,19 @@ def test_a_signal_is_a_verdict_and_an_exception(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
     assert said == [f"{number.name} received"]
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("entered", [interrupting, lambda: Interrupts(pytest.fail)])
+def test_a_signal_that_is_to_be_ignored_stays_ignored(entered: Any) -> None:
+    """As SIGINT is in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with entered():
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_that_is_held_waits_for_the_check() -> None:

@@ -13,7 +13,7 @@ from psframe import inference
 from psframe.data import Dataset
 from psframe.errors import ArgumentError, RankLost
 from psframe.gathering import AT, ROWS, Gather
-from psframe.inference import confusion_matrix, mean_loss, predict
+from psframe.inference import confusion_matrix, mean_loss, predict, predict_alone
 from psframe.layout import Layout
 from psframe.models import Softmax
 
@@ -48,13 +48,11 @@ class LabelsOnly:
 def test_one_process_may_predict_alone_as_many_do() -> None:
     samples, model = data(500), Softmax((3,), 3)
     found = predict(model, PARAMS, samples, workers=2)
-    alone = predict(model, PARAMS, samples, here=True)
+    alone = predict_alone(model, PARAMS, samples)
     assert found is not None
-    assert alone is not None
     np.testing.assert_array_equal(alone.labels, found.labels)
     np.testing.assert_array_equal(alone.probabilities, found.probabilities)
-    labels = predict(LabelsOnly(), PARAMS, samples, here=True)  # type: ignore[arg-type]
-    assert labels is not None
+    labels = predict_alone(LabelsOnly(), PARAMS, samples)  # type: ignore[arg-type]
     np.testing.assert_array_equal(
         labels.labels, LabelsOnly().predict(PARAMS, samples.batch(slice(None))[0])
     )

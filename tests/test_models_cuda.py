@@ -224,6 +224,20 @@ def test_an_overflow_halves_the_loss_scale_and_is_pushed_as_one(
     np.testing.assert_allclose(cupy.asnumpy(out["w1"]), finite, rtol=0.01, atol=1e-4)
 
 
+def test_an_overflow_of_a_layer_without_kernels_halves_the_loss_scale(cupy: FakeCupy) -> None:
+    model = MLP((6,), 3, hidden=(5,))
+    model.precision = "float16"
+    params, x, y = given(model, 4)
+    there = {key: cupy.asarray(p) for key, p in params.items()}
+    out = {key: cupy.empty_like(p) for key, p in there.items()}
+    model.loss_and_gradients(there, cupy.asarray(x), cupy.asarray(y), out=out)
+    (run,) = model._net._local.runs.values()
+    for gradient, scale in ((1.0, 2.0**15), (np.inf, 2.0**14)):
+        run.kernels.check(cupy.asarray(np.array([0.0, gradient], np.float32)))
+        model.loss_and_gradients(there, cupy.asarray(x), cupy.asarray(y), out=out)
+        assert state(model)[0] == scale
+
+
 def test_gradients_too_small_for_float16_are_not_lost(cupy: FakeCupy) -> None:
     model, plain = MLP((6,), 3, hidden=(5,)), MLP((6,), 3, hidden=(5,))
     model.precision = "float16"

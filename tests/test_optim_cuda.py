@@ -113,6 +113,13 @@ def test_names_that_cupy_reserves_are_refused() -> None:
         cuda.translate(formula, 0)
 
 
+def test_a_formula_without_a_source_is_refused() -> None:
+    there: dict[str, Any] = {}
+    exec("def typed(w, g): return w - g", there)
+    with pytest.raises(ValueError, match="formula typed: its source is not to be had"):
+        cuda.translate(there["typed"], 0)
+
+
 def c_program(rule: Any, ctype: str) -> str:
     """Wrap the kernel's text in the loop that CuPy would write around it."""
     text = cuda.translate(rule.formula, len(rule.slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,15 @@ from psframe.follower import Follower
 from psframe.interrupts import Interrupts
 from psframe.leader import Leader
 from psframe.plan import Plan
-from psframe.roles import Grace, Overdue, describe, handle, no_host_event, serve
+from psframe.roles import (
+    Grace,
+    Overdue,
+    describe,
+    handle,
+    no_host_event,
+    open_worker,
+    serve,
+)
 from psframe.store import HeapBuffers, buffer_count
 from psframe.transports.threads import ThreadHub, ThreadPort
 
@@ -208,3 +217,29 @@ def test_what_a_follower_says_goes_to_the_leader() -> None:
             roles.route(out, port, no_host_event)
     assert [event for to, event in port.sent if to == "leader"] == [Lost(0), Finished(1)]
     assert not [event for _, event in port.sent if isinstance(event, (Lease, Push))]
+
+
+class Opened:
+    """A device that says whether it has been closed."""
+
+    open = True
+
+    def close(self) -> None:
+        self.open = False
+
+
+def test_a_worker_that_cannot_be_made_leaves_and_closes_its_device() -> None:
+    sent: list[tuple[int, Any]] = []
+    endpoint: Any = SimpleNamespace(servers=2, index=1, send=lambda *what: sent.append(what))
+    device: Any = Opened()
+
+    def build(opened: Any) -> Any:
+        assert opened.open
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError):
+        open_worker(endpoint, lambda: device, build)
+    assert not device.open
+    (_, first), second = sent
+    assert first.failure.type == "MemoryError"
+    assert second == (1, Leave(1, None))

@@ -17,7 +17,7 @@ from psframe.device_store import DeviceStore
 from psframe.layout import Layout
 from psframe.optim import Average, Grouped, cuda
 from psframe.plan import Plan
-from psframe.reads import Correcting, DeviceCorrecting
+from psframe.reads import DeviceCorrecting, HostCorrecting
 from psframe.server_device import Card, check_server_device, choose_server_device
 from psframe.stale.on_device import as_device_correction
 from psframe.store import HeapBuffers, Store, buffer_count
@@ -92,7 +92,7 @@ class Pair:
             on_device = as_device_correction(made[1])
             assert on_device is not None
             self.correcting = [
-                Correcting(self.cpu, made[0], workers, against.needs_read, runs),
+                HostCorrecting(self.cpu, made[0], workers, against.needs_read, runs),
                 DeviceCorrecting(self.gpu, on_device, workers, against.needs_read),
             ]
 

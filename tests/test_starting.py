@@ -48,7 +48,7 @@ def test_a_signal_while_it_is_imported(
 ) -> None:
     done = start(tmp_path, name, *words)
     assert (done.returncode, done.stdout) == (status, "")
-    assert done.stderr == f"psframe: {name} received before the run has begun\n"
+    assert done.stderr == f"psframe: {name} received while no run is under way\n"
     assert not (tmp_path / "runs").exists()
 
 

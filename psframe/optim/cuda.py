@@ -207,7 +207,13 @@ class _Names(NamedTuple):
 
 def _parse(formula: Callable[..., Any]) -> tuple[list[ast.stmt], list[str]]:
     """Read the statements of a formula, and the names of its arguments."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(formula))).body[0]
+    try:
+        source = inspect.getsource(formula)
+    except OSError:
+        raise ValueError(
+            f"formula {formula.__name__}: its source is not to be had; define it in a file"
+        ) from None
+    tree = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(tree, ast.FunctionDef)
     arguments = [argument.arg for argument in tree.args.args]
     for name in arguments:

@@ -92,6 +92,10 @@ class Kernels:
         self._memory = memory
         self._run = _functions(xp, storage)
 
+    def check(self, grad: Any) -> None:
+        """Note whether a float32 gradient is finite."""
+        self.bad |= ~self._xp.isfinite(grad).all()
+
     # ---- values by themselves
 
     def cast(self, x: Any, y: Any) -> Any:

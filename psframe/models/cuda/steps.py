@@ -78,6 +78,7 @@ class _Plain(Step):
         if run.kernels.scaled:
             for name, grad in grads.items():
                 if name not in self.layer.averages:
+                    run.kernels.check(grad)
                     grad *= run.kernels.state[1:2]
         return g
 
