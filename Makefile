@@ -56,7 +56,8 @@ test: .venv/.installed-dev .venv-mpich/.installed-dev ## Run all tests: without 
 	    tests/mpi/run $$venv $$ranks; done; done
 
 test-laws: .venv/.installed-dev ## Run the slow tests: the laws of asynchronous training by their full protocols.
-	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -m slow tests </dev/null
+	timeout --kill-after=10 $(TEST_LIMIT_S) .venv/bin/python -m pytest -q -n $(TEST_PROCESSES) \
+	    --dist loadgroup -m slow tests </dev/null
 
 test-slurm: .venv/.installed .venv-mpich/.installed ## Run the Slurm examples on a Slurm of one node (root; Debian's slurm-wlm and munge).
 	timeout --kill-after=30 $(TEST_LIMIT_S) tests/slurm/run.sh </dev/null
