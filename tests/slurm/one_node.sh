@@ -47,6 +47,8 @@ chmod 400 "$folder/munge/key"
 chmod 700 "$folder/munge"
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=psframe
+# Never twice the same: MPICH names its shared memory after job and step, and a killed one leaves it.
+FirstJobId=$(($(date +%s) % 60000000 + 1))
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$(free_port)
 SlurmdPort=$(free_port)
