@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def _starts_jobs(file: Path) -> bool:
     helpers = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
     beside = (file.with_name(f"{name}.py") for name in helpers)
     return "mpirun" in text or any("mpirun" in h.read_text("utf-8") for h in beside if h.exists())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _folder_of_launchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the jobs that tests start a folder of their own.
+
+    An Open MPI mpirun that is killed leaves a folder named after its process in TMPDIR, and another
+    one that happens to have the same number fails in it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not _under_launcher:
+            patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("launchers")))
+        yield
 
 
 @functools.cache

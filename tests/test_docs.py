@@ -28,7 +28,9 @@ SHOWN = (
 def environment() -> dict[str, str]:
     """One in which `psframe` and `python` are those of this checkout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
-    kept = {k: v for k, v in os.environ.items() if k.startswith(("OMPI_", "PRTE_", "OMP_"))}
+    kept = {
+        k: v for k, v in os.environ.items() if k.startswith(("OMPI_", "PRTE_", "OMP_", "TMPDIR"))
+    }
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": "/tmp", "TERM": "dumb"}
 
 

@@ -1,5 +1,6 @@
 """The README's programs run as they stand there, and what it says of flags and files is so."""
 
+import os
 import re
 import subprocess
 import sys
@@ -89,11 +90,12 @@ def run_command(command: str, folder: Path) -> str:
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
     }
+    given = {"TMPDIR": os.environ["TMPDIR"]}
     path = f"{VENV}:/usr/bin:/bin"
     done = subprocess.run(
         ["bash", "-c", f'psframe() {{ python -m psframe "$@"; }}; {command}'],
         cwd=folder,
-        env={**root, **crowd, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": "/tmp"},
+        env={**root, **crowd, **given, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": "/tmp"},
         capture_output=True,
         text=True,
         timeout=100,

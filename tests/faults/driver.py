@@ -138,7 +138,8 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**clean, **SETTINGS},
+            # A killed mpirun leaves its folder there; another one with its number would fail in it.
+            env={**clean, **SETTINGS, "TMPDIR": str(folder)},
             cwd=folder,
             start_new_session=True,
         )
