@@ -20,12 +20,12 @@ from psframe.doctor.__main__ import main
 from psframe.doctor.case import Case, Finding, Unknown, Verdict, gather
 from psframe.doctor.checks import CHECKS, Row, diagnose, exit_status
 from psframe.doctor.folder import exercise, sees_token, try_folder
-from psframe.doctor.gpus import gpus, takes_device_pointers
+from psframe.doctor.gpus import gpus
 from psframe.doctor.local import local_probes
 from psframe.doctor.ranks import _trouble
 from psframe.doctor.showing import report_lines
 from psframe.doctor.software import requirements, versions
-from psframe.doctor.throwaway import alone, ask
+from psframe.throwaway import alone, ask, takes_device_pointers
 
 OK, WARNING, ERROR, UNKNOWN = Verdict.OK, Verdict.WARNING, Verdict.ERROR, Verdict.UNKNOWN
 GIB, MIB = 1 << 30, 1 << 20
@@ -368,7 +368,7 @@ def test_lines_are_not_wider_than_they_may_be_and_nothing_moves_the_cursor() -> 
 
 
 def asked(code: str, *, timeout_s: float = BOUND_S, given: Any = None) -> Any:
-    program = f"from psframe.doctor.throwaway import answer\n{code}"
+    program = f"from psframe.throwaway import answer\n{code}"
     return ask([sys.executable, "-c", program], timeout_s=timeout_s, given=given)
 
 

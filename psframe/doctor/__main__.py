@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from psframe.doctor.case import Case, Unknown, gather
 from psframe.doctor.checks import diagnose, exit_status
 from psframe.doctor.folder import try_folder
-from psframe.doctor.gpus import gpus, takes_device_pointers
+from psframe.doctor.gpus import gpus
 from psframe.doctor.local import local_probes
 from psframe.doctor.ranks import meet
 from psframe.doctor.showing import show
@@ -20,6 +20,7 @@ from psframe.errors import ArgumentError
 from psframe.launcher import find_launcher
 from psframe.machine import MPICH, find_mpirun
 from psframe.output import give_up_printing, parse_flags
+from psframe.throwaway import takes_device_pointers
 
 _DESCRIPTION = """\
 Say whether this machine, and this way of starting ranks, is fit for psframe.

@@ -7,16 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from psframe.throwaway import Unknown
+
 __all__ = ["Case", "Facts", "Finding", "Node", "Unknown", "Verdict", "gather"]
 
 # Names of groups to what was found; a group that could not be found out is {"unknown": reason}.
 Facts: TypeAlias = Mapping[str, Any]
 
 _UNKNOWN = "unknown"
-
-
-class Unknown(Exception):
-    """Raised where something cannot be found out; the message is the reason."""
 
 
 class Verdict(enum.Enum):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from psframe.doctor.case import Unknown
-from psframe.doctor.throwaway import answer, ask
+from psframe.throwaway import answer, ask
 
 __all__ = ["NAME", "exercise", "sees_token", "try_folder"]
 

@@ -1,7 +1,6 @@
-"""GPUs as CuPy and the system see them, and whether MPI takes a device pointer.
+"""GPUs as CuPy and the system see them.
 
-CuPy is asked in processes of its own: a driver that is broken hangs or crashes whoever asks it, and
-an MPI that is not CUDA-aware dies of a device pointer.
+CuPy is asked in a process of its own: a driver that is broken hangs or crashes whoever asks it.
 """
 
 from __future__ import annotations
@@ -13,18 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from psframe.doctor.case import Unknown
-from psframe.doctor.throwaway import alone, ask
+from psframe.throwaway import Unknown, ask
 
-__all__ = ["gpus", "takes_device_pointers"]
+__all__ = ["gpus"]
 
 # The first use of a GPU compiles a kernel, and wakes a driver that nobody keeps awake.
 _BOUND_S = 90.0
 
-_ANSWER = "from psframe.doctor.throwaway import answer\n"
-_ASK_CUPY = (
-    _ANSWER
-    + """
+_ASK_CUPY = """
+from psframe.throwaway import answer
 import cupy
 if not cupy.is_available():
     answer({"devices": [], "error": ""})
@@ -43,18 +39,6 @@ for ordinal in range(runtime.getDeviceCount()):
     devices.append({"name": name, "uuid": bytes(uuid).hex(), "bytes": found["totalGlobalMem"]})
 answer({"devices": devices, "error": error[:400]})
 """
-)
-_ASK_MPI = (
-    _ANSWER
-    + """
-import cupy
-from mpi4py import MPI
-there, back = cupy.arange(1024, dtype="f4"), cupy.zeros(1024, "f4")
-cupy.cuda.get_current_stream().synchronize()
-MPI.COMM_SELF.Sendrecv(there, 0, recvbuf=back, source=0)
-answer(bool((there == back).all()))
-"""
-)
 
 
 def gpus(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -83,14 +67,3 @@ def gpus(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise Unknown(f"CuPy's answer: {said!r}")
     return {**found, **said}
-
-
-def takes_device_pointers() -> dict[str, Any]:
-    """Give a device pointer to MPI, in a process that may die of it: {"value": ..., "by": ...}."""
-    try:
-        value = ask([sys.executable, "-c", _ASK_MPI], timeout_s=_BOUND_S, environ=alone())
-    except Unknown as error:
-        if "SIGSEGV" not in str(error) and "SIGBUS" not in str(error):
-            raise
-        value = False
-    return {"value": value is True, "by": "a device pointer that it was given"}

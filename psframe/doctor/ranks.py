@@ -20,10 +20,10 @@ from typing import Any
 
 from psframe.doctor.case import Unknown, gather
 from psframe.doctor.folder import NAME, sees_token
-from psframe.doctor.throwaway import answer, ask
 from psframe.errors import LaunchError
 from psframe.launcher import find_launcher, starting_mpi
 from psframe.machine import NO_LIBRARY
+from psframe.throwaway import answer, ask
 from psframe.transports.shared_memory import Segment
 
 __all__ = ["meet"]

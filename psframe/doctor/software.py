@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from psframe.doctor.case import Unknown
-from psframe.doctor.throwaway import answer, ask
+from psframe.throwaway import answer, ask
 
 __all__ = ["NAMES", "ask_numba", "requirements", "versions"]
 

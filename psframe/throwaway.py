@@ -1,4 +1,8 @@
-"""Questions to processes that can be thrown away: they may hang, crash, or never start."""
+"""Questions to processes that can be thrown away: they may hang, crash, or never start.
+
+Whether MPI takes a device pointer is one, for a run and the doctor alike: an MPI that is not
+CUDA-aware dies of it.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,33 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psframe.doctor.case import Unknown
-
-__all__ = ["alone", "answer", "ask"]
+__all__ = ["Unknown", "alone", "answer", "ask", "takes_device_pointers"]
 
 # What a library prints besides is told apart by this.
 _MARK = "psframe-doctor: "
 # A process that a dead file system holds does not die of SIGKILL; it is left behind.
 _DEATH_BOUND_S = 2.0
 _REASON_CHARS_MAX = 400
+
+# The first use of a GPU compiles a kernel, and wakes a driver that nobody keeps awake.
+POINTER_BOUND_S = 90.0
+_ASK_MPI = """
+from psframe.throwaway import answer
+import cupy
+from mpi4py import MPI
+there, back = cupy.arange(1024, dtype="f4"), cupy.zeros(1024, "f4")
+cupy.cuda.get_current_stream().synchronize()
+MPI.COMM_SELF.Sendrecv(there, 0, recvbuf=back, source=0)
+answer(bool((there == back).all()))
+"""
+
+
+class Unknown(Exception):
+    """Raised where something cannot be found out; the message is the reason."""
 
 
 def answer(value: Any) -> None:
@@ -110,3 +129,18 @@ def alone(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Give an environment without what a launcher has set, for a process that is no rank."""
     launchers = ("OMPI_COMM", "OMPI_MCA_", "PMI_", "PMIX_", "PMI2_", "PRTE_", "SLURM_", "HYDRA_")
     return {name: value for name, value in environ.items() if not name.startswith(launchers)}
+
+
+def takes_device_pointers() -> dict[str, Any]:
+    """Give a device pointer to MPI, in a process that may die of it: {"value": ..., "by": ...}.
+
+    Raises:
+        Unknown: there was no answer, and the pointer need not be the reason.
+    """
+    try:
+        value = ask([sys.executable, "-c", _ASK_MPI], timeout_s=POINTER_BOUND_S, environ=alone())
+    except Unknown as error:
+        if "SIGSEGV" not in str(error) and "SIGBUS" not in str(error):
+            raise
+        value = False
+    return {"value": value is True, "by": "a device pointer that it was given"}
