@@ -189,7 +189,7 @@ class Bus:
         self._snapshot = self._segment.array(1)
         self._snapshot[:] = 0.0
         self._device = CudaDevice(0, layout)
-        self._grads = self._device.staging({})
+        self._grads = self._device.staging(0, {})
         self._pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(4 * size), np.float32, size)
         self._bare = cupy.empty(size, np.float32)
         self._bare[:] = 0.0

@@ -207,7 +207,7 @@ class Worker:
         slot = self._slot(index)
         staging = self._staging[index]
         if staging is None:
-            arrays = slot.arrays if self._on_host else self._device.staging(slot.arrays)
+            arrays = slot.arrays if self._on_host else self._device.staging(index, slot.arrays)
             staging = self._staging[index] = MappingProxyType(arrays)
         return staging
 

@@ -36,6 +36,7 @@ from psframe.devices import (
 )
 from psframe.errors import CheckpointError, Diverged, Interrupted, RankLost, WorkerFailed
 from psframe.events import Failure
+from psframe.gpu_direct import decide, explain
 from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.launcher import Launcher
@@ -64,6 +65,7 @@ from psframe.transports.leaving import part, part_alone
 from psframe.transports.meeting import Neighbours, meet
 from psframe.transports.mpi import SETUP_BOUND_S, Mesh, abort, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
+from psframe.transports.mpi_facts import cuda_support
 from psframe.transports.mpi_port import MpiServerPort
 from psframe.transports.parting import Ending, tell_end
 from psframe.transports.replacements import Replacements
@@ -185,6 +187,7 @@ class _ClusterRun:
         self.absent: Mapping[int, Callable[[], bool]] = {}
         self._error: BaseException | None = None  # what this rank's own `work` raised
         self._gpu: Sharing | None = None  # where a worker computes, if not on the CPU
+        self._direct = False  # whether device pointers are given to MPI
         self.restart = Restart()
 
     # ---- the run -------------------------------------------------------------------------
@@ -218,6 +221,9 @@ class _ClusterRun:
             mesh, plan.layout, plan.servers, self._shared_memory, stays_open=stays_open
         )
         self._share_gpus(plan, neighbours)
+        wrong = self._share_direct(plan, neighbours)
+        if wrong is not None:
+            return None, wrong
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         self._share_signals(watch)
         with contextlib.closing(Pulse(watch, self.abort)):
@@ -297,6 +303,26 @@ class _ClusterRun:
         ids = mesh.all_gather(identify(device), "the GPUs")
         if device != "cpu":
             self._gpu = Sharing.of(device, mesh.rank, ids, mesh.nodes, mesh.names)
+
+    def _share_direct(self, plan: Plan, neighbours: Neighbours) -> Exception | None:
+        """Decide whether device pointers are given to MPI; the error, on all, if they cannot be."""
+        mesh, servers = self.mesh, plan.servers
+        if plan.gpu_direct != "on" and plan.device == plan.server_device == "cpu":
+            return None
+        others = range(servers) if mesh.rank >= servers else range(servers, mesh.size)
+        decision = decide(
+            mesh,
+            plan.gpu_direct,
+            on_gpu=self._gpu is not None,
+            apart=any(rank not in neighbours.segments for rank in others),
+            ask=cuda_support,
+        )
+        self._direct = decision.direct
+        if decision.error is not None:
+            self.verdict_of(decision.error)
+        elif mesh.rank == 0 and decision.why:
+            _log.info("%s", explain(decision, **plan.leaves_devices))
+        return decision.error
 
     def _server_gpu(self, plan: Plan) -> int | None:
         in_front = range(plan.servers)
@@ -484,7 +510,7 @@ class _ClusterRun:
         try:
             worker, device = open_worker(
                 endpoint,
-                lambda: self._open_device(plan, endpoint.index),
+                lambda: self._open_device(plan, endpoint),
                 lambda device: plan.build_worker(endpoint, device, random_state),
             )
         except Exception as error:  # which the others have heard of
@@ -494,13 +520,14 @@ class _ClusterRun:
                 self._error = take_part(self._interruptible_work, worker, device)
         endpoint.close()
 
-    def _open_device(self, plan: Plan, worker: int) -> Device:
+    def _open_device(self, plan: Plan, endpoint: MpiEndpoint) -> Device:
         gpu = self._gpu
         if gpu is None:
             if plan.device == "auto":
-                _log.info("worker %d computes on the CPU: there is no GPU", worker)
+                _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
             return make_device("cpu", plan.layout)
-        device = make_device(gpu.gpu, plan.layout)
+        door = endpoint if self._direct and endpoint.takes_devices else None
+        device = make_device(gpu.gpu, plan.layout, door, **plan.leaves_devices)
         announce(gpu, fit_memory(gpu.gpu, len(gpu.users)))
         return device
 

@@ -27,6 +27,7 @@ from psframe.errors import ArgumentError
 from psframe.events import HostEvent
 from psframe.exchange import Endpoint
 from psframe.follower import Follower
+from psframe.gpu_direct import check_gpu_direct
 from psframe.layout import Array, Layout
 from psframe.leader import Leader, Score
 from psframe.ledger import Ledger
@@ -139,6 +140,7 @@ class Plan:
     codec: Codec | None = None
     pull_codec: Codec | None = None
     server_device: str = "cpu"  # where the servers' shards are
+    gpu_direct: str = "auto"  # whether device pointers are given to MPI
 
     @classmethod
     def check(
@@ -167,6 +169,7 @@ class Plan:
         codec: Codec | None = None,
         pull_codec: Codec | None = None,
         server_device: str = "cpu",
+        gpu_direct: str = "auto",
     ) -> Plan:
         """Check the arguments.
 
@@ -239,6 +242,7 @@ class Plan:
             codec=_checked_codec("codec", codec, optimizer, layout),
             pull_codec=_fitting("pull_codec", as_pull_codec("pull_codec", pull_codec), layout),
             server_device=server_device,
+            gpu_direct=check_gpu_direct(gpu_direct),
         )
 
     def placed(self, serving: tuple[int, ...]) -> Plan:
@@ -288,6 +292,18 @@ class Plan:
         normed = self.clip_norm is not None or self.stale.needs_norm
         return self.servers > 1 or together or normed
 
+    @property
+    def leaves_devices(self) -> dict[str, bool]:
+        """Whether gradients and parameters may be given to MPI on a worker's GPU.
+
+        Codecs read them on the host, as does what measures a part of a gradient.
+        """
+        measures = self.judges and self.measured is not None
+        return {
+            "gradients": self.codec is None and not measures,
+            "parameters": self.pull_codec is None,
+        }
+
     def build_worker(
         self, endpoint: Endpoint, device: Device, random_state: Numbers | None = None
     ) -> Worker:
@@ -318,6 +334,7 @@ class Plan:
             "servers": self.placement,
             "device": self.device,
             "server_device": self.server_device,
+            "gpu_direct": self.gpu_direct,
             "seed": self.seed,
             "max_updates": self.max_updates,
             "clip_norm": self.clip_norm,

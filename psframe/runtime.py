@@ -11,6 +11,7 @@ from psframe.cadence import parse_cadence
 from psframe.client import Worker
 from psframe.codecs import Codec
 from psframe.consistency import Async, Mode
+from psframe.errors import ArgumentError
 from psframe.host import Host
 from psframe.launcher import find_launcher, find_place, starting_mpi
 from psframe.leader import Score
@@ -43,6 +44,7 @@ def run(
     workers: int | None = None,
     device: str = "auto",
     server_device: str = "cpu",
+    gpu_direct: str = "auto",
     seed: int = 0,
     max_updates: int | None = None,
     run_dir: str | Path | None = None,
@@ -83,8 +85,11 @@ def run(
         device: "auto" (a GPU if CuPy can use one), "cpu", "cuda" or "cuda:k".
         server_device: where the servers' parameters are, and are updated: "cpu", "cuda" (server k
             of a node takes its GPU k, and the next one again the first after the last) or
-            "cuda:k". Gradients and what workers pull still go through the host's memory. The
+            "cuda:k". On a node, gradients and what workers pull go through the host's memory. The
             optimizer is one of `psframe.optim`, or one with a formula as theirs.
+        gpu_direct: whether MPI is given arrays where they are, on a GPU, between ranks that share
+            no memory: "auto", where MPI is known to take them; "on", which is an error on every
+            rank where it is not; "off", where nobody asks it. docs/gpu.md says what goes so.
         seed: decides `worker.rng` and the order of leased samples.
         max_updates: stop at exactly this version.
         run_dir: folder for config.toml, metrics.jsonl and status.json, written by rank 0;
@@ -160,6 +165,7 @@ def run(
             placement=placement,
             device=device,
             server_device=server_device,
+            gpu_direct=gpu_direct,
             seed=seed,
             max_updates=max_updates,
             clip_norm=clip_norm,
@@ -184,6 +190,7 @@ def run(
             "servers": checked.placement,
             "device": checked.device,
             **({} if server_device == "cpu" else {"server_device": server_device}),
+            **({} if gpu_direct == "auto" else {"gpu_direct": gpu_direct}),
             "seed": checked.seed,
             **({} if checked.max_updates is None else {"max_updates": checked.max_updates}),
             **({} if checked.clip_norm is None else {"clip_norm": checked.clip_norm}),
@@ -204,6 +211,11 @@ def run(
 
     if alone:
         checked = plan()
+        if checked.gpu_direct == "on":
+            raise ArgumentError(
+                "gpu_direct: 'on' gives arrays on GPUs to MPI, and this is one process without it;"
+                " start several with mpirun, or take gpu_direct='auto'"
+            )
         check_threads("servers", checked.servers)
         count = 1 if workers is None else workers
         check_threads("workers", count)

@@ -183,6 +183,9 @@ class Settings:
     server_device: Literal["cpu", "cuda"] = "cpu"
     """where servers keep and update parameters; cuda gives them the GPUs of their node in turn"""
 
+    gpu_direct: Literal["auto", "on", "off"] = "auto"
+    """under mpirun: give MPI arrays on GPUs between nodes; auto, if MPI is known to take them"""
+
     timeout_s: float = TIMEOUT_S
     """under mpirun: seconds without a sign of life after which a rank counts as lost"""
 

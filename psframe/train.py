@@ -250,6 +250,7 @@ def _prepare(
         device=settings.device,
         precision=settings.precision,
         server_device=settings.server_device,
+        gpu_direct=settings.gpu_direct,
         servers=settings.placement(),
         workers=workers,
         run_dir=settings.run_dir,

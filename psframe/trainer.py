@@ -107,7 +107,7 @@ class Trainer:
         precision: "float32", "tf32", "bfloat16" or "float16": the arithmetic on GPUs, of models
             that have an attribute `precision`, which is set; None leaves it. The servers' is
             float32 in any case.
-        server_device: as for `psframe.run`.
+        server_device, gpu_direct: as for `psframe.run`.
         servers, workers, overwrite, checkpoint_every, keep_checkpoints: as for `psframe.run`.
         resume, clip_norm, stale, codec, pull_codec, timeout_s, respawn, comm, config: as for
             `psframe.run`.
@@ -139,6 +139,7 @@ class Trainer:
         device: str = "auto",
         precision: str | None = None,
         server_device: str = "cpu",
+        gpu_direct: str = "auto",
         servers: Servers = 1,
         workers: int | None = None,
         run_dir: str | Path | None = None,
@@ -191,6 +192,7 @@ class Trainer:
         self._run_arguments: dict[str, Any] = {
             "optimizer": _with_averages(optimizer, model),
             "server_device": server_device,
+            "gpu_direct": gpu_direct,
             "mode": Async() if mode is None else mode,
             "seed": seed,
             "run_dir": run_dir,

@@ -90,7 +90,7 @@ class FakeStream:
 class FakeRuntime:
     """The calls of the CUDA runtime that are used, with their values."""
 
-    memcpyHostToDevice, memcpyDeviceToHost = 1, 2
+    memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = 1, 2, 3
 
     def __init__(self, cuda: FakeCuda, gpus: int, total: int) -> None:
         self.cuda, self.gpus, self.total = cuda, gpus, total
@@ -129,6 +129,20 @@ class FakeRuntime:
         return any(a <= host and host + n_bytes <= a + n for a, n in ranges)
 
     def memcpyAsync(self, target: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
+        if kind == self.memcpyDeviceToDevice:
+            assert self.cuda.is_device(source, n_bytes), "not on the device"
+            assert self.cuda.is_device(target, n_bytes), "not on the device"
+            self.copies.append((kind, n_bytes))
+            ends = [(target, n_bytes), (source, n_bytes)]
+            self.cuda.under_way += ends
+
+            def copy_here() -> None:
+                ctypes.memmove(target, source, n_bytes)
+                for end in ends:
+                    self.cuda.under_way.remove(end)
+
+            self.cuda.stream_at(stream).add(copy_here)
+            return
         host = target if kind == self.memcpyDeviceToHost else source
         assert self.reaches(host, n_bytes), "not pinned"
         if kind == self.memcpyDeviceToHost:
@@ -184,6 +198,7 @@ class FakeCuda:
         self.pinned: dict[int, int] = {}
         self.places: dict[int, int] = {}
         self.under_way: list[tuple[int, int]] = []
+        self.device_memory: dict[int, int] = {}
         self.eager = False
         self.broken = False  # a kernel has failed: what waits raises from then on
         self.runtime = FakeRuntime(self, gpus, total)
@@ -209,6 +224,17 @@ class FakeCuda:
     def reach(self, place: tuple[FakeStream, int] | None) -> None:
         if place is not None:
             place[0].run_to(place[1])
+
+    def allocated(self, memory: np.ndarray) -> np.ndarray:
+        """Note that memory is the device's, as long as it lives."""
+        address = memory.ctypes.data
+        self.device_memory[address] = memory.nbytes
+        weakref.finalize(memory, self.device_memory.pop, address, None)
+        return memory
+
+    def is_device(self, address: int, n_bytes: int) -> bool:
+        ranges = tuple(self.device_memory.items())
+        return any(a <= address and address + n_bytes <= a + n for a, n in ranges)
 
     def copying(self) -> list[int]:
         return [address for address, _ in self.under_way]
@@ -247,6 +273,7 @@ class FakeArray:
     def __init__(self, cupy: FakeCupy, memory: np.ndarray, ordinal: int = 0) -> None:
         self.cupy, self.memory = cupy, memory
         self.shape, self.dtype, self.size = memory.shape, memory.dtype, memory.size
+        self.nbytes, self.itemsize = memory.nbytes, memory.itemsize
         self.data = SimpleNamespace(ptr=memory.ctypes.data)
         self.device = SimpleNamespace(id=ordinal)
 
@@ -258,6 +285,16 @@ class FakeArray:
         assert np.shares_memory(view, self.memory) or not view.size
         return FakeArray(self.cupy, view, self.device.id)
 
+    def view(self, dtype: Any) -> FakeArray:
+        return FakeArray(self.cupy, self.memory.view(dtype), self.device.id)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        assert self.memory.flags.c_contiguous
+        data = self.data.ptr, False
+        typestr = self.dtype.str
+        return {"shape": self.shape, "typestr": typestr, "data": data, "version": 3}
+
     def __setitem__(self, key: Any, value: Any) -> None:
         target = self.memory[key]
         self.queue(lambda: np.copyto(target, host_of(value)))
@@ -266,7 +303,7 @@ class FakeArray:
         self.cupy.cuda.get_current_stream().add(operation)
 
     def made(self, compute: Callable[[], Any], shape: tuple[int, ...], dtype: Any) -> FakeArray:
-        result = np.empty(shape, dtype)
+        result = self.cupy.cuda.allocated(np.empty(shape, dtype))
         result.reshape(-1).view(np.uint8)[:] = 0xFF  # NaN
         self.queue(lambda: np.copyto(result, compute(), casting="unsafe"))
         return FakeArray(self.cupy, result, self.device.id)
@@ -395,8 +432,10 @@ class FakeCupy(ModuleType):
         return self.pool
 
     def empty(self, size: int, dtype: Any) -> FakeArray:
-        memory = np.empty(size, dtype)
+        """Memory that its last user has still to write to, on the current stream."""
+        memory = self.cuda.allocated(np.empty(size, dtype))
         memory.view(np.uint8)[:] = 0xFF
+        self.cuda.get_current_stream().add(lambda: memory.view(np.uint8).fill(0xFF))
         return FakeArray(self, memory, self.cuda.current_device())
 
     def ascontiguousarray(self, array: FakeArray, dtype: Any) -> FakeArray:

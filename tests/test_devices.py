@@ -192,7 +192,7 @@ def test_the_host_copies_nothing() -> None:
     assert isinstance(device, HostDevice)
     views = LAYOUT.views(np.arange(9, dtype=np.float32))
     assert device.accept(views, "") is views
-    assert all(device.staging(views)[name] is view for name, view in views.items())
+    assert all(device.staging(0, views)[name] is view for name, view in views.items())
     device.close()
 
 

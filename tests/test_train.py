@@ -147,8 +147,8 @@ def test_what_changes_when_a_run_goes_on_is_said(
 
 
 def test_of_every_setting_it_is_known_what_it_means_to_change_it_on_going_on() -> None:
-    free = "servers workers device server_device no_prefetch timeout_s respawn run_dir show"
-    free += " tensorboard trace checkpoint_every keep_checkpoints resume overwrite config"
+    free = "servers workers device server_device gpu_direct no_prefetch timeout_s respawn run_dir"
+    free += " show tensorboard trace checkpoint_every keep_checkpoints resume overwrite config"
     known = [*resuming._FIXED, *resuming._TOLD, *free.split()]
     assert sorted(known) == sorted(field.name for field in dataclasses.fields(Settings))
 

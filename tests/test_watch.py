@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from psframe.errors import RankLost
@@ -273,6 +276,23 @@ def _transfers(dead: list[int]) -> tuple[Transfers, Unwatched, Callable[[str], C
     transfers = Transfers(watch)
     transfers.done = done  # type: ignore[attr-defined]
     return transfers, watch, lambda name: lambda: done.append(name)
+
+
+def test_an_array_lives_as_long_as_its_transfer_also_of_one_that_is_given_up() -> None:
+    """Of memory on a device nobody else may have a reference, and MPI counts none."""
+    dead: list[int] = []
+    transfers, _, then = _transfers(dead)
+    arrays = [np.zeros(3), np.zeros(3)]
+    alive = [weakref.ref(array) for array in arrays]
+    transfers.add([FakeRequest([False, True])], then("left"), peer=1, keep=arrays.pop())
+    failure = RuntimeError("a process has failed")
+    transfers.add([FakeRequest([failure])], then("never"), peer=2, keep=arrays.pop())
+    dead.append(2)
+    transfers.progress()
+    assert all(one() is not None for one in alive)
+    transfers.progress()
+    gc.collect()
+    assert [one() is not None for one in alive] == [True, False]
 
 
 def test_transfers_of_the_dead_are_given_up_and_the_others_go_on() -> None:

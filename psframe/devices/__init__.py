@@ -6,6 +6,7 @@ CuPy is imported only when a GPU is wanted.
 from psframe.devices.base import Device, HostDevice
 from psframe.devices.choosing import choose_device, make_device, visible_gpus
 from psframe.devices.cuda import CudaDevice
+from psframe.devices.direct import DirectDevice
 from psframe.devices.sharing import (
     NO_GPU,
     Sharing,
@@ -20,6 +21,7 @@ __all__ = [
     "NO_GPU",
     "CudaDevice",
     "Device",
+    "DirectDevice",
     "HostDevice",
     "Sharing",
     "announce",

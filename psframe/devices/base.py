@@ -45,8 +45,13 @@ class Device(Protocol):
                 there.
         """
 
-    def staging(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
-        """Give writable arrays for gradients: the host's themselves, or arrays here."""
+    def staging(self, index: int, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """Give writable arrays for gradients: the host's themselves, or arrays here.
+
+        Args:
+            index: of the slot, asked for once.
+            arrays: those of the slot.
+        """
 
     def fetch(
         self,
@@ -124,7 +129,7 @@ class HostDevice:
         """
         return on_host(grads, where)
 
-    def staging(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def staging(self, index: int, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Give the host arrays themselves."""
         return dict(arrays)
 

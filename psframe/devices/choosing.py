@@ -6,6 +6,7 @@ import re
 
 from psframe.devices.base import Device, HostDevice
 from psframe.devices.cuda import CudaDevice
+from psframe.devices.direct import DirectDevice, Door
 from psframe.layout import Layout
 
 __all__ = ["choose_device", "make_device", "pick_gpu", "visible_gpus"]
@@ -59,11 +60,27 @@ def pick_gpu(what: str, device: str, index: int, remedy: str, visible: int | Non
     return ordinal
 
 
-def make_device(name: str, layout: Layout) -> Device:
-    """Open the device that `choose_device` has named."""
+def make_device(
+    name: str,
+    layout: Layout,
+    door: Door | None = None,
+    *,
+    gradients: bool = True,
+    parameters: bool = True,
+) -> Device:
+    """Open the device that `choose_device` has named.
+
+    Args:
+        name, layout: of the device.
+        door: the worker's end of an MPI that takes device pointers; None for the host's way.
+        gradients, parameters: what takes the door.
+    """
     if name == "cpu":
         return HostDevice()
-    return CudaDevice(int(name.partition(":")[2]), layout)
+    ordinal = int(name.partition(":")[2])
+    if door is None or not (gradients or parameters):
+        return CudaDevice(ordinal, layout)
+    return DirectDevice(ordinal, layout, door, gradients=gradients, parameters=parameters)
 
 
 def visible_gpus() -> int:

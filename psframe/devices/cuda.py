@@ -22,7 +22,7 @@ from psframe.devices.pinning import Pinning
 from psframe.layout import Array, Layout
 from psframe.packing import GradientSlot
 
-__all__ = ["CudaDevice"]
+__all__ = ["CudaDevice", "measurable"]
 
 
 class CudaDevice:
@@ -74,7 +74,7 @@ class CudaDevice:
         """Take arrays of NumPy, CuPy, and of whatever has DLPack or the CUDA array interface."""
         return self._intake.accept(grads, where)
 
-    def staging(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def staging(self, index: int, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Give views of one flat device buffer, which leave in one run."""
         return self._layout.views(self._empty())
 
@@ -90,7 +90,7 @@ class CudaDevice:
 
         They may be overwritten when this returns: the copies have been waited for.
         """
-        measures = judge and _measurable(grads)
+        measures = judge and measurable(grads)
         outgoing = self._start(index, grads, slot, judge=measures, pieces=advance is not None)
         norm = outgoing.follow(advance)
         if not judge:
@@ -114,7 +114,7 @@ class CudaDevice:
         """
         if isinstance(grads, Accepted) and grads.foreign:
             return False
-        measures = judge is not None and _measurable(grads)
+        measures = judge is not None and measurable(grads)
         outgoing = self._start(index, grads, slot, judge=measures, pieces=True)
         self._cuda.get_current_stream().wait_event(outgoing.done)
 
@@ -165,23 +165,21 @@ class CudaDevice:
         self._turn = 1 - turn
         self._unused[1 - turn].record(current)  # the parameters in it are the present ones no more
         self._stream.wait_event(self._unused[turn])
-        runtime = self._cuda.runtime
         target = int(self._flats[turn].data.ptr)
         for shard in shards:
             if shard.size:
-                pinned = self._pinning.pin(shard)
-                pinned.fill()
-                runtime.memcpyAsync(
-                    target,
-                    pinned.address,
-                    shard.nbytes,
-                    runtime.memcpyHostToDevice,
-                    self._stream.ptr,
-                )
+                self._bring(shard, target)
                 target += shard.nbytes
         self._arrived.record(self._stream)
         current.wait_event(self._arrived)
         return dict(self._sets[turn])
+
+    def _bring(self, shard: Array, target: int) -> None:
+        """Queue the copy of a shard to an address on the device."""
+        runtime, pinned = self._cuda.runtime, self._pinning.pin(shard)
+        pinned.fill()
+        kind, stream = runtime.memcpyHostToDevice, self._stream.ptr
+        runtime.memcpyAsync(target, pinned.address, shard.nbytes, kind, stream)
 
     def copied(self, *, waits: bool) -> bool:
         """Ask the event behind the last copies."""
@@ -206,6 +204,6 @@ class CudaDevice:
                 self.settle(index)
 
 
-def _measurable(grads: Mapping[str, Any]) -> bool:
+def measurable(grads: Mapping[str, Any]) -> bool:
     """Whether all of a gradient is on the device, so that its norm can be computed there."""
     return not any(isinstance(grad, np.ndarray) for grad in grads.values())

@@ -1,9 +1,13 @@
-"""A worker's end of the MPI transport; the server's, `mpi_port`, says how arrays travel."""
+"""A worker's end of the MPI transport; the server's, `mpi_port`, says how arrays travel.
+
+An array is on the host or, where MPI takes it there, on this worker's device: what is sent and
+received is the same, and the other end need not know.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +66,10 @@ class MpiEndpoint:
             for index in range(SLOTS)
         ]
         self._landing = None if own is None else own.array(LANDING)
+        self._leaving: list[Any] = [None] * SLOTS  # a gradient on the device, if it leaves there
+        self._room: Callable[[int], Any] = self._host_room  # for parameters that land
         # By server without shared memory: where parameters land, two in turn.
-        self._landings: dict[tuple[int, int], Array] = {}
+        self._landings: dict[tuple[int, int], Any] = {}
         self._turn = [0] * self.servers
         self._snapshots: dict[tuple[int, int], Array] = {}
         bell = neighbours.bell(range(self.servers))
@@ -74,6 +80,12 @@ class MpiEndpoint:
             bells=neighbours.bells(),
             on_ring=self._patience.rung,
         )
+        # By server, whether what travels is an array, and not in shared memory or inside a message.
+        item, inline = layout.dtype.itemsize, self._post.inline_bytes_max
+        self._alone = [
+            not near and (end - begin) * item > inline
+            for near, (begin, end) in zip(self.in_place, self._shards, strict=True)
+        ]
         # By server without shared memory, if parameters are coded.
         self._decoders: list[PullDecoder | None] = [
             None if pull_codec is None or near else PullDecoder(pull_codec, layout, begin, end)
@@ -107,7 +119,8 @@ class MpiEndpoint:
             self._post.send(server, message)
             return
         begin, end = self._shards[server]
-        array = self._slots[message.slot][begin:end]
+        whole = self.slot_array(message.slot) if self._alone[server] else self._slots[message.slot]
+        array = whole[begin:end]
         if message.coded is not None:
             array = message.coded.data
         if message.arriving:
@@ -118,7 +131,7 @@ class MpiEndpoint:
             self._post.send(server, message, Delivery.INLINE, array)
             return
         self._post.send(server, message, Delivery.RANGE, array)
-        self.follow(message.slot, self._mesh.start_send(array, server), server)
+        self.follow(message.slot, self._mesh.start_send(array, server), server, keep=array)
 
     def receive(self, timeout_s: float | None) -> tuple[int, Answer | Lease] | None:
         """Take the next (server, answer); None after `timeout_s` seconds without one."""
@@ -214,20 +227,45 @@ class MpiEndpoint:
         # The message goes before the gradient is judged, and nothing comes after it.
         return None if judges else _Sending(self, slot)
 
-    def slot_array(self, slot: int) -> Array:
-        """A slot's memory, whether it is free or not."""
-        return self._slots[slot]
+    def slot_array(self, slot: int) -> Any:
+        """A slot's gradient, on the host or where it leaves from, whether it is free or not."""
+        leaving = self._leaving[slot]
+        return self._slots[slot] if leaving is None else leaving
 
     def send_piece(self, slot: int, begin: int, end: int) -> list[Any]:
         """Start to send [begin, end) of a slot to the only server."""
-        return self._mesh.start_send(self._slots[slot][begin:end], 0)
+        return self._mesh.start_send(self.slot_array(slot)[begin:end], 0)
 
-    def follow(self, slot: int, requests: list[Any], server: int = 0) -> None:
-        """Note that a slot is being sent until these requests are complete."""
+    def follow(self, slot: int, requests: list[Any], server: int = 0, *, keep: Any = None) -> None:
+        """Note that a slot is being sent, from the array `keep`, until these are complete."""
         self._slot_sends[slot] += 1
-        self._transfers.add(requests, lambda: self._left(slot), peer=server)
+        self._transfers.add(requests, lambda: self._left(slot), peer=server, keep=keep)
 
-    def snapshot(self, server: int, buffer: int) -> Array:
+    # ---- devices -----------------------------------------------------------------------------
+
+    @property
+    def takes_devices(self) -> bool:
+        """Whether there is anything that a device could send or receive."""
+        return any(self._alone)
+
+    @property
+    def near(self) -> list[tuple[int, int]]:
+        """The runs of a gradient that do not leave from a device; see `psframe.devices.Door`."""
+        both = zip(self._shards, self._alone, strict=True)
+        return [shard for shard, alone in both if not alone and shard[0] < shard[1]]
+
+    def leave_from(self, slot: int, array: Any) -> None:
+        """Have the next gradient of a slot leave from an array on a device; None for the slot."""
+        self._leaving[slot] = array
+
+    def land_in(self, empty: Callable[[int], Any]) -> None:
+        """Have parameters land in arrays of a device that `empty(size)` gives."""
+        self._room = empty
+
+    def _host_room(self, size: int) -> Array:
+        return np.empty(size, self._layout.dtype)
+
+    def snapshot(self, server: int, buffer: int) -> Any:
         """The server's snapshot, in place or where it has landed."""
         if not self.in_place[server]:
             return self._landings[server, buffer]
@@ -262,7 +300,7 @@ class MpiEndpoint:
         inbox = self._inbox
         if delivery in _SENT and isinstance(answer, Answer):
             land = self._land(source, answer)
-            target = land if answer.coded is None else payload_buffer(payload_bytes)
+            target: Any = land if answer.coded is None else payload_buffer(payload_bytes)
             if delivery is _RANGE:
                 entry = inbox.hold(source, (source, answer))
 
@@ -271,7 +309,7 @@ class MpiEndpoint:
                     inbox.arrived(source, entry)
 
                 requests = self._mesh.start_receive(target, source)
-                self._transfers.add(requests, arrived, peer=source)
+                self._transfers.add(requests, arrived, peer=source, keep=target)
                 return None
             copy_inline(target, buffer, payload_bytes)
             self._landed(source, target, land)
@@ -280,7 +318,7 @@ class MpiEndpoint:
         inbox.add(source, (source, answer))
         return None
 
-    def _landed(self, server: int, came: Array, land: Array) -> None:
+    def _landed(self, server: int, came: Any, land: Any) -> None:
         """Make parameters of what has come, if they are coded."""
         decoder = self._decoders[server]
         if decoder is None:
@@ -290,14 +328,16 @@ class MpiEndpoint:
         else:
             decoder.decode(came, land)
 
-    def _land(self, server: int, answer: Answer) -> Array:
+    def _land(self, server: int, answer: Answer) -> Any:
         """Choose where the parameters land: not where the present ones may lie."""
         turn = self._turn[server] = 1 - self._turn[server]
         answer.buffer = turn
         array = self._landings.get((server, turn))
         if array is None:
             begin, end = self._shards[server]
-            array = self._landings[server, turn] = np.empty(end - begin, self._layout.dtype)
+            alone = self._alone[server] and self._decoders[server] is None
+            array = (self._room if alone else self._host_room)(end - begin)
+            self._landings[server, turn] = array
         return array
 
 
@@ -313,7 +353,8 @@ class _Sending:
         self._requests: list[Any] = []
 
     def open(self) -> None:
-        """Begin another gradient."""
+        """Begin another gradient, on the host unless a device says otherwise."""
+        self._endpoint.leave_from(self._slot, None)
         self._sent, self._requests = 0, []
 
     def advance(self, end: int) -> None:
@@ -330,7 +371,7 @@ class _Sending:
         self.advance(array.size)
         if self._sent < array.size:
             self._send(array.size)
-        self._endpoint.follow(self._slot, self._requests)
+        self._endpoint.follow(self._slot, self._requests, keep=array)
         self._requests = []
 
     def _send(self, end: int) -> None:

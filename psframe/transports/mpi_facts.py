@@ -12,7 +12,7 @@ from typing import Any
 
 from psframe.transports.mpi import MPI  # type: ignore[attr-defined]
 
-__all__ = ["mpi_facts"]
+__all__ = ["cuda_support", "mpi_facts"]
 
 _LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -47,6 +47,11 @@ def mpi_facts() -> dict[str, Any]:
         "cuda": _cuda(library, kinds),
         "kinds": kinds,
     }
+
+
+def cuda_support() -> dict[str, Any]:
+    """Give what MPI says of device pointers, as `cuda` in `mpi_facts`."""
+    return _cuda(ctypes.CDLL(MPI.__file__), _memory_kinds())
 
 
 def _memory_kinds() -> str | None:

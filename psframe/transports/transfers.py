@@ -34,6 +34,7 @@ class Transfers:
         each: Callable[[int], None] | None = None,
         *,
         peer: int,
+        keep: Any = None,
     ) -> None:
         """Follow the requests of an array's pieces.
 
@@ -43,8 +44,10 @@ class Transfers:
             each: called with how many bytes from the start are complete, when that has changed and
                 they are not yet all.
             peer: the rank at the other end.
+            keep: the array, which must not be freed before; memory of a device is freed by whoever
+                uses it last, and MPI does not count as one.
         """
-        self._open.append(_Transfer(requests, then, each, peer))
+        self._open.append(_Transfer(requests, then, each, peer, keep))
 
     def progress(self) -> bool:
         """Test them; True if any piece was complete.
@@ -91,7 +94,7 @@ class _Transfer:
     """One array on its way.
 
     Attributes:
-        then, each, peer: as for `Transfers.add`.
+        then, each, peer, keep: as for `Transfers.add`.
         complete: how many pieces are, from the start.
     """
 
@@ -101,7 +104,9 @@ class _Transfer:
         then: Callable[[], None],
         each: Callable[[int], None] | None,
         peer: int,
+        keep: Any,
     ) -> None:
+        self.keep = keep
         self.peer = peer
         self.then = then
         self.each = each
