@@ -25,6 +25,7 @@ from psframe.agreement import agree, local_server, tell
 from psframe.blas import limited_threads
 from psframe.client import Worker
 from psframe.coding import Traffic
+from psframe.device_store import DeviceStore
 from psframe.devices import (
     Device,
     Sharing,
@@ -461,7 +462,7 @@ class _ClusterRun:
             yield replacements
 
     def _build_server(self, plan: Plan, port: MpiServerPort, respawn: int = 0) -> Server:
-        restart = self.restart
+        restart, card = self.restart, self._open_card(plan)
         if restart.reader is not None and self._watch is not None:
             restart.reader.alive = self._watch.tick  # it may be long
         with explained_state(restart.reader):
@@ -472,11 +473,25 @@ class _ClusterRun:
                 port.memory,
                 resume=restart.resume,
                 respawn=respawn,
-                card=self._open_card(plan),
+                card=card,
             )
         restart.close()
         plan.forget_initial()
+        if card is not None and self._direct and port.takes_devices:
+            self._open_door(plan, port, machine, card)
         return machine
+
+    def _open_door(self, plan: Plan, port: MpiServerPort, machine: Server, card: Card) -> None:
+        """Have MPI read and write the card's memory."""
+        assert isinstance(machine.store, DeviceStore), "it is on the card"
+        card.open_to_others()
+        if plan.codec is None and not machine.reads_gradients:
+            port.land_in(lambda size: card.settled(size, plan.layout.dtype))
+        elif self.mesh.rank == 0:
+            _log.info("servers are given gradients through the host, where they are read")
+        if plan.pull_codec is None:
+            port.leave_from(machine.store.device_half)
+            machine.send_from_device()
 
     def _open_card(self, plan: Plan) -> Card | None:
         ordinal = self._server_gpu(plan)

@@ -23,7 +23,7 @@ from psframe.marking import MarkingServer, Marks
 from psframe.reads import Correcting
 from psframe.server import SLOTS, ServerMemory
 from psframe.stale import Rule, Stale, checked_factor
-from psframe.store import Store, is_finite
+from psframe.store import Store
 from psframe.work import Score
 
 __all__ = ["DecidingServer"]
@@ -315,7 +315,7 @@ class DecidingServer(MarkingServer):
     def _blame(self, push: Push) -> Reason:
         """Say why an update is not finite: where workers do not judge, for its gradient perhaps."""
         grad = self.memory.gradient(push.worker, push.slot)
-        return Reason.NON_FINITE_UPDATE if is_finite(grad) else Reason.NON_FINITE
+        return Reason.NON_FINITE_UPDATE if self.store.is_finite(grad) else Reason.NON_FINITE
 
     def _close_round(self, members: list[int]) -> None:
         pushes = [self._round.pop(worker) for worker in members]

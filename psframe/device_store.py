@@ -92,10 +92,14 @@ class DeviceStore(Store):
     def _to_fill(self, index: int) -> Array:
         return self._pairs.to_fill(index)
 
-    def hold(self) -> int | None:
-        """Hold the current buffer, with its bytes on the host; as `Store`."""
+    def device_half(self, index: int) -> Any:
+        """Give a buffer on the device, if its bytes are there, complete; else None."""
+        return self._pairs.device_half(index)
+
+    def hold(self, on_host: bool = True) -> int | None:
+        """Hold the current buffer, with its bytes on the host if need be; as `Store`."""
         index = super().hold()
-        if index is not None:
+        if index is not None and on_host:
             self._pairs.bring(index)
         return index
 
@@ -153,17 +157,20 @@ class DeviceStore(Store):
     def extend(self, grad: Array, end: int) -> None:
         """Apply [.., end) of the gradient, from where the last part ended; as `Store`.
 
-        Its elements may be float16, or the bits of bfloat16 as uint16.
+        It is on the host, or on the device and complete so far. Its elements may be float16, or
+        the bits of bfloat16 as uint16.
         """
         assert self._early is not None, "no update has begun"
         begin, alone = self._done, not self._done and end == self._size <= STEP
         if end <= begin:
             return
+        here = _is_here(grad)
         with self._card as card:
-            into = self._staged(grad.dtype)
+            into: Any = grad if here else self._staged(grad.dtype)
             while begin < end:
                 stop = min(end, begin + STEP)
-                card.send(grad[begin:stop], into[begin:stop], alone=alone)
+                if not here:
+                    card.send(grad[begin:stop], into[begin:stop], alone=alone)
                 self._compute(into, begin, stop, alone=alone)
                 begin = stop
         self._done = end
@@ -172,6 +179,7 @@ class DeviceStore(Store):
         into = self._staging.get(dtype.name)
         if into is None:
             into = self._staging[dtype.name] = self._card.empty(self._size, dtype)
+            self._card.reuse()  # kernels may have still to use what its memory was before
         return into
 
     def _compute(self, grad: Any, begin: int, end: int, *, alone: bool = False) -> None:
@@ -224,6 +232,16 @@ class DeviceStore(Store):
                 card.clear()
         super().abandon()
 
+    def is_finite(self, grad: Array) -> bool:
+        """Say whether all of a gradient is finite; the host looks. As `Store`."""
+        if _is_here(grad):
+            host = np.empty(self._size, grad.dtype)
+            with self._card as card:
+                card.fetch(grad, host)
+                card.fetched()
+            grad = host
+        return super().is_finite(grad)
+
     # ---- rounds ------------------------------------------------------------------------------
 
     def update_mean(self, grads: Sequence[Array], scales: Sequence[float]) -> bool:
@@ -253,13 +271,20 @@ class DeviceStore(Store):
         """Take a gradient into the sum of a round."""
         formula = formulas.first if first else formulas.add
         kernel = compile_kernel(formula, 0, 1, self._dtype)
-        into, total = self._staged(grad.dtype), self._total
+        here, total = _is_here(grad), self._total
+        into: Any = grad if here else self._staged(grad.dtype)
         for begin in range(0, self._size, STEP):
             end = min(self._size, begin + STEP)
-            self._card.send(grad[begin:end], into[begin:end])
+            if not here:
+                self._card.send(grad[begin:end], into[begin:end])
             # What is not finite in the sum is judged by the rule.
             incoming = Incoming(into, self._ignored)
             for b, e, scaled in self._cuts:
                 b, e = max(b, begin), min(e, end)
                 if b < e:
                     kernel(b, e, total, incoming, total, (scale if scaled else 1.0,))
+
+
+def _is_here(grad: Any) -> bool:
+    """Whether a gradient is on the device already."""
+    return not isinstance(grad, np.ndarray)

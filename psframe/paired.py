@@ -110,10 +110,15 @@ class Paired:
         """Give the device's array, with the bytes in it; within the card's context."""
         array = self._array(index)
         if self._on_host[index] and not self._on_device[index]:
+            self._card.reuse()  # kernels may have still to use what its memory was before
             self._card.send(self._host[index], array)
             self._card.settle()
             self._on_device[index] = True
         return array
+
+    def device_half(self, index: int) -> Any:
+        """Give the device's array, if the bytes are in it and nothing writes it; else None."""
+        return self._device[index] if self._on_device[index] else None
 
     def to_fill(self, index: int) -> Array:
         """Give the host's array, about to be written, all of it."""

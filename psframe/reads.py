@@ -30,7 +30,12 @@ class Correcting(ABC):
         store: the shard's snapshots.
         workers: W.
         reads: whether it needs what workers have read.
+
+    Attributes:
+        on_host: whether it reads gradients and parameters on the host.
     """
+
+    on_host: bool
 
     def __init__(self, store: Store, workers: int, reads: bool) -> None:
         self._store = store
@@ -53,7 +58,7 @@ class Correcting(ABC):
             self.forget(worker)
         while len(reads) >= _READS_MAX:
             self._store.release(reads.pop(0)[1])
-        index = self._store.hold() if copied is None else self._store.hold_again(copied)
+        index = self._store.hold(self.on_host) if copied is None else self._store.hold_again(copied)
         assert index is not None, "there are two buffers a worker"
         reads.append((self._store.version, index))
 
@@ -95,6 +100,8 @@ class HostCorrecting(Correcting):
         unscaled: the runs [begin, end) of the shard that are no gradients, but observations to be
             averaged: they stay as they are.
     """
+
+    on_host = True
 
     def __init__(
         self,
@@ -147,6 +154,8 @@ class DeviceCorrecting(Correcting):
         correction: the rule's, in its form for a device.
         workers, reads: as for `Correcting`. What the store does not scale stays as it is.
     """
+
+    on_host = False
 
     def __init__(
         self, store: DeviceStore, correction: DeviceCorrection, workers: int, reads: bool

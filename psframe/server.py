@@ -133,6 +133,8 @@ class Server(ABC):
         self.memory = memory
         self._correcting = correcting
         self.coder: PullCoder | None = None
+        # By worker, whether parameters that it is given must be in the host's memory.
+        self._needs_host: Sequence[bool] = [True] * workers
         self.pushed = [0, 0]
         self.stopped = False
         self.gone = [False] * workers  # left or lost
@@ -187,6 +189,20 @@ class Server(ABC):
     def last_request(self, worker: int) -> int:
         """The number of a worker's last request; -1 before any."""
         return self._last_seq[worker]
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether gradients are read on the host, also where the store is on a device."""
+        correcting = self._correcting
+        return self.policy.gathers or (correcting is not None and correcting.on_host)
+
+    def send_from_device(self) -> None:
+        """Have parameters stay on the store's device until somebody reads them in place.
+
+        The driver sends the others from there. There is no coder.
+        """
+        assert self.coder is None, "it reads them on the host"
+        self._needs_host = self.memory.in_place
 
     def handle(self, event: ToServer) -> list[Output]:
         """Take one event and return what follows from it, in order.
@@ -363,11 +379,13 @@ class Server(ABC):
             # Both are in use: it releases one first; or what it was answered before has not left.
             return False
         answer.version = self._pinned_version if pinned else self.store.version
-        source = self.store.buffer(self._pinned) if pinned else self.store.params
-        mirror = self._code(answer, source, pinned=pinned) if self.coder is not None else None
+        mirror: Array | None = None
+        if self.coder is not None:
+            mirror = self._code(answer, self._source(pinned), pinned=pinned)
         if not free:
             # It still computes on a snapshot in place (a prefetch): one hold a worker.
-            self.memory.landing(worker)[:] = source if mirror is None else mirror
+            source = self._source(pinned) if mirror is None else mirror
+            self.memory.landing(worker)[:] = source
             self._landed[worker] = True
             answer.buffer = COPIED
         else:
@@ -375,13 +393,17 @@ class Server(ABC):
             if mirror is not None:
                 index = self.store.hold_copy(lambda out: np.copyto(out, mirror))
             else:
-                index = self.store.hold_again(self._pinned) if pinned else self.store.hold()
+                on_host = self._needs_host[worker]
+                index = self.store.hold_again(self._pinned) if pinned else self.store.hold(on_host)
             assert index is not None, "a buffer a worker, two for updates and one for a pin"
             self._hold[worker] = answer.buffer = index
         if self._correcting is not None and not pinned:
             self._note_read(worker, answer.buffer, mirror, alone=after_push)
         self._out.append(answer)
         return True
+
+    def _source(self, pinned: bool) -> Array:
+        return self.store.buffer(self._pinned) if pinned else self.store.params
 
     def _note_read(self, worker: int, buffer: int, mirror: Array | None, *, alone: bool) -> None:
         """Have what the worker is given kept for the rule that compares it with what comes."""

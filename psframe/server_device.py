@@ -86,6 +86,20 @@ class Card:
         """Allocate an array of zeros on the device; within the context."""
         return self._cupy.zeros(size, dtype)
 
+    def open_to_others(self) -> None:
+        """Make the device this thread's: MPI, which is given arrays of it, asks which it is."""
+        self._device.use()
+
+    def settled(self, size: int, dtype: np.dtype[Any]) -> Any:
+        """Allocate an array that others than the streams may write at once.
+
+        It may have been something else's, that kernels have still to use.
+        """
+        with self:
+            array = self._cupy.empty(size, dtype)
+        self._compute.synchronize()
+        return array
+
     def send(self, source: Array, target: Any, *, alone: bool = False) -> None:
         """Copy from the host to the device; kernels from now on find it there.
 

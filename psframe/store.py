@@ -193,8 +193,12 @@ class Store:
         """Distinct buffers that are held."""
         return self._n_held
 
-    def hold(self) -> int | None:
-        """Hold the current buffer; None if that would leave updates fewer than two."""
+    def hold(self, on_host: bool = True) -> int | None:
+        """Hold the current buffer; None if that would leave updates fewer than two.
+
+        Args:
+            on_host: whether it is to be read there; of use where a store is on a device.
+        """
         index = self.current
         if not self._holds[index]:
             if self._n_held >= len(self._holds) - 2:
@@ -353,6 +357,10 @@ class Store:
             heapq.heappush(self._free, self.current)
         self.current = target
         self.version += 1
+
+    def is_finite(self, grad: Array) -> bool:
+        """Say whether all of a gradient is finite."""
+        return is_finite(grad)
 
     # ---- an update whose gradient is still arriving ----------------------------------------
 

@@ -3,9 +3,9 @@
 Under the real one, at the level of its requests: a send reads its buffer only when it has been
 tested some times, and a receive's buffer is NaN until it is complete, but for its first half, which
 comes earlier. It says that a send is complete some tests after it is, and looks whether the buffer
-is until then what it was: it is MPI's. No copy of `fake_cupy` may be under way to or from a buffer
-that MPI is given. The order between two ranks stays. Device memory is that of `fake_cupy` or
-`fake_cuda`, which is the host's, so that what travels is what was there at that moment.
+has been the same from the beginning until then: it is MPI's. No copy of `fake_cupy` may be under
+way to or from a buffer that MPI is given. The order between two ranks stays. Device memory is that
+of `fake_cupy` or `fake_cuda`, which is the host's, so that what travels is what was there then.
 """
 
 from __future__ import annotations
@@ -19,18 +19,24 @@ import numpy as np
 
 __all__ = ["AwareMesh"]
 
-_TESTS = 3  # of a request, before it does anything
+_TESTS = 3  # of a request, before it does anything; a send's, unless the test says otherwise
+_MORE_TESTS = 40  # of a send that is complete, before it says so
 
 
 class AwareMesh:
     """A `Mesh` whose arrays travel late.
 
+    Args:
+        mesh: the real one.
+        tests: of a send, before it reads.
+
     Attributes:
         sent, received: by kind of memory, "host" or "device", how many arrays.
     """
 
-    def __init__(self, mesh: Any) -> None:
+    def __init__(self, mesh: Any, tests: int = _TESTS) -> None:
         self._mesh = mesh
+        self._tests = tests
         self._late: dict[int, deque[_Send]] = {}
         self.sent = {"host": 0, "device": 0}
         self.received = {"host": 0, "device": 0}
@@ -41,7 +47,7 @@ class AwareMesh:
     def start_send(self, array: Any, target: int) -> list[Any]:
         self.sent[_kind(array)] += 1
         queue = self._late.setdefault(target, deque())
-        sends = [_Send(self._mesh, part, target, queue) for part in _pieces(array)]
+        sends = [_Send(self._mesh, part, target, queue, self._tests) for part in _pieces(array)]
         queue.extend(sends)
         return sends
 
@@ -51,25 +57,30 @@ class AwareMesh:
 
 
 class _Send:
-    def __init__(self, mesh: Any, part: Any, target: int, queue: deque[_Send]) -> None:
+    def __init__(self, mesh: Any, part: Any, target: int, queue: deque[_Send], late: int) -> None:
         self.mesh, self.part, self.target, self.queue = mesh, part, target, queue
+        self.late = late
         self.tests = 0
         self.requests: list[Any] | None = None
-        self.read = b""
+        self.read = _bytes_of(part)
         check_quiet(part)
 
     def Test(self) -> bool:
         self.tests += 1
-        while self.requests is None and self.tests > _TESTS:
+        while self.requests is None and self.tests > self.late:
             first = self.queue.popleft()  # perhaps one before it
             # Through the interface that mpi4py reads, as it is there now.
-            first.read = _bytes_of(first.part)
+            first.check()
             first.requests = first.mesh.start_send(first.part, first.target)
         if self.requests is None or not all(request.Test() for request in self.requests):
             return False
+        if self.tests <= self.late + _MORE_TESTS:
+            return False
+        self.check()
+        return True
+
+    def check(self) -> None:
         assert _bytes_of(self.part) == self.read, "it was overwritten while it was MPI's"
-        self.tests += 1
-        return self.tests > 3 * _TESTS
 
 
 class _Receive:

@@ -83,6 +83,7 @@ class FakeArray:
     def __init__(self, fake: FakeCuda, memory: Any) -> None:
         self.fake, self.memory = fake, memory
         self.dtype, self.shape, self.size = memory.dtype, memory.shape, memory.size
+        self.nbytes, self.itemsize = memory.nbytes, memory.itemsize
         self.data = SimpleNamespace(ptr=memory.ctypes.data)
 
     def __len__(self) -> int:
@@ -91,6 +92,14 @@ class FakeArray:
     def __getitem__(self, part: slice) -> FakeArray:
         assert isinstance(part, slice)
         return FakeArray(self.fake, self.memory[part])
+
+    def view(self, dtype: Any) -> FakeArray:
+        return FakeArray(self.fake, self.memory.view(dtype))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        data = self.data.ptr, False
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3}
 
     def __setitem__(self, part: Any, value: FakeArray) -> None:
         memory = self.memory
@@ -105,6 +114,9 @@ class _Device:
     def __init__(self, fake: FakeCuda, ordinal: int) -> None:
         self.fake, self.ordinal = fake, ordinal
         fake.used.add(ordinal)
+
+    def use(self) -> None:
+        self.fake.devices[:] = [self.ordinal]
 
     def __enter__(self) -> None:
         self.fake.devices.append(self.ordinal)
@@ -191,7 +203,10 @@ class FakeCuda(ModuleType):
         return FakeArray(self, memory)
 
     def empty(self, size: int, dtype: Any) -> FakeArray:
-        return self.allocate(size, dtype)
+        """Memory that its last user has still to write to, on the current stream."""
+        array = self.allocate(size, dtype)
+        self.current.add(lambda: array.memory.view(np.uint8).fill(0xFF))
+        return array
 
     def zeros(self, size: int, dtype: Any) -> FakeArray:
         array = self.allocate(size, dtype)

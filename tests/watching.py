@@ -171,8 +171,8 @@ class Watcher:
         held, hold, release = self._held[server], store.hold, store.release
         replace = store.replace
 
-        def watched_hold() -> int | None:
-            index = hold()
+        def watched_hold(on_host: bool = True) -> int | None:
+            index = hold(on_host)
             assert index is not None
             assert store.buffer(index).tobytes() == self.version(server, store.version)
             held[index] = store.buffer(index).tobytes()

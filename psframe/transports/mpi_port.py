@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,10 @@ class MpiServerPort:
         self.buffers: Buffers = (
             HeapBuffers(count, size, layout.dtype) if own is None else SegmentBuffers(own, count)
         )
-        self._gradients: list[list[Array | None]] = [[None] * SLOTS for _ in range(self.workers)]
+        self._gradients: list[list[Any]] = [[None] * SLOTS for _ in range(self.workers)]
+        # Where gradients that are no part of a message land, and where the device has a snapshot.
+        self._room: Callable[[int], Any] | None = None
+        self._device_half: Callable[[int], Any] = lambda index: None
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
@@ -182,14 +186,23 @@ class MpiServerPort:
         if isinstance(answer, Lease) or answer.buffer == NO_BUFFER or self._shared[worker]:
             self._post.send(rank, answer)
             return
-        array = self.buffers[answer.buffer] if answer.coded is None else answer.coded.data
+        array = self._sent(answer)
         if array.nbytes <= self._post.inline_bytes_max:
             self._post.send(rank, answer, Delivery.INLINE, array)
             self._events.append(Sent(worker))
             return
         self._post.send(rank, answer, Delivery.RANGE, array)
         requests = self._mesh.start_send(array, rank)
-        self._transfers.add(requests, lambda: self._events.append(Sent(worker)), peer=rank)
+        self._transfers.add(
+            requests, lambda: self._events.append(Sent(worker)), peer=rank, keep=array
+        )
+
+    def _sent(self, answer: Answer) -> Any:
+        """Give what is sent of an answer: what stands for the parameters, or themselves."""
+        if answer.coded is not None:
+            return answer.coded.data
+        half = self._device_half(answer.buffer)
+        return self.buffers[answer.buffer] if half is None else half
 
     def to_leader(self, event: Output) -> None:
         """Send to server 0."""
@@ -203,6 +216,23 @@ class MpiServerPort:
     def close(self) -> None:
         """Wait until everything has left, and take the receives back."""
         close(self._post, self._transfers, self._patience)
+
+    # ---- devices ---------------------------------------------------------------------------
+
+    @property
+    def takes_devices(self) -> bool:
+        """Whether there is anything that a device could send or receive."""
+        alone = self._elements * self._dtype.itemsize > self._post.inline_bytes_max
+        return alone and not all(self._shared)
+
+    def land_in(self, empty: Callable[[int], Any]) -> None:
+        """Have gradients that are received land in arrays of a device that `empty(size)` gives."""
+        assert self._decoder is None, "it reads them on the host"
+        self._room = empty
+
+    def leave_from(self, half: Callable[[int], Any]) -> None:
+        """Have snapshots leave from where `half(buffer)` has them on a device, if it does."""
+        self._device_half = half
 
     # ---- replacements ----------------------------------------------------------------------
 
@@ -349,14 +379,18 @@ class MpiServerPort:
         def whole() -> None:
             self._events.append(Arrived(worker, slot, self._elements, True, finite, norm))
 
-        requests = self._mesh.start_receive(self._gradient(worker, slot), source)
-        self._transfers.add(requests, whole, more, peer=source)
+        gradient = self._gradient(worker, slot)
+        requests = self._mesh.start_receive(gradient, source)
+        self._transfers.add(requests, whole, more, peer=source, keep=gradient)
 
     def _receive_range(self, source: int, push: Push) -> None:
         inbox = self._inbox
         entry = inbox.hold(source, push)
-        requests = self._mesh.start_receive(self._gradient(push.worker, push.slot), source)
-        self._transfers.add(requests, lambda: inbox.arrived(source, entry), peer=source)
+        gradient = self._gradient(push.worker, push.slot)
+        requests = self._mesh.start_receive(gradient, source)
+        self._transfers.add(
+            requests, lambda: inbox.arrived(source, entry), peer=source, keep=gradient
+        )
 
     def _payload(self, push: Push, n_bytes: int) -> Array:
         """Where the payload of a gradient comes to lie."""
@@ -459,12 +493,14 @@ class MpiServerPort:
         for where in [w for w, stream in self._streams.items() if stream.rank == source]:
             del self._streams[where]
 
-    def _gradient(self, worker: int, slot: int) -> Array:
+    def _gradient(self, worker: int, slot: int) -> Any:
         array = self._gradients[worker][slot]
         if array is None:
             segment = self._neighbours.segments.get(self._neighbours.servers + worker)
-            if segment is None:
-                array = np.empty(self._end - self._begin, self._dtype)
+            if segment is None and self._room is not None:
+                array = self._room(self._elements)
+            elif segment is None:
+                array = np.empty(self._elements, self._dtype)
             else:
                 array = segment.array(slot)[self._begin : self._end]
             self._gradients[worker][slot] = array
