@@ -120,13 +120,26 @@ class Pair:
         for name, slot in one.items():
             assert np.asarray(other[name].get()).tobytes() == slot.tobytes(), name
 
-    def update(self, grad: Any, worker: int = 0, scale: float = 1.0, read: int = 0) -> bool:
+    def on_card(self, grad: Any) -> Any:
+        """Give a gradient as MPI leaves it on the device."""
+        with self.gpu.card:
+            return sys.modules["cupy"].asarray(grad)
+
+    def update(
+        self,
+        grad: Any,
+        worker: int = 0,
+        scale: float = 1.0,
+        read: int = 0,
+        *,
+        on_card: bool = False,
+    ) -> bool:
         """Apply a gradient, perhaps corrected for what the worker had read."""
         results = []
         for k, store in enumerate(self.stores):
-            one = grad
+            one = self.on_card(grad) if k and on_card else grad
             if self.correcting:
-                one = self.correcting[k].correct(worker, read, grad)
+                one = self.correcting[k].correct(worker, read, one)
             results.append(store.update(one, scale, worker))
             if self.correcting:
                 self.correcting[k].settled(good=results[-1])
@@ -139,15 +152,51 @@ class Pair:
 def test_a_rule_has_the_same_bits_on_the_device(name: str, dtype: Any, cupy: FakeCuda) -> None:
     pair = Pair(RULES[name], dtype)
     for step in range(7):
-        assert pair.update(pair.draw(), step % 2, 0.5 if step % 3 else 1.0)
+        on_card = step in (2, 3)
+        assert pair.update(pair.draw(), step % 2, 0.5 if step % 3 else 1.0, on_card=on_card)
         if step % 3:
             pair.check()
         if step == 3:
             bad = pair.draw()
             bad[-1] = np.nan
             assert not pair.update(bad, step % 2)
+            assert not pair.update(bad, step % 2, on_card=True)
             pair.check()
     pair.check()
+
+
+def test_a_gradient_that_is_on_the_device_crosses_no_bus_and_the_host_says_if_it_is_finite(
+    cupy: FakeCuda,
+) -> None:
+    pair = Pair(optim.Adam(0.01))
+    before = list(cupy.copied)
+    grads = [pair.on_card(pair.draw()) for _ in range(3)]
+    assert pair.gpu.update(grads[0])
+    assert pair.gpu.update_mean(grads, [1.0, 0.5, 1.0])
+    pair.gpu.begin()
+    for end in (20, pair.size):
+        pair.gpu.extend(grads[1], end)
+    assert pair.gpu.commit()
+    assert cupy.copied == [before[0], before[1] + 3 * 4], "but for three verdicts"
+    assert pair.gpu.is_finite(grads[0])
+    grads[0].memory[5] = np.inf
+    assert not pair.gpu.is_finite(grads[0])
+
+
+def test_a_snapshot_stays_on_the_device_until_it_is_read(cupy: FakeCuda) -> None:
+    pair = Pair(optim.SGD(0.1))
+    assert pair.update(pair.draw())
+    index = pair.gpu.hold(False)
+    assert index is not None
+    to_host = cupy.copied[1]
+    half = pair.gpu.device_half(index)
+    assert half.memory.tobytes() == pair.cpu.params.tobytes()
+    assert cupy.copied[1] == to_host
+    assert pair.gpu.buffer(index).tobytes() == pair.cpu.params.tobytes()
+    assert cupy.copied[1] > to_host
+    pair.gpu.release(index)
+    filled = pair.gpu.hold_copy(lambda out: out.fill(1.0))
+    assert pair.gpu.device_half(filled) is None, "it is on the host only"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

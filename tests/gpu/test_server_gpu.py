@@ -36,7 +36,8 @@ def test_a_rule_has_the_bits_of_the_cpu(
     for correcting in pair.correcting:
         correcting.granted(0, alone=True)
     for number in range(6):
-        assert pair.update(pair.draw(), 0, 0.5 if number % 2 else 1.0)
+        on_card = number > 3
+        assert pair.update(pair.draw(), 0, 0.5 if number % 2 else 1.0, on_card=on_card)
         pair.check()
     bad = pair.draw()
     bad[-1] = np.nan

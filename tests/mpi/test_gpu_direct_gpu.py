@@ -1,0 +1,72 @@
+"""Device pointers given to a real MPI on real GPUs; without one `test_gpu_direct` has a stand-in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import psframe
+from psframe import BSP, Async, optim
+from psframe.throwaway import takes_device_pointers
+from psframe.transports.mpi_facts import cuda_support
+
+pytestmark = [pytest.mark.gpu, pytest.mark.mpi(min_size=2)]
+
+RANK = MPI.COMM_WORLD.rank
+START = {"w": np.linspace(-1.0, 1.0, 3_000_000, dtype=np.float32).reshape(1500, 2000)}
+
+
+@pytest.fixture(scope="module")
+def aware() -> bool:
+    """Whether this MPI takes device pointers, as rank 0 finds."""
+    known = cuda_support()["value"]
+    if RANK == 0 and known is None:
+        known = takes_device_pointers()["value"]
+    return bool(MPI.COMM_WORLD.bcast(known))
+
+
+def run(device: str, mode: Any, **options: Any) -> psframe.Result:
+    def work(worker: psframe.Worker) -> None:
+        if worker.index and not isinstance(mode, BSP):
+            return
+        params = worker.pull()
+        for step in range(10):
+            made = params["w"] * np.float32(0.5) + np.float32(worker.index / 4 + step / 8)
+            if step % 2:
+                worker.gradients()["w"][...] = made
+                params = worker.push_pull(None)
+            else:
+                params = worker.push_pull({"w": made})
+
+    return psframe.run(
+        work,
+        START,
+        optimizer=optim.SGD(0.1, momentum=0.5),
+        mode=mode,
+        device=device,
+        shared_memory=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("server_device", ["cpu", "cuda"])
+@pytest.mark.parametrize("mode", [Async(), BSP()], ids=repr)
+def test_the_bits_are_the_cpu_s(mode: Any, server_device: str, aware: bool) -> None:
+    if not aware:
+        pytest.skip("this MPI takes no device pointers")
+    on_gpu = run("cuda", mode, server_device=server_device, gpu_direct="on")
+    on_cpu = run("cpu", mode)
+    if RANK == 0:
+        np.testing.assert_array_equal(on_gpu.params["w"], on_cpu.params["w"])
+        assert on_gpu.ledger == on_cpu.ledger
+
+
+def test_on_is_an_error_where_mpi_takes_none_and_auto_falls_back(aware: bool) -> None:
+    if aware:
+        pytest.skip("this MPI takes device pointers")
+    with pytest.raises(psframe.ArgumentError, match="gpu_direct: 'on', but on rank"):
+        run("cuda", Async(), gpu_direct="on")
+    run("cuda", Async())
