@@ -278,6 +278,22 @@ def _transfers(dead: list[int]) -> tuple[Transfers, Unwatched, Callable[[str], C
     return transfers, watch, lambda name: lambda: done.append(name)
 
 
+def test_what_a_silent_rank_may_still_send_has_its_memory_to_the_end_of_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may only have been stopped, and go on; who is dead will not."""
+    monkeypatch.setattr("psframe.transports.transfers._kept", kept := [])
+    dead: list[int] = []
+    transfers, watch, then = _transfers(dead)
+    transfers.add([FakeRequest([False])], then("never"), peer=1)
+    transfers.add([FakeRequest([False])], then("never"), peer=2)
+    watch.faults.dead.add(2)
+    watch.lost = {1, 2}
+    transfers.progress()
+    transfers.close()
+    assert [transfer.peer for transfer in kept] == [1]
+
+
 def test_an_array_lives_as_long_as_its_transfer_also_of_one_that_is_given_up() -> None:
     """Of memory on a device nobody else may have a reference, and MPI counts none."""
     dead: list[int] = []

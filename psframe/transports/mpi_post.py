@@ -408,3 +408,4 @@ def close(post: Post, transfers: Transfers, patience: Patience) -> None:
         if patience.wait() and time.monotonic() > deadline:
             raise RankLost(f"messages have not left this rank within {_CLOSE_BOUND_S:.0f} s")
     post.close()
+    transfers.close()

@@ -9,6 +9,9 @@ from psframe.transports.watch import Unwatched
 
 __all__ = ["PIECE_BYTES", "Transfers"]
 
+# What MPI may still read and write, though its run is over: of ranks that are lost, and not dead.
+_kept: list[_Transfer] = []
+
 # A transfer in pieces can be followed: while one is on its way, the one before is applied.
 PIECE_BYTES = 4 << 20
 
@@ -83,6 +86,12 @@ class Transfers:
         except RuntimeError as error:  # MPI's
             self._watch.failed_with(transfer.peer, error)
             return False
+
+    def close(self) -> None:
+        """Forget them; what was given up stays, with its memory, unless its rank is dead."""
+        dead = self._watch.faults.dead
+        _kept.extend(transfer for transfer in self._given_up if transfer.peer not in dead)
+        self._given_up.clear()
 
     @property
     def busy(self) -> bool:
