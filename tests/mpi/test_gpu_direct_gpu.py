@@ -1,4 +1,4 @@
-"""Device pointers given to a real MPI on real GPUs; without one `test_gpu_direct` has a stand-in."""
+"""Device pointers given to a real MPI on real GPUs; `test_gpu_direct` has a stand-in."""
 
 from __future__ import annotations
 
