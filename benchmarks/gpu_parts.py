@@ -86,6 +86,7 @@ class Update:
             dtype = np.dtype(np.float32)
             self._buffers = [card.zeros(size, dtype), card.empty(size, dtype)]
             self._grad = card.empty(size, dtype)
+            card.reuse()  # what its memory was before may still be used
             card.send(self._host, self._grad)
             self._updater.prepare(self._buffers[0])
             half = self.bytes // 8
