@@ -322,7 +322,8 @@ class _ClusterRun:
         if decision.error is not None:
             self.verdict_of(decision.error)
         elif mesh.rank == 0 and decision.why:
-            _log.info("%s", explain(decision, **plan.leaves_devices))
+            level = logging.INFO if decision.direct else logging.WARNING
+            _log.log(level, "%s", explain(decision, **plan.leaves_devices))
         return decision.error
 
     def _server_gpu(self, plan: Plan) -> int | None:

@@ -69,7 +69,6 @@ class _Send:
         self.tests += 1
         while self.requests is None and self.tests > self.late:
             first = self.queue.popleft()  # perhaps one before it
-            # Through the interface that mpi4py reads, as it is there now.
             first.check()
             first.requests = first.mesh.start_send(first.part, first.target)
         if self.requests is None or not all(request.Test() for request in self.requests):

@@ -93,14 +93,6 @@ class FakeArray:
         assert isinstance(part, slice)
         return FakeArray(self.fake, self.memory[part])
 
-    def view(self, dtype: Any) -> FakeArray:
-        return FakeArray(self.fake, self.memory.view(dtype))
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        data = self.data.ptr, False
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3}
-
     def __setitem__(self, part: Any, value: FakeArray) -> None:
         memory = self.memory
         self.fake.current.add(lambda: memory.__setitem__(part, value.memory))

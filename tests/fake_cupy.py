@@ -285,16 +285,6 @@ class FakeArray:
         assert np.shares_memory(view, self.memory) or not view.size
         return FakeArray(self.cupy, view, self.device.id)
 
-    def view(self, dtype: Any) -> FakeArray:
-        return FakeArray(self.cupy, self.memory.view(dtype), self.device.id)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        assert self.memory.flags.c_contiguous
-        data = self.data.ptr, False
-        typestr = self.dtype.str
-        return {"shape": self.shape, "typestr": typestr, "data": data, "version": 3}
-
     def __setitem__(self, key: Any, value: Any) -> None:
         target = self.memory[key]
         self.queue(lambda: np.copyto(target, host_of(value)))

@@ -220,14 +220,15 @@ class Mesh:
         """Receive into an array and wait until it is there."""
         self.complete(self.start_receive(array, source), bound_s, what)
 
-    def start_send(self, array: Array, target: int) -> list[Any]:
-        """Start to send a contiguous array in pieces; none go to the dead."""
+    def start_send(self, array: Any, target: int) -> list[Any]:
+        """Start to send a contiguous array in pieces, of the host or of a device that MPI takes;
+        none go to the dead."""
         comm = self._comm
         if target in self.watch.faults.dead:
             return []
         return [comm.Isend([p, MPI.BYTE], target, _TAG_ARRAY) for p in _pieces(array)]
 
-    def start_receive(self, array: Array, source: int) -> list[Any]:
+    def start_receive(self, array: Any, source: int) -> list[Any]:
         """Start to receive into a contiguous array in pieces; none come from the dead."""
         comm = self._comm
         if source in self.watch.faults.dead:
@@ -352,9 +353,20 @@ def piece_elements(array: Array) -> int:
     return PIECE_BYTES // array.itemsize
 
 
-def _pieces(array: Array) -> Sequence[Any]:
-    data = array.view(np.uint8)
-    return [data[b : b + PIECE_BYTES] for b in range(0, data.size, PIECE_BYTES)]
+def _pieces(array: Any) -> Sequence[Any]:
+    """Cut an array into what is sent at a time.
+
+    Of one on a device MPI is given addresses: mpi4py would take the array itself, but ask the
+    driver about each piece. So the requests do not keep it alive; see `Transfers.add`.
+    """
+    if isinstance(array, np.ndarray):
+        data = array.view(np.uint8)
+        return [data[b : b + PIECE_BYTES] for b in range(0, data.size, PIECE_BYTES)]
+    address, n_bytes = int(array.data.ptr), int(array.nbytes)
+    return [
+        MPI.buffer.fromaddress(address + b, min(PIECE_BYTES, n_bytes - b))
+        for b in range(0, n_bytes, PIECE_BYTES)
+    ]
 
 
 def _without(comm: Any, gone: set[int]) -> Any:

@@ -47,8 +47,8 @@ class Transfers:
             each: called with how many bytes from the start are complete, when that has changed and
                 they are not yet all.
             peer: the rank at the other end.
-            keep: the array, which must not be freed before; memory of a device is freed by whoever
-                uses it last, and MPI does not count as one.
+            keep: the array, which must not be freed before; the requests hold no reference to one
+                on a device.
         """
         self._open.append(_Transfer(requests, then, each, peer, keep))
 
