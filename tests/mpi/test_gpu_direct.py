@@ -8,7 +8,9 @@ broken once by hand, and a test here failed.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from psframe.devices import visible_gpus
 from psframe.transports import mpi, transfers
 from psframe.transports.mpi_endpoint import MpiEndpoint
 
+ROOT = Path(__file__).parents[2]
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
 N = 300_000
@@ -336,3 +339,42 @@ def test_on_without_a_gpu_is_an_error_on_every_rank(device: str) -> None:
     with pytest.raises(psframe.ArgumentError, match=said):
         train(device, Async(), gpu_direct="on")
     train(device, Async())
+
+
+CUPY = """
+import os, signal, numpy as np
+class _Stream:
+    def synchronize(self): pass
+class cuda:
+    get_current_stream = staticmethod(_Stream)
+def arange(n, dtype):
+    if os.environ["FAKE"] == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return np.arange(n, dtype=dtype)
+zeros = np.zeros
+"""
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("how", ["works", "crash"])
+def test_where_mpi_says_nothing_a_process_of_its_own_tries_it(
+    cupy: FakeCupy,
+    ends: Ends,
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "cupy.py").write_text(CUPY, encoding="ascii")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("FAKE", how)
+    silent = {"value": None, "by": "it has no query"}
+    monkeypatch.setattr(cluster, "cuda_support", lambda: silent)
+    with caplog.at_level(logging.INFO, "psframe"):
+        train("cuda", Async(), cupy)
+    if RANK == 1:
+        place = "device" if how == "works" else "host"
+        assert ends.used() == ({place}, {place})
+    elif RANK == 0:
+        (line,) = [line for line in caplog.messages if "what is on GPUs" in line]
+        assert "as a device pointer that it was given says" in line

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
+from psframe.devices import visible_gpus
 from psframe.train import main
 
 ROOT = MPI.COMM_WORLD.rank == 0
@@ -34,3 +35,22 @@ def test_whether_a_run_is_completed_rank_0_decides(
     else:  # it has left no checkpoint, so it begins
         status = json.loads(Path("r/status.json").read_text())
         assert (status["state"], status["updates"]) == ("completed", 45)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.skipif(visible_gpus() > 0, reason="there is a GPU")
+def test_device_pointers_without_a_device_are_an_error_on_every_rank_unless_they_may_fall_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--run-dir", "r", "--epochs", "1", "--show", "none", "--overwrite"]
+    assert main([*flags, "--gpu-direct", "on"]) == 1
+    _, err = capsys.readouterr()
+    assert ("psframe: error: gpu_direct: 'on'" in err) == ROOT, "rank 0 speaks for all"
+    if ROOT:
+        status = json.loads(Path("r/status.json").read_text())
+        assert status["state"] == "failed"
+        assert "no rank computes on a GPU" in status["reason"]
+    assert main([*flags, "--gpu-direct", "auto"]) == 0
+    if ROOT:
+        assert json.loads(Path("r/status.json").read_text())["state"] == "completed"
