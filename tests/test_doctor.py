@@ -54,6 +54,7 @@ FACTS: dict[str, Any] = {
         "infiniband": False,
     },
     "shm": {"free_bytes": GIB, "total_bytes": GIB},
+    "leftovers": {"folder": "/tmp", "names": []},
     "segment": {"error": ""},
     "launched_with_ft": None,
     "versions": {
@@ -208,6 +209,8 @@ TABLE: list[tuple[str, int, dict[str, Any], Verdict, str]] = [
     ("/dev/shm", 4, {}, OK, "1 GiB of 1 GiB free"),
     ("/dev/shm", 5, {"shm.free_bytes": 64 * MIB}, WARNING, "may need 80 MiB"),
     ("/dev/shm", 1, {"shm": {"unknown": "none"}}, UNKNOWN, "none"),
+    ("leftovers", 1, {}, OK, "has left anything in /tmp"),
+    ("leftovers", 2, {"leftovers.names": ["ompi.7", "ompi.9"]}, WARNING, "2 in /tmp of Open MPI"),
     ("limits", 1, {}, OK, "1024 open files"),
     ("limits", 1, {"limits.files": None}, OK, "any number of open files"),
     ("limits", 2, {"1.limits.files": 64}, WARNING, "rank 1 may open 64 files"),
@@ -370,6 +373,18 @@ def test_lines_are_not_wider_than_they_may_be_and_nothing_moves_the_cursor() -> 
 def asked(code: str, *, timeout_s: float = BOUND_S, given: Any = None) -> Any:
     program = f"from psframe.throwaway import answer\n{code}"
     return ask([sys.executable, "-c", program], timeout_s=timeout_s, given=given)
+
+
+def test_folders_of_launchers_that_were_killed_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in (f"ompi.{ended.pid}", f"ompi.{os.getpid()}", "ompi.x"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    facts = local_probes()["leftovers"]()
+    assert facts == {"folder": str(tmp_path), "names": [f"ompi.{ended.pid}"]}
 
 
 def test_an_answer_is_found_among_other_output() -> None:

@@ -16,6 +16,7 @@ from psframe.doctor.judging_gpus import judge_gpu_sharing, judge_gpus
 from psframe.doctor.judging_machine import (
     judge_binding,
     judge_cores,
+    judge_leftovers,
     judge_limits,
     judge_memory,
     judge_shared_memory,
@@ -47,6 +48,7 @@ CHECKS: Mapping[str, Judge] = {
     "memory": judge_memory,
     "shared memory": judge_shared_memory,
     "/dev/shm": judge_shm,
+    "leftovers": judge_leftovers,
     "limits": judge_limits,
     "numba's cache": judge_cache,
     "gpus": judge_gpus,

@@ -11,6 +11,7 @@ from psframe.doctor.local import THREAD_VARIABLES
 __all__ = [
     "judge_binding",
     "judge_cores",
+    "judge_leftovers",
     "judge_limits",
     "judge_memory",
     "judge_shared_memory",
@@ -212,6 +213,24 @@ def _shm_of(case: Case, node: Node) -> Finding:
         Verdict.WARNING,
         f"{found}, and MPI's own buffers may need {size(need)} (psframe's memory is not there)",
         "docker run --shm-size=1g; in Kubernetes an emptyDir of medium Memory at /dev/shm",
+    )
+
+
+def judge_leftovers(case: Case) -> Finding:
+    """Judge whether launchers that were killed have left folders behind that others would use."""
+    return _worst(case, _leftovers_of)
+
+
+def _leftovers_of(case: Case, node: Node) -> Finding:
+    facts = case.of(node.ranks[0], "leftovers")
+    names, folder = facts["names"], facts["folder"]
+    if not names:
+        return Finding(Verdict.OK, f"no launcher that was killed has left anything in {folder}")
+    return Finding(
+        Verdict.WARNING,
+        f"{len(names)} in {folder} of Open MPI's mpirun that was killed, such as {names[0]}; one"
+        " that gets the same process number fails: 'The PMIx server's listener thread failed'",
+        "remove them, unless they are of a container with process numbers of its own",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -41,6 +42,7 @@ def local_probes() -> dict[str, Callable[[], Any]]:
         "memory": _memory,
         "limits": _limits,
         "shm": _shm,
+        "leftovers": _leftovers,
         "segment": _segment,
         "launched_with_ft": lambda: _launched_with_ft(os.getppid()),
     }
@@ -92,6 +94,18 @@ def _shm() -> dict[str, int]:
         "free_bytes": found.f_bavail * found.f_frsize,
         "total_bytes": found.f_blocks * found.f_frsize,
     }
+
+
+def _leftovers() -> dict[str, Any]:
+    """Find the folders of this user's Open MPI launchers that are no more."""
+    folder, found = Path(os.environ.get("TMPDIR", "/tmp")), list[str]()
+    for one in sorted(folder.glob("ompi.*")):
+        process = one.name.partition(".")[2]
+        with contextlib.suppress(OSError):  # it has just gone
+            mine = one.stat().st_uid == os.geteuid()
+            if mine and process.isdecimal() and not Path("/proc", process).exists():
+                found.append(one.name)
+    return {"folder": str(folder), "names": found}
 
 
 def _segment() -> dict[str, str]:
