@@ -13,6 +13,7 @@ from psframe.errors import MessageError
 from psframe.events import (
     ALL_REQUESTS,
     COPIED,
+    NO_BUFFER,
     RELEASE_COPY,
     RELEASE_HOLD,
     RELEASE_NONE,
@@ -36,18 +37,18 @@ class Request:
         waiting: servers that have still to answer.
         wants_params: whether it asked for the parameters.
         stopped: whether some server answered that the run is over.
-        answers: by server; None where it is not asked, or has not answered.
+        answers: by server; None where it has not answered. A lease request has none.
         lease: the block, for a lease request.
     """
 
     __slots__ = ("answers", "lease", "seq", "stopped", "waiting", "wants_params")
 
-    def __init__(self, seq: int, waiting: int, wants_params: bool) -> None:
+    def __init__(self, seq: int, waiting: int, wants_params: bool, answers: int) -> None:
         self.seq = seq
         self.waiting = waiting
         self.wants_params = wants_params
         self.stopped = False
-        self.answers: list[Answer | None] = [None] * waiting
+        self.answers: list[Answer | None] = [None] * answers
         self.lease: Lease | None = None
 
     @property
@@ -155,7 +156,7 @@ class WorkerProtocol:
         """
         user = self.users[slot]
         assert user is None or not user.waiting, "the slot is in use"
-        request = self.users[slot] = self._request(self.servers, want_params)
+        request = self.users[slot] = self._request(self.servers, want_params, self.servers)
         if read is None:
             read = self._present
         if want_params and self._using:
@@ -202,13 +203,13 @@ class WorkerProtocol:
 
     def request_of_plain(self, seq: int) -> Request:
         """Give the request for what `begin_plain` began: it has not been answered plainly."""
-        request = self._requests[seq] = Request(seq, 1, True)
+        request = self._requests[seq] = Request(seq, 1, True, 1)
         self.users[0] = request
         return request
 
     def pull(self, *, pinned: bool = False) -> tuple[Request, list[Pull]]:
         """Make a pull. Call `drop_params` before if the present parameters end with it."""
-        request = self._request(self.servers, True)
+        request = self._request(self.servers, True, self.servers)
         messages = [
             Pull(self.index, request.seq, pinned, self._take_release(server), self._log)
             for server in range(self.servers)
@@ -219,7 +220,7 @@ class WorkerProtocol:
         self, plan: int, spec: TaskSpec, *, ahead: bool = False
     ) -> tuple[Request, LeaseRequest]:
         """Make a request for a lease, to server 0; with `ahead`, beside the block in hand."""
-        request = self._request(1, False)
+        request = self._request(1, False, 0)
         return request, LeaseRequest(self.index, request.seq, plan, spec, ahead)
 
     def drop_params(self) -> None:
@@ -260,9 +261,15 @@ class WorkerProtocol:
                 return  # another server had answered before it heard of the end
             raise MessageError(f"worker {self.index} got an answer to no request: {answer.seq}")
         if isinstance(answer, Answer):
-            request.answers[server] = answer
-            stopped = answer.stopped
+            answers, stopped = request.answers, answer.stopped
+            if server >= len(answers) or answers[server] is not None:
+                raise self._misplaced(server, answer)
+            if not stopped and (answer.buffer == NO_BUFFER) is request.wants_params:
+                raise self._misplaced(server, answer)
+            answers[server] = answer
         else:
+            if request.answers or server:
+                raise self._misplaced(server, answer)
             request.lease = answer
             stopped = answer.kind is LeaseKind.STOPPED
         if stopped:
@@ -271,6 +278,16 @@ class WorkerProtocol:
         if not request.waiting:
             del self._requests[request.seq]
 
+    def _misplaced(self, server: int, answer: Answer | Lease) -> MessageError:
+        if isinstance(answer, Lease):
+            what = "a lease"
+        else:
+            what = "no parameters" if answer.buffer == NO_BUFFER else "parameters"
+        return MessageError(
+            f"worker {self.index} got from server {server} {what} in answer to request"
+            f" {answer.seq}, which asked it for something else or has been answered"
+        )
+
     def _end_all(self) -> None:
         self.stopped = self._ended = True
         for request in self._requests.values():
@@ -278,10 +295,10 @@ class WorkerProtocol:
             request.stopped = True
         self._requests.clear()
 
-    def _request(self, waiting: int, wants_params: bool) -> Request:
+    def _request(self, waiting: int, wants_params: bool, answers: int) -> Request:
         seq = self._seq
         self._seq = seq + 1
-        request = self._requests[seq] = Request(seq, waiting, wants_params)
+        request = self._requests[seq] = Request(seq, waiting, wants_params, answers)
         return request
 
     def _take_release(self, server: int) -> int:

@@ -164,9 +164,9 @@ def test_requests_carry_the_largest_position_seen() -> None:
     first, messages = protocol.pull()
     assert [m.log for m in messages] == [0, 0]
     protocol.receive(0, Lease(0, lease.seq, LeaseKind.TRAIN, 0, 0, 2, log=5))
-    protocol.receive(1, answer(first))
+    protocol.receive(1, answer(first, 0))
     assert [m.log for m in protocol.pull()[1]] == [5, 5]
-    protocol.receive(0, answer(first, log=3))
+    protocol.receive(0, answer(first, 0, log=3))
     assert [m.log for m in push(protocol, want=True)[1]] == [5, 5], "it does not go back"
 
 
@@ -180,6 +180,33 @@ def test_answers_to_nothing() -> None:
     protocol.receive(0, answer(request, 0))
     with pytest.raises(MessageError, match="no request: 0"):
         protocol.receive(0, answer(request, 0))
+
+
+def test_answers_that_are_not_what_was_asked_for() -> None:
+    protocol = WorkerProtocol(0, 2, [True, True])
+    pull, _ = protocol.pull()
+    bare, _ = push(protocol)
+    lease, _ = protocol.ask_lease(0, SPEC)
+    block = Lease(0, lease.seq, LeaseKind.TRAIN, 0, 0, 2)
+    protocol.receive(0, answer(pull, 1))
+    for server, wrong in (
+        (0, answer(pull, 2)),  # again, while server 1 has still to answer
+        (1, answer(pull)),  # without what was asked for
+        (1, Lease(0, pull.seq, LeaseKind.EXHAUSTED)),
+        (0, answer(bare, 3)),  # parameters that may land on others
+        (0, Lease(0, bare.seq, LeaseKind.TRAIN, 0, 0, 2)),
+        (0, answer(lease)),
+        (0, answer(lease, stopped=True)),
+        (1, block),  # of a server that was not asked
+    ):
+        with pytest.raises(MessageError, match=f"server {server} .* request {wrong.seq}"):
+            protocol.receive(server, wrong)
+    assert protocol.outstanding == 3
+    assert not any((protocol.stopped, pull.done, bare.done, lease.done)), "they changed nothing"
+    protocol.receive(1, answer(pull, stopped=True))
+    protocol.receive(0, block)
+    assert pull.done
+    assert lease.lease is block
 
 
 def test_the_package_has_no_other_worker() -> None:
