@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psframe.errors import MessageError
 from psframe.events import Lease, LeaseKind, TaskSpec
 from psframe.params import Params
 from psframe.wire import NAME_BYTES_MAX, NAMES_MAX
@@ -106,8 +107,19 @@ class EpochOrders:
         pull: Callable[[], Params],
         report: Callable[[dict[str, float]], None],
     ) -> Task:
-        """Make the task that a lease of a block is about."""
+        """Make the task that a lease of a block is about.
+
+        Raises:
+            MessageError: there is no such block in the plan.
+        """
         evaluates = lease.kind is LeaseKind.EVALUATE
+        spec = self._spec
+        size = spec.eval_samples if evaluates else spec.n_samples
+        if lease.end > size or lease.epoch >= spec.epochs:
+            raise MessageError(
+                f"a lease is of [{lease.begin}, {lease.end}) in epoch {lease.epoch}, of {size}"
+                f" samples and {spec.epochs} epochs"
+            )
         kind = "evaluate" if evaluates else "train"
         if evaluates:
             indices = np.arange(lease.begin, lease.end, dtype=np.int64)
