@@ -18,6 +18,7 @@ import numpy as np
 
 from psframe.codecs import QSGD, Codec, Encoder, Sign
 from psframe.codecs.shard import is_finite
+from psframe.errors import MessageError
 from psframe.layout import Array, Layout
 
 __all__ = [
@@ -259,18 +260,22 @@ class PullDecoder:
         self._decoder = plain.decoder(layout, begin, end)
         self.bytes_max = self._decoder.bytes_max
         self._mirror = np.empty(end - begin, layout.dtype)
+        self._has_mirror = False
         self._difference = np.empty_like(self._mirror)
 
     def dense(self, params: Array) -> None:
         """Note what has come as it is."""
         self._mirror[:] = params
+        self._has_mirror = True
 
     def decode(self, payload: Array, out: Array) -> None:
         """Write the parameters that a payload brings.
 
         Raises:
-            MessageError: it is none.
+            MessageError: it is none, or nothing has come that it is the difference to.
         """
+        if not self._has_mirror:
+            raise MessageError("parameters are coded, before any have come as they are")
         self._decoder.decode(payload, self._difference)
         self._mirror += self._difference
         out[:] = self._mirror

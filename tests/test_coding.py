@@ -13,6 +13,7 @@ import psframe
 from psframe import codecs
 from psframe.codecs import Codec
 from psframe.coding import PullCoder, PullDecoder, PushCoder, as_codec, as_pull_codec
+from psframe.errors import MessageError
 from psframe.layout import Layout
 from psframe.transports.shared_memory import first_apart
 from psframe.worth import Worth
@@ -151,6 +152,20 @@ def test_what_has_been_written_in_place_is_coded_too() -> None:
 
 
 # ---- parameters --------------------------------------------------------------------------------
+
+
+def test_a_difference_to_nothing_is_no_payload() -> None:
+    codec = codecs.Float16()
+    coder, decoder = (
+        PullCoder(codec, LAYOUT, 0, LAYOUT.size, 5, 0, 1),
+        PullDecoder(codec, LAYOUT, 0, LAYOUT.size),
+    )
+    params = np.ones(LAYOUT.size, np.float32)
+    coder.dense(0, params)
+    found = coder.encode(0, params)
+    assert found is not None
+    with pytest.raises(MessageError, match="before any have come"):
+        decoder.decode(found[0].data, np.empty_like(params))
 
 
 def test_a_worker_has_what_the_server_believes_it_has() -> None:
