@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from psframe.coding import PushCoder
 from psframe.devices import Device
-from psframe.errors import Stopped
+from psframe.errors import MessageError, Stopped
 from psframe.events import Answer, Failure, Leave, RandomState, SpanKind, Stop
 from psframe.exchange import Direct, Endpoint, Exchange, Progress
 from psframe.layout import Layout
@@ -382,8 +382,10 @@ class Worker:
                 finally:  # if it could not be written: it is refused, and nobody waits for it
                     progress.close(finite, 0.0)
             answer = direct.finish(seq)
-        except BaseException:
+        except BaseException as error:
             protocol.request_of_plain(seq)  # its answer will still come
+            if isinstance(error, MessageError):  # or none will
+                self._exchange.distrust(error)
             raise
         if answer is None:
             request = protocol.request_of_plain(seq)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from psframe.errors import Stopped, WaitTimeout
+from psframe.errors import MessageError, Stopped, WaitTimeout
 from psframe.events import Answer, FromWorker, Lease
 from psframe.layout import Array
 from psframe.worker import Request, WorkerProtocol
@@ -106,6 +106,9 @@ class Endpoint(Protocol):
 class Exchange:
     """Feeds the worker's protocol what its endpoint receives, for as long as somebody waits.
 
+    Once a server has sent what makes no sense nothing is waited for any more: it may believe that
+    it has answered.
+
     Attributes:
         endpoint: the worker's end of a transport.
         protocol: its state machine.
@@ -114,6 +117,7 @@ class Exchange:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.protocol = WorkerProtocol(endpoint.index, endpoint.servers, endpoint.in_place)
+        self._wrong: str | None = None  # what a server has sent
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send to one server."""
@@ -126,9 +130,20 @@ class Exchange:
             send(server, message)
 
     def check_running(self) -> None:
-        """Raise Stopped if the run is known to be over."""
+        """Raise Stopped if the run is known to be over.
+
+        Raises:
+            Stopped: it is.
+            MessageError: a server has sent what makes no sense.
+        """
+        if self._wrong is not None:
+            raise MessageError(self._wrong)
         if self.protocol.stopped:
             raise Stopped("the run is over")
+
+    def distrust(self, error: MessageError) -> None:
+        """Note that a server has sent what makes no sense, and wait for none any more."""
+        self._wrong = str(error)
 
     def poll(self) -> None:
         """Take what has arrived."""
@@ -140,19 +155,26 @@ class Exchange:
 
         Raises:
             WaitTimeout: that took longer than `timeout_s`; the request stays under way.
+            MessageError: a server has sent what makes no sense.
         """
         if timeout_s is not None:
             self._wait_until(request, timeout_s)
             return
+        if self._wrong is not None and request.waiting:
+            raise MessageError(self._wrong)
         receive, take = self.endpoint.receive, self.protocol.receive
-        while request.waiting:
-            item = receive(None)
-            if item is not None:
-                take(*item)
+        try:
+            while request.waiting:
+                item = receive(None)
+                if item is not None:
+                    take(*item)
+        except MessageError as error:
+            self.distrust(error)
+            raise
 
     def drain(self) -> None:
-        """Wait until every request has been answered."""
-        while self.protocol.outstanding:
+        """Wait until every request has been answered that can be."""
+        while self.protocol.outstanding and self._wrong is None:
             self._receive(None)
 
     def _wait_until(self, request: Request, timeout_s: float) -> None:
@@ -168,8 +190,14 @@ class Exchange:
                 )
 
     def _receive(self, timeout_s: float | None) -> bool:
-        item = self.endpoint.receive(timeout_s)
-        if item is None:
-            return False
-        self.protocol.receive(*item)
+        if self._wrong is not None:
+            raise MessageError(self._wrong)
+        try:
+            item = self.endpoint.receive(timeout_s)
+            if item is None:
+                return False
+            self.protocol.receive(*item)
+        except MessageError as error:
+            self.distrust(error)
+            raise
         return True

@@ -352,6 +352,29 @@ def test_who_sends_what_is_no_payload_counts_as_lost(venv: str, elements: int) -
     assert f"got {2 * elements - 2} bytes, expected {2 * elements}" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ("lease", "a lease in answer to request 1"),
+        ("bare", "no parameters in answer to request 1"),
+        ("another", "an answer to no request: 6"),
+        ("short", "got 5998 bytes, expected 6000"),
+    ],
+)
+@pytest.mark.parametrize("venv", VENVS)
+def test_a_server_that_makes_no_sense_ends_the_run(venv: str, lie: str, said: str) -> None:
+    """On every rank; who got it waits for no answer that will not come."""
+    program = ROOT / "tests" / "mpi" / "lying_server_job.py"
+    done = finished(venv, "-n", "3", program=[program, lie])
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert [line.split(":")[:2] for line in told] == [
+        ["rank 0", " WorkerFailed"],
+        ["rank 1", " MessageError"],
+        ["rank 2", " WorkerFailed"],
+    ], done.stderr
+    assert all(said in line for line in told), told
+
+
 @pytest.mark.parametrize("venv", VENVS)
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)], ids=len)
 def test_signals_to_all_ranks_leave_a_checkpoint_and_no_stack(
