@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import mpi4py
 import numpy as np
 
-from psframe.errors import LaunchError, RankLost
+from psframe.errors import LaunchError, MessageError, RankLost
 from psframe.launcher import Launcher, find_launcher, lone_process_message
 from psframe.layout import Array
 from psframe.transports.faults import Faults
@@ -48,6 +48,7 @@ __all__ = [
     "Mesh",
     "Patience",
     "Transfers",
+    "WrongLength",
     "abort",
     "open_mesh",
     "piece_elements",
@@ -62,6 +63,8 @@ _LEAVE_BOUND_S = 30.0
 _READ_BOUND_S = 1.0
 
 
+# Of the last test of a piece; only the thread that runs the program receives any.
+_status = MPI.Status()
 # Ranks of MPI_COMM_WORLD that a run has lost. MPI is one a process, and so are its dead: a later
 # run is made of the others.
 _counted_out: set[int] = set()
@@ -86,6 +89,41 @@ def _start() -> None:
 
 
 _start()
+
+
+class WrongLength(MessageError):
+    """A piece of an array is longer or shorter than was announced.
+
+    Attributes:
+        source: the rank that sent it.
+    """
+
+    def __init__(self, source: int, got: str, n_bytes: int) -> None:
+        super().__init__(f"a piece of an array has {got} bytes, expected {n_bytes}")
+        self.source = source
+
+
+class _Piece:
+    """The receive of one piece, to be tested until it is complete."""
+
+    __slots__ = ("_n_bytes", "_request", "_source")
+
+    def __init__(self, request: Any, n_bytes: int, source: int) -> None:
+        self._request, self._n_bytes, self._source = request, n_bytes, source
+
+    def Test(self) -> bool:
+        """Whether it is complete; once."""
+        try:
+            if not self._request.Test(_status):
+                return False
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+            raise WrongLength(self._source, "more", self._n_bytes) from error
+        got = _status.Get_count(MPI.BYTE)
+        if got != self._n_bytes:
+            raise WrongLength(self._source, f"{got}", self._n_bytes)
+        return True
 
 
 @dataclass
@@ -218,7 +256,8 @@ class Mesh:
         self, array: Array, source: int, what: str, bound_s: float | None = SETUP_BOUND_S
     ) -> None:
         """Receive into an array and wait until it is there."""
-        self.complete(self.start_receive(array, source), bound_s, what)
+        requests = [request for request, _ in self._start_receive(array, source)]
+        self.complete(requests, bound_s, what)
 
     def start_send(self, array: Any, target: int) -> list[Any]:
         """Start to send a contiguous array in pieces, of the host or of a device that MPI takes;
@@ -229,11 +268,21 @@ class Mesh:
         return [comm.Isend([p, MPI.BYTE], target, _TAG_ARRAY) for p in _pieces(array)]
 
     def start_receive(self, array: Any, source: int) -> list[Any]:
-        """Start to receive into a contiguous array in pieces; none come from the dead."""
+        """Start to receive into a contiguous array in pieces; none come from the dead.
+
+        The test of a piece that is longer or shorter than its part of the array raises WrongLength.
+        """
+        pieces = self._start_receive(array, source)
+        return [_Piece(request, n_bytes, source) for request, n_bytes in pieces]
+
+    def _start_receive(self, array: Any, source: int) -> list[tuple[Any, int]]:
+        """Give each piece's request and length in bytes."""
         comm = self._comm
         if source in self.watch.faults.dead:
             return []
-        return [comm.Irecv([p, MPI.BYTE], source, _TAG_ARRAY) for p in _pieces(array)]
+        return [
+            (comm.Irecv([p, MPI.BYTE], source, _TAG_ARRAY), p.nbytes) for p in _pieces(array)
+        ]
 
     @property
     def comm(self) -> Any:

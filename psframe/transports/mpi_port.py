@@ -39,7 +39,7 @@ from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
 from psframe.transports.frames import Frames
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
-from psframe.transports.mpi import Mesh, Patience, Transfers
+from psframe.transports.mpi import Mesh, Patience, Transfers, WrongLength
 from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
 from psframe.transports.shared_memory import Segment, SegmentBuffers
 from psframe.transports.streams import Progress
@@ -160,7 +160,7 @@ class MpiServerPort:
             if event is not None:
                 patience.reset()
                 return None if event is _ANSWERED else event  # type: ignore[return-value]
-            if self._transfers.progress() or (self._streams and self._follow()):
+            if self._progress_transfers() or (self._streams and self._follow()):
                 patience.reset()
             elif patience.wait(busy=bool(self._streams) or self._unfinished):
                 now = time.monotonic()
@@ -169,6 +169,13 @@ class MpiServerPort:
                 elif now > deadline:
                     return None
         return events.popleft()
+
+    def _progress_transfers(self) -> bool:
+        try:
+            return self._transfers.progress()
+        except WrongLength as error:
+            self._distrust(error.source, error)
+            return True
 
     @property
     def _unfinished(self) -> bool:
