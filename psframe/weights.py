@@ -6,6 +6,7 @@ the model is: `--model`'s name, the shape of a sample, and the names of the clas
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import reprlib
@@ -77,7 +78,8 @@ def save_weights(folder: Path, params: Mapping[str, Any], model: str, train: Dat
         temporary.write_bytes(save({**tensors, **preprocessing.tensors()}, metadata))
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is wrong with the folder has been said
+            temporary.unlink()
         reason = f"{file}: the final weights could not be written: {error.strerror}"
         raise RunDirError(reason) from error
     return file

@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 
 from psframe import evaluate
 from psframe.data import Dataset, Preprocessing
-from psframe.errors import ArgumentError
+from psframe.errors import ArgumentError, RunDirError
 from psframe.weights import load_weights, save_weights
 
 CLASSES = ("ant", "bee", "cat")
@@ -98,6 +98,15 @@ def test_damaged_weights_are_refused(file: Path, changed: dict[str, Any], words:
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_why_weights_cannot_be_written_is_told_whatever_became_of_the_folder(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "checkpoints").touch()  # where a folder was
+    train = Dataset(np.zeros((3, 2, 3), np.float32), np.arange(3), 3, "made", CLASSES)
+    with pytest.raises(RunDirError, match="final weights could not be written: Not a directory"):
+        save_weights(tmp_path, PARAMS, "softmax", train)
 
 
 def test_no_parameters(file: Path) -> None:
