@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psframe.errors import RankLost
+from psframe.errors import MessageError, RankLost
 from psframe.transports.faults import Faults
 from psframe.transports.heartbeat import Beats, Messages
 from psframe.transports.processes import Processes
@@ -374,6 +374,18 @@ def test_an_error_of_a_transfer_that_is_no_death_is_raised() -> None:
     transfers.add([FakeRequest([RuntimeError("truncated")])], then("never"), peer=1)
     with pytest.raises(RuntimeError, match="truncated"):
         transfers.progress()
+
+
+def test_a_transfer_that_is_not_what_was_announced_is_given_up() -> None:
+    transfers, _, then = _transfers([])
+    requests = [FakeRequest([MessageError("too short")]), FakeRequest([False])]
+    transfers.add(requests, then("never"), peer=1)
+    transfers.add([FakeRequest([True])], then("the other"), peer=1)
+    with pytest.raises(MessageError, match="too short"):
+        transfers.progress()
+    assert transfers.progress()
+    assert transfers.done == ["the other"]  # type: ignore[attr-defined]
+    assert not transfers.busy
 
 
 def test_transfers_tell_of_their_pieces() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from psframe.errors import MessageError
 from psframe.transports.watch import Unwatched
 
 __all__ = ["PIECE_BYTES", "Transfers"]
@@ -57,6 +58,7 @@ class Transfers:
 
         Raises:
             RankLost: the other end of one is lost, and the run cannot go on.
+            MessageError: what has come of one is not what was announced; it is given up.
         """
         if not self._open:
             return False
@@ -83,6 +85,10 @@ class Transfers:
     def _test(self, transfer: _Transfer) -> bool:
         try:
             return transfer.test()
+        except MessageError:  # what is still to come of it nobody waits for
+            self._open.remove(transfer)
+            self._given_up.append(transfer)
+            raise
         except RuntimeError as error:  # MPI's
             self._watch.failed_with(transfer.peer, error)
             return False
