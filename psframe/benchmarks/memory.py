@@ -1,12 +1,14 @@
 """Memory that a run takes on a node, over the bytes of its parameters.
 
 Proportional set size: a page that k processes share counts a kth in each, so that their sum counts
-it once. What the processes had before, after a small run of the same kind, is subtracted.
+it once. Pages of files do not count, such as those of libraries: the kernel takes and gives them as
+it likes. What the processes had before, after a small run of the same kind, is subtracted.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,16 +126,18 @@ class Memory:
 
 
 def pss(pids: Sequence[int]) -> int:
-    """Sum the bytes of some processes on this node, pages that they share with each other once.
+    """Sum the bytes of some processes on this node, pages that they share with each other once, and
+    none that are only a file's (before Linux 5.4 these, too).
 
     Raises:
         OSError: one has ended, or is another user's.
     """
     total = 0
     for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-            if line.startswith("Pss:"):
-                total += 1024 * int(line.split()[1])
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        found = dict(re.findall(r"^(Pss\w*): +([0-9]+) kB", text, re.MULTILINE))
+        kinds = ("Pss_Anon", "Pss_Shmem") if "Pss_Anon" in found else ("Pss",)
+        total += 1024 * sum(int(found[kind]) for kind in kinds)
     return total
 
 

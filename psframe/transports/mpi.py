@@ -280,9 +280,7 @@ class Mesh:
         comm = self._comm
         if source in self.watch.faults.dead:
             return []
-        return [
-            (comm.Irecv([p, MPI.BYTE], source, _TAG_ARRAY), p.nbytes) for p in _pieces(array)
-        ]
+        return [(comm.Irecv([p, MPI.BYTE], source, _TAG_ARRAY), p.nbytes) for p in _pieces(array)]
 
     @property
     def comm(self) -> Any:

@@ -67,7 +67,7 @@ class MpiEndpoint:
         ]
         self._landing = None if own is None else own.array(LANDING)
         self._leaving: list[Any] = [None] * SLOTS  # a gradient on the device, if it leaves there
-        self._room: Callable[[int], Any] = self._host_room  # for parameters that land
+        self._room: Callable[[int], Any] | None = None  # on a device, for parameters that land
         # By server without shared memory: where parameters land, two in turn.
         self._landings: dict[tuple[int, int], Any] = {}
         self._turn = [0] * self.servers
@@ -262,9 +262,6 @@ class MpiEndpoint:
         """Have parameters land in arrays of a device that `empty(size)` gives."""
         self._room = empty
 
-    def _host_room(self, size: int) -> Array:
-        return np.empty(size, self._layout.dtype)
-
     def snapshot(self, server: int, buffer: int) -> Any:
         """The server's snapshot, in place or where it has landed."""
         if not self.in_place[server]:
@@ -283,6 +280,7 @@ class MpiEndpoint:
     def close(self) -> None:
         """Wait until everything has left, and take the receives back."""
         close(self._post, self._transfers, self._patience)
+        self._room = None  # its device refers to this
 
     def _left(self, slot: int) -> None:
         self._slot_sends[slot] -= 1
@@ -335,8 +333,8 @@ class MpiEndpoint:
         array = self._landings.get((server, turn))
         if array is None:
             begin, end = self._shards[server]
-            alone = self._alone[server] and self._decoders[server] is None
-            array = (self._room if alone else self._host_room)(end - begin)
+            room = self._room if self._alone[server] and self._decoders[server] is None else None
+            array = np.empty(end - begin, self._layout.dtype) if room is None else room(end - begin)
             self._landings[server, turn] = array
         return array
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from psframe.launcher import find_launcher
 from psframe.transports import mpi_post, watch
 from psframe.transports.mpi import TAG_END, Mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
+from psframe.transports.mpi_port import MpiServerPort
+from psframe.transports.shared_memory import Segment
 from psframe.wire import Limits, Link, decode
 
 WORLD = MPI.COMM_WORLD
@@ -403,6 +406,25 @@ def test_nothing_of_a_run_is_under_way_when_the_next_begins(
     for _ in range(60):
         result = run(lambda worker: worker.push_pull(ONES), shared_memory=False)
         assert result.version == max(1, SIZE - 1)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_memory_of_a_run_goes_with_it(shared: bool) -> None:
+    """And not when the next collection of garbage finds a circle."""
+    kinds = (Mesh, MpiEndpoint, MpiServerPort, Segment)
+
+    def there() -> list[str]:
+        return sorted(type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = there()
+        run(lambda worker: worker.push_pull(ONES), shared_memory=shared)
+        assert there() == before
+    finally:
+        gc.enable()
 
 
 def test_receives_that_cannot_be_taken_back_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
