@@ -104,15 +104,22 @@ class WrongLength(MessageError):
 
 
 class _Piece:
-    """The receive of one piece, to be tested until it is complete."""
+    """The receive of one piece."""
 
-    __slots__ = ("_n_bytes", "_request", "_source")
+    __slots__ = ("_complete", "_n_bytes", "_request", "_source")
 
     def __init__(self, request: Any, n_bytes: int, source: int) -> None:
         self._request, self._n_bytes, self._source = request, n_bytes, source
+        self._complete = False
 
     def Test(self) -> bool:
-        """Whether it is complete; once."""
+        """Whether it is complete.
+
+        Raises:
+            WrongLength: it is, and has another length.
+        """
+        if self._complete:
+            return True
         try:
             if not self._request.Test(_status):
                 return False
@@ -123,6 +130,7 @@ class _Piece:
         got = _status.Get_count(MPI.BYTE)
         if got != self._n_bytes:
             raise WrongLength(self._source, f"{got}", self._n_bytes)
+        self._complete = True
         return True
 
 
