@@ -61,9 +61,11 @@ from psframe.saving import ShardSaver
 from psframe.server import Server
 from psframe.server_device import Card, choose_server_device
 from psframe.starting import INTERRUPTED
+from psframe.store import buffer_count
+from psframe.transports.borrowing import Borrowing, lend_and_open
 from psframe.transports.faults import fault_tolerant
 from psframe.transports.leaving import part, part_alone
-from psframe.transports.meeting import Neighbours, meet
+from psframe.transports.meeting import SLOTS, Neighbours, meet
 from psframe.transports.mpi import SETUP_BOUND_S, Mesh, abort, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
 from psframe.transports.mpi_facts import cuda_support
@@ -128,6 +130,7 @@ def run_cluster(
             if wrong is None:
                 assert plan is not None
                 result, error = run.run(plan)
+                run.free_cards()
     except CountedOut:  # the others have ended well, and go on
         part_alone(mesh)
         raise
@@ -188,7 +191,9 @@ class _ClusterRun:
         self.absent: Mapping[int, Callable[[], bool]] = {}
         self._error: BaseException | None = None  # what this rank's own `work` raised
         self._gpu: Sharing | None = None  # where a worker computes, if not on the CPU
+        self._gpus: list[bytes] = []  # by rank, if somebody may be on one
         self._direct = False  # whether device pointers are given to MPI
+        self._cards = Borrowing()  # GPU memory of this node's ranks that is open to others of them
         self.restart = Restart()
 
     # ---- the run -------------------------------------------------------------------------
@@ -225,6 +230,7 @@ class _ClusterRun:
         wrong = self._share_direct(plan, neighbours)
         if wrong is not None:
             return None, wrong
+        self._share_cards(plan, neighbours)
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         self._share_signals(watch)
         with contextlib.closing(Pulse(watch, self.abort)):
@@ -301,7 +307,7 @@ class _ClusterRun:
         else:
             ordinal = self._server_gpu(plan)
             device = "cpu" if ordinal is None else f"cuda:{ordinal}"
-        ids = mesh.all_gather(identify(device), "the GPUs")
+        ids = self._gpus = mesh.all_gather(identify(device), "the GPUs")
         if device != "cpu":
             self._gpu = Sharing.of(device, mesh.rank, ids, mesh.nodes, mesh.names)
 
@@ -325,6 +331,35 @@ class _ClusterRun:
             level = logging.INFO if decision.direct else logging.WARNING
             _log.log(level, "%s", explain(decision, **plan.leaves_devices))
         return decision.error
+
+    def _share_cards(self, plan: Plan, neighbours: Neighbours) -> None:
+        """Have workers and servers of a node open each other's GPU memory, where they can."""
+        if plan.gpu_direct == "off" or "cpu" in (plan.device, plan.server_device):
+            return  # as on every rank
+        servers, shards = plan.servers, plan.layout.shards(plan.servers)
+        leaves = plan.leaves_devices
+        slots = SLOTS if leaves["gradients"] and not plan.reads_gradients else 0
+        snapshots = buffer_count(neighbours.workers) if leaves["parameters"] else 0
+
+        def shape(rank: int) -> tuple[int, int]:
+            if rank >= servers:
+                return slots, plan.layout.size
+            begin, end = shards[rank]
+            return snapshots, end - begin
+
+        self._cards = lend_and_open(
+            self.mesh,
+            neighbours.own,
+            neighbours.segments,
+            gpu=None if self._gpu is None else self._gpu.gpu,
+            ids=self._gpus,
+            shape=shape,
+            dtype=plan.layout.dtype,
+        )
+
+    def free_cards(self) -> None:
+        """Let go the GPU memory that was lent, at the end."""
+        self._cards.free(self.mesh.watch.lost)
 
     def _server_gpu(self, plan: Plan) -> int | None:
         in_front = range(plan.servers)
@@ -354,6 +389,7 @@ class _ClusterRun:
 
             grace = Grace(leader, self.interrupts, look)
             serve_first(grace, port, self.host, plan)
+            self._cards.close()
             if replacements is not None:
                 replacements.leave()
         port.push_pull = None  # a circle: it would hold the run's memory
@@ -413,6 +449,7 @@ class _ClusterRun:
         saver = ShardSaver(folder, follower, plan.layout, plan.servers) if folder else None
         observe = no_host_event if saver is None else saver.observe
         serve(follower, port, observe, watch.tick, spans=spans, saver=saver)
+        self._cards.close()
         for worker, lost in enumerate(follower.lost):
             if lost:  # which MPI need not know
                 watch.lose(plan.servers + worker, "server 0 says so")
@@ -463,7 +500,10 @@ class _ClusterRun:
             yield replacements
 
     def _build_server(self, plan: Plan, port: MpiServerPort, respawn: int = 0) -> Server:
-        restart, card = self.restart, self._open_card(plan)
+        restart, card, cards = self.restart, self._open_card(plan), self._cards
+        port.borrow(cards.opened)
+        if card is not None and cards.lent is not None:
+            card.lend(cards.lent.array)
         if restart.reader is not None and self._watch is not None:
             restart.reader.alive = self._watch.tick  # it may be long
         with explained_state(restart.reader):
@@ -480,6 +520,8 @@ class _ClusterRun:
         plan.forget_initial()
         if card is not None and self._direct and port.takes_devices:
             self._open_door(plan, port, machine, card)
+        if cards.lent is not None:
+            machine.lend_snapshots(rank - plan.servers for rank in cards.partners)
         return machine
 
     def _open_door(self, plan: Plan, port: MpiServerPort, machine: Server, card: Card) -> None:
@@ -534,6 +576,7 @@ class _ClusterRun:
         else:
             with limited_threads(neighbours.ranks_here):
                 self._error = take_part(self._interruptible_work, worker, device)
+        self._cards.close()
         endpoint.close()
 
     def _open_device(self, plan: Plan, endpoint: MpiEndpoint) -> Device:
@@ -542,8 +585,19 @@ class _ClusterRun:
             if plan.device == "auto":
                 _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
             return make_device("cpu", plan.layout)
-        door = endpoint if self._direct and endpoint.takes_devices else None
-        device = make_device(gpu.gpu, plan.layout, door, **plan.leaves_devices)
+        cards, leaves = self._cards, plan.leaves_devices
+        lent, direct = cards.lent, self._direct and endpoint.takes_devices
+        if cards.partners:
+            endpoint.borrow(cards.opened, cards.partners if lent else (), direct=direct)
+        device = make_device(
+            gpu.gpu,
+            plan.layout,
+            endpoint if direct or cards.partners else None,
+            gradients=leaves["gradients"] and (direct or lent is not None),
+            parameters=leaves["parameters"] and direct,
+            slots=None if lent is None else lent.array,
+            borrows=bool(cards.opened),
+        )
         announce(gpu, fit_memory(gpu.gpu, len(gpu.users)))
         return device
 

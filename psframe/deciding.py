@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from psframe.consistency import Policy, Verdict
 from psframe.events import (
@@ -94,6 +94,11 @@ class DecidingServer(MarkingServer):
         as_it_is = as_it_is and not store.per_worker
         self._in_parts = as_it_is and not (policy.aggregates or policy.gathers)
         self._plain = as_it_is and type(policy) is Policy and servers == 1
+
+    def lend_snapshots(self, workers: Iterable[int]) -> None:
+        """Have these read parameters on the store's device; see `Server`."""
+        super().lend_snapshots(workers)
+        self._plain = False  # in one go a snapshot is held for the host
 
     # ---- in one go -----------------------------------------------------------------------
 

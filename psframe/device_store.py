@@ -16,7 +16,7 @@ from psframe.consistency import Batch
 from psframe.layout import Array
 from psframe.optim import formulas
 from psframe.optim.cuda import Incoming, Stage, Staged, compile_kernel
-from psframe.paired import Card, Paired
+from psframe.paired import BorrowedArray, Card, Paired
 from psframe.store import STEP, Buffers, Fill, Marked, Store
 
 __all__ = ["DeviceStore"]
@@ -97,16 +97,23 @@ class DeviceStore(Store):
         return self._pairs.device_half(index)
 
     def hold(self, on_host: bool = True) -> int | None:
-        """Hold the current buffer, with its bytes on the host if need be; as `Store`."""
+        """Hold the current buffer, with its bytes on the host or on the device; as `Store`."""
         index = super().hold()
-        if index is not None and on_host:
-            self._pairs.bring(index)
+        if index is not None:
+            self._have(index, on_host)
         return index
 
-    def hold_again(self, index: int) -> int:
+    def hold_again(self, index: int, on_host: bool = True) -> int:
         """Take one more hold of a buffer that is held already; as `Store`."""
-        self._pairs.bring(index)
+        self._have(index, on_host)
         return super().hold_again(index)
+
+    def _have(self, index: int, on_host: bool) -> None:
+        if on_host:
+            self._pairs.bring(index)
+        elif self._pairs.device_half(index) is None:  # it came from a checkpoint
+            with self._card:
+                self._pairs.device(index)
 
     def mark(self, workers: int = 0) -> Marked:
         """Keep the present version as it is; as `Store`."""
@@ -157,8 +164,8 @@ class DeviceStore(Store):
     def extend(self, grad: Array, end: int) -> None:
         """Apply [.., end) of the gradient, from where the last part ended; as `Store`.
 
-        It is on the host, or on the device and complete so far. Its elements may be float16, or
-        the bits of bfloat16 as uint16.
+        It is on the host, or on the device and complete so far, or in what a worker has lent. Its
+        elements may be float16, or the bits of bfloat16 as uint16.
         """
         assert self._early is not None, "no update has begun"
         begin, alone = self._done, not self._done and end == self._size <= STEP
@@ -232,9 +239,9 @@ class DeviceStore(Store):
                 card.clear()
         super().abandon()
 
-    def is_finite(self, grad: Array) -> bool:
+    def is_finite(self, grad: Any) -> bool:
         """Say whether all of a gradient is finite; the host looks. As `Store`."""
-        if _is_here(grad):
+        if not isinstance(grad, np.ndarray):
             host = np.empty(self._size, grad.dtype)
             with self._card as card:
                 card.fetch(grad, host)
@@ -286,5 +293,5 @@ class DeviceStore(Store):
 
 
 def _is_here(grad: Any) -> bool:
-    """Whether a gradient is on the device already."""
-    return not isinstance(grad, np.ndarray)
+    """Whether a gradient is on the device already, and this process's."""
+    return not isinstance(grad, (np.ndarray, BorrowedArray))

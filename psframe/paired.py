@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 
 from psframe.layout import Array
 
-__all__ = ["Card", "Paired"]
+__all__ = ["BorrowedArray", "Card", "Paired"]
 
 
 class Card(Protocol):
@@ -36,8 +37,11 @@ class Card(Protocol):
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Any:
         """Allocate an array of zeros on the device."""
 
-    def send(self, source: Array, target: Any, *, alone: bool = False) -> None:
-        """Copy from the host to the device; kernels from now on find it there.
+    def half(self, index: int, size: int, dtype: np.dtype[Any]) -> Any:
+        """Give the array on the device for a store's buffer, asked for once."""
+
+    def send(self, source: Any, target: Any, *, alone: bool = False) -> None:
+        """Copy from the host, or another process's device memory; kernels from now on find it.
 
         `source` is to stay as it is until `verdict` or `settle`; `alone` if nothing is to be done
         meanwhile.
@@ -79,7 +83,7 @@ class Paired:
     def __init__(self, host: Any, card: Card, size: int, dtype: np.dtype[Any]) -> None:
         self._host = host
         self._card = card
-        self._make: Callable[[], Any] = lambda: card.empty(size, dtype)
+        self._make: Callable[[int], Any] = lambda index: card.half(index, size, dtype)
         self._device: list[Any] = [None] * len(host)
         self._on_host = [False] * len(host)
         self._on_device = [False] * len(host)
@@ -138,5 +142,29 @@ class Paired:
     def _array(self, index: int) -> Any:
         array = self._device[index]
         if array is None:
-            array = self._device[index] = self._make()
+            array = self._device[index] = self._make(index)
         return array
+
+
+class BorrowedArray:
+    """An array in another process's allocation: where it is, for copies; no kernel is given it.
+
+    Attributes:
+        data: `.ptr` is its address in this process.
+        size, dtype, itemsize, nbytes: as NumPy's.
+    """
+
+    def __init__(self, address: int, size: int, dtype: Any) -> None:
+        self.data = SimpleNamespace(ptr=address)
+        self.size = size
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.itemsize = self.dtype.itemsize
+        self.nbytes = size * self.itemsize
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> BorrowedArray:
+        begin, end, _ = part.indices(self.size)
+        address = self.data.ptr + begin * self.itemsize
+        return BorrowedArray(address, max(0, end - begin), self.dtype)

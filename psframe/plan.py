@@ -304,6 +304,14 @@ class Plan:
             "parameters": self.pull_codec is None,
         }
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether servers read gradients on the host, wherever their shards are."""
+        if self.mode.policy(1).gathers:
+            return True
+        correction = self.stale.correction(self.layout, 0, min(1, self.layout.size), 1)
+        return correction is not None and as_device_correction(correction) is None
+
     def build_worker(
         self, endpoint: Endpoint, device: Device, random_state: Numbers | None = None
     ) -> Worker:

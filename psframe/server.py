@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -134,7 +134,7 @@ class Server(ABC):
         self._correcting = correcting
         self.coder: PullCoder | None = None
         # By worker, whether parameters that it is given must be in the host's memory.
-        self._needs_host: Sequence[bool] = [True] * workers
+        self._needs_host = [True] * workers
         self.pushed = [0, 0]
         self.stopped = False
         self.gone = [False] * workers  # left or lost
@@ -202,7 +202,13 @@ class Server(ABC):
         The driver sends the others from there. There is no coder.
         """
         assert self.coder is None, "it reads them on the host"
-        self._needs_host = self.memory.in_place
+        self._needs_host = list(self.memory.in_place)
+
+    def lend_snapshots(self, workers: Iterable[int]) -> None:
+        """Have these read parameters in place on the store's device: its memory is open to them."""
+        assert self.coder is None, "it reads them on the host"
+        for worker in workers:
+            self._needs_host[worker] = False
 
     def handle(self, event: ToServer) -> list[Output]:
         """Take one event and return what follows from it, in order.
@@ -393,8 +399,8 @@ class Server(ABC):
             if mirror is not None:
                 index = self.store.hold_copy(lambda out: np.copyto(out, mirror))
             else:
-                on_host = self._needs_host[worker]
-                index = self.store.hold_again(self._pinned) if pinned else self.store.hold(on_host)
+                on_host, store = self._needs_host[worker], self.store
+                index = store.hold_again(self._pinned, on_host) if pinned else store.hold(on_host)
             assert index is not None, "a buffer a worker, two for updates and one for a pin"
             self._hold[worker] = answer.buffer = index
         if self._correcting is not None and not pinned:
@@ -525,6 +531,7 @@ class Server(ABC):
         self.gone[worker] = self.lost[worker] = self._leaving[worker] = False
         self._n_gone -= 1
         self._last_seq[worker] = -1
+        self._needs_host[worker] = True
         self.policy.rejoin(worker)
 
     def _dismiss(self, worker: int) -> None:

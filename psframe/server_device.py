@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +57,7 @@ class Card:
             with self._compute:
                 self.bad = cupy.zeros(1, cupy.int32)
             self._compute.synchronize()
+        self._lent: Callable[[int], Any] | None = None
         self._fetching = False  # whether something may be under way on the outward stream
         self._seen: set[int] = set()  # addresses of memory that has been looked at,
         self._tried: set[int] = set()  # and of the whole that it is part of
@@ -86,6 +88,14 @@ class Card:
         """Allocate an array of zeros on the device; within the context."""
         return self._cupy.zeros(size, dtype)
 
+    def lend(self, array: Callable[[int], Any]) -> None:
+        """Have the store's buffers in memory that others have opened: `array(buffer)`."""
+        self._lent = array
+
+    def half(self, index: int, size: int, dtype: np.dtype[Any]) -> Any:
+        """Give the array on the device for a store's buffer; within the context."""
+        return self._cupy.empty(size, dtype) if self._lent is None else self._lent(index)
+
     def open_to_others(self) -> None:
         """Make the device this thread's: MPI, which is given arrays of it, asks which it is."""
         self._device.use()
@@ -100,18 +110,22 @@ class Card:
         self._compute.synchronize()
         return array
 
-    def send(self, source: Array, target: Any, *, alone: bool = False) -> None:
-        """Copy from the host to the device; kernels from now on find it there.
+    def send(self, source: Any, target: Any, *, alone: bool = False) -> None:
+        """Copy from the host, or another process's device memory; kernels from now on find it.
 
         Args:
             source: contiguous; to stay as it is until `verdict` or `settle`.
             target: no kernel still reads it, but those before an earlier `reuse`.
             alone: nothing is to be done at the same time, so that one stream is enough.
         """
-        self.register(source)
         stream = self._compute if alone else self._inward
-        kind = self._runtime.memcpyHostToDevice
-        address = source.__array_interface__["data"][0]
+        if isinstance(source, np.ndarray):
+            self.register(source)
+            kind = self._runtime.memcpyHostToDevice
+            address = source.__array_interface__["data"][0]
+        else:
+            kind = self._runtime.memcpyDeviceToDevice
+            address = source.data.ptr
         self._runtime.memcpyAsync(target.data.ptr, address, source.nbytes, kind, stream.ptr)
         if not alone:
             self._arrived.record(self._inward)

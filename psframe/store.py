@@ -207,8 +207,8 @@ class Store:
         self._holds[index] += 1
         return index
 
-    def hold_again(self, index: int) -> int:
-        """Take one more hold of a buffer that is held already."""
+    def hold_again(self, index: int, on_host: bool = True) -> int:
+        """Take one more hold of a buffer that is held already; `on_host` as for `hold`."""
         assert self._holds[index] > 0, f"buffer {index} is not held"
         self._holds[index] += 1
         return index

@@ -9,6 +9,7 @@ events let them: so who overwrites too early is found, too. Kernels are read fro
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fake_ipc import FakeIpc
 
 _TOKEN = re.compile(r"\s*(\w+|<<|[!=<>]=|[-+*/<>?:()])")
 _CASTS: dict[str, Any] = {"float": np.float32, "unsigned int": np.uint32}
@@ -146,6 +148,8 @@ class FakeCuda(ModuleType):
         self.was_registered = False
         self.refused = 0
         self.refuses = False
+        self.ipc = FakeIpc()
+        self.between = 0  # bytes that have come from others' devices, or this one
         self.int32, self.ndarray = np.int32, FakeArray
         self.is_available = lambda: gpus > 0
         self.cuda = SimpleNamespace(
@@ -154,6 +158,7 @@ class FakeCuda(ModuleType):
             Event=lambda disable_timing: Event(self),
             get_current_stream=lambda: self.current,
             alloc_pinned_memory=lambda size: bytearray(b"\xff" * size),
+            using_allocator=self.ipc.using_allocator,
             runtime=SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 getDeviceCount=lambda: gpus,
@@ -168,6 +173,11 @@ class FakeCuda(ModuleType):
                 memsetAsync=self._set,
                 hostRegister=self._register,
                 hostUnregister=lambda address: self.registered.pop(address),
+                cudaIpcMemLazyEnablePeerAccess=1,
+                ipcGetMemHandle=self.ipc.ipcGetMemHandle,
+                ipcOpenMemHandle=self.ipc.ipcOpenMemHandle,
+                ipcCloseMemHandle=self.ipc.ipcCloseMemHandle,
+                deviceCanAccessPeer=self.ipc.deviceCanAccessPeer,
             ),
         )
         self.limits: dict[int, int] = {}
@@ -196,6 +206,9 @@ class FakeCuda(ModuleType):
 
     def empty(self, size: int, dtype: Any) -> FakeArray:
         """Memory that its last user has still to write to, on the current stream."""
+        if self.ipc.whole:
+            assert self.devices, "which device?"
+            return FakeArray(self, self.ipc.allocate(size, dtype))
         array = self.allocate(size, dtype)
         self.current.add(lambda: array.memory.view(np.uint8).fill(0xFF))
         return array
@@ -211,6 +224,11 @@ class FakeCuda(ModuleType):
         return array
 
     def _is_here(self, address: int) -> bool:
+        if self.ipc.is_here(address, 1) or any(
+            0 <= address - begin < os.stat(name).st_size
+            for begin, name in tuple(self.ipc.files.items())
+        ):
+            return True
         return any(0 <= address - one.ctypes.data < max(1, one.nbytes) for one in self._allocated)
 
     def _stream(self, pointer: int) -> Stream:
@@ -222,7 +240,9 @@ class FakeCuda(ModuleType):
             assert self._is_here(source if to_host else target), "no memory of the device"
             other = self._is_here(target if to_host else source)
             assert other == (kind == 3), "memory of the device"
-        if kind != 3:
+        if kind == 3:
+            self.between += n_bytes
+        else:
             self.copied[to_host] += n_bytes
         if to_host:
             ctypes.memset(target, 0xFF, n_bytes)

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fake_ipc import FakeIpc
 
 __all__ = ["FakeArray", "FakeCupy", "ForeignArray"]
 
@@ -87,12 +88,13 @@ class FakeStream:
         self.cuda.stack().pop()
 
 
-class FakeRuntime:
+class FakeRuntime(FakeIpc):
     """The calls of the CUDA runtime that are used, with their values."""
 
     memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = 1, 2, 3
 
     def __init__(self, cuda: FakeCuda, gpus: int, total: int) -> None:
+        super().__init__(cuda.is_busy)
         self.cuda, self.gpus, self.total = cuda, gpus, total
         self.registered: dict[int, int] = {}
         self.registrations = 0
@@ -202,6 +204,7 @@ class FakeCuda:
         self.eager = False
         self.broken = False  # a kernel has failed: what waits raises from then on
         self.runtime = FakeRuntime(self, gpus, total)
+        self.using_allocator = self.runtime.using_allocator
         self.default = FakeStream(self, ptr=1)
         self._local = threading.local()
 
@@ -232,7 +235,12 @@ class FakeCuda:
         weakref.finalize(memory, self.device_memory.pop, address, None)
         return memory
 
+    def is_busy(self, address: int, n_bytes: int) -> bool:
+        return any(a < address + n_bytes and address < a + n for a, n in self.under_way)
+
     def is_device(self, address: int, n_bytes: int) -> bool:
+        if self.runtime.is_here(address, n_bytes):
+            return True
         ranges = tuple(self.device_memory.items())
         return any(a <= address and address + n_bytes <= a + n for a, n in ranges)
 
@@ -423,6 +431,9 @@ class FakeCupy(ModuleType):
 
     def empty(self, size: int, dtype: Any) -> FakeArray:
         """Memory that its last user has still to write to, on the current stream."""
+        if self.cuda.runtime.whole:
+            memory = self.cuda.allocated(self.cuda.runtime.allocate(size, dtype))
+            return FakeArray(self, memory, self.cuda.current_device())
         memory = self.cuda.allocated(np.empty(size, dtype))
         memory.view(np.uint8)[:] = 0xFF
         self.cuda.get_current_stream().add(lambda: memory.view(np.uint8).fill(0xFF))

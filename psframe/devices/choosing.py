@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from psframe.devices.base import Device, HostDevice
 from psframe.devices.cuda import CudaDevice
@@ -67,20 +69,26 @@ def make_device(
     *,
     gradients: bool = True,
     parameters: bool = True,
+    slots: Callable[[int], Any] | None = None,
+    borrows: bool = False,
 ) -> Device:
     """Open the device that `choose_device` has named.
 
     Args:
         name, layout: of the device.
-        door: the worker's end of an MPI that takes device pointers; None for the host's way.
+        door: the worker's end, if others take arrays where they are; None for the host's way.
         gradients, parameters: what takes the door.
+        slots: gives a gradient slot's buffer on the device, if others have opened that.
+        borrows: whether snapshots are read in memory that this process has opened.
     """
     if name == "cpu":
         return HostDevice()
     ordinal = int(name.partition(":")[2])
-    if door is None or not (gradients or parameters):
+    if door is None or not (gradients or parameters or borrows):
         return CudaDevice(ordinal, layout)
-    return DirectDevice(ordinal, layout, door, gradients=gradients, parameters=parameters)
+    return DirectDevice(
+        ordinal, layout, door, gradients=gradients, parameters=parameters, slots=slots
+    )
 
 
 def visible_gpus() -> int:

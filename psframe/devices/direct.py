@@ -1,20 +1,23 @@
-"""A worker on a GPU whose arrays MPI takes where they are.
+"""A worker on a GPU whose arrays others take where they are: MPI, or a server on a GPU of the node.
 
     the user's stream:  kernels that make the gradient, ready
     the side stream:    waits for ready; squares; copies into a flat buffer of the slot's; done
-    the host:           done: its norm; MPI may read the buffer, until its requests are complete
+    the host:           done: its norm; MPI may read the buffer, until its requests are complete,
+                        and a server that has opened it, until it answers
 
 and for parameters
 
     MPI:                receives into one of two landing buffers
     the side stream:    once all requests are complete: a copy into the next set of parameters
 
+while a server's that this process has opened are copied from its snapshot, which is held meanwhile.
+
 What a codec is to code, or is partly on the host, or is not finite, takes the way of `CudaDevice`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,15 +56,24 @@ class DirectDevice(CudaDevice):
         ordinal, layout: as for `CudaDevice`.
         door: this worker's end of MPI.
         gradients: whether they leave from the device.
-        parameters: whether they land there.
+        parameters: whether MPI lets them land there.
+        slots: gives a slot's buffer, if others have opened that.
     """
 
     def __init__(
-        self, ordinal: int, layout: Layout, door: Door, *, gradients: bool, parameters: bool
+        self,
+        ordinal: int,
+        layout: Layout,
+        door: Door,
+        *,
+        gradients: bool,
+        parameters: bool,
+        slots: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__(ordinal, layout)
         self._door = door
         self._gradients = gradients
+        self._slots = slots
         self._packers: dict[int, Packer] = {}
         if parameters:
             door.land_in(self._settled)
@@ -92,9 +104,9 @@ class DirectDevice(CudaDevice):
         judge: bool,
         advance: Advance | None,
     ) -> tuple[bool, float]:
-        """Pack the gradients on the device; when this returns MPI may read them there.
+        """Pack the gradients on the device; when this returns others may read them there.
 
-        What shares memory with a server comes into the slot, too.
+        What a server reads on the host comes into the slot, too.
         """
         if not self._gradients:
             return super().fetch(index, grads, slot, judge, advance)
@@ -111,7 +123,8 @@ class DirectDevice(CudaDevice):
     def _packer(self, index: int) -> Packer:
         packer = self._packers.get(index)
         if packer is None:
-            flat = self._settled(self._layout.size)
+            slots = self._slots
+            flat = self._settled(self._layout.size) if slots is None else slots(index)
             packer = Packer(self.xp, self._layout, self._stream, self._pinning, flat)
             self._packers[index] = packer
         return packer

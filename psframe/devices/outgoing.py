@@ -204,7 +204,7 @@ class Fetcher:
 
 
 class Packer(Fetcher):
-    """Brings the gradients of one slot together on the device, in a buffer that MPI reads.
+    """Brings the gradients of one slot together on the device, in a buffer that others read.
 
     Args:
         cupy, layout, stream, pinning: as for `Fetcher`.

@@ -1,13 +1,14 @@
 """A worker's end of the MPI transport; the server's, `mpi_port`, says how arrays travel.
 
 An array is on the host or, where MPI takes it there, on this worker's device: what is sent and
-received is the same, and the other end need not know.
+received is the same, and the other end need not know. A server on a GPU of this node that has
+opened this worker's device memory reads a gradient there, if a word in shared memory says so.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from psframe.codecs import Codec
 from psframe.coding import PullDecoder, payload_buffer
 from psframe.events import RELEASE_HOLD, Answer, FromWorker, Lease, Push
 from psframe.layout import Array, Layout
+from psframe.transports.borrowing import card_words
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers, piece_elements
@@ -67,11 +69,16 @@ class MpiEndpoint:
         ]
         self._landing = None if own is None else own.array(LANDING)
         self._leaving: list[Any] = [None] * SLOTS  # a gradient on the device, if it leaves there
+        # Servers that read it there themselves, and where they are told; and by server, snapshots
+        # on its device that are read there.
+        self._readers: Collection[int] = ()
+        self._said: Any = None
+        self._borrowed: Mapping[int, Any] = {}
         self._room: Callable[[int], Any] | None = None  # on a device, for parameters that land
         # By server without shared memory: where parameters land, two in turn.
         self._landings: dict[tuple[int, int], Any] = {}
         self._turn = [0] * self.servers
-        self._snapshots: dict[tuple[int, int], Array] = {}
+        self._snapshots: dict[tuple[int, int], Any] = {}
         bell = neighbours.bell(range(self.servers))
         self._patience = Patience(neighbours.crowded, mesh.watch, bell)
         self._post: Post = Post(
@@ -217,7 +224,7 @@ class MpiEndpoint:
     def progress(self, slot: int, *, judges: bool) -> Progress | _Sending | None:
         """Where to tell the only server how far the gradient in a slot is."""
         n_bytes = self._slots[slot].nbytes
-        if self.servers > 1 or n_bytes <= _STREAM_BYTES:
+        if self.servers > 1 or n_bytes <= _STREAM_BYTES or self._readers:
             return None
         if n_bytes <= _STREAM_FAR_BYTES and (self._neighbours.crowded or not self.in_place[0]):
             return None
@@ -251,12 +258,35 @@ class MpiEndpoint:
     @property
     def near(self) -> list[tuple[int, int]]:
         """The runs of a gradient that do not leave from a device; see `psframe.devices.Door`."""
-        both = zip(self._shards, self._alone, strict=True)
-        return [shard for shard, alone in both if not alone and shard[0] < shard[1]]
+        return [
+            (begin, end)
+            for server, (begin, end) in enumerate(self._shards)
+            if begin < end and not self._alone[server] and server not in self._readers
+        ]
 
     def leave_from(self, slot: int, array: Any) -> None:
         """Have the next gradient of a slot leave from an array on a device; None for the slot."""
         self._leaving[slot] = array
+        if self._said is not None:  # before the message with the push
+            self._said[slot] = array is not None
+
+    def borrow(
+        self, snapshots: Mapping[int, Any], readers: Collection[int], *, direct: bool
+    ) -> None:
+        """Exchange arrays with servers of this node on devices.
+
+        Args:
+            snapshots: by server, its memory that is open here, if parameters are read there.
+            readers: the servers that have opened this worker's gradient slots.
+            direct: whether MPI takes devices' arrays from and for the others.
+        """
+        self._borrowed = snapshots
+        self._readers = readers
+        own = self._neighbours.own
+        if readers and own is not None:
+            self._said = card_words(own)
+        if not direct:
+            self._alone = [False] * self.servers
 
     def land_in(self, empty: Callable[[int], Any]) -> None:
         """Have parameters land in arrays of a device that `empty(size)` gives."""
@@ -269,7 +299,9 @@ class MpiEndpoint:
         array = self._snapshots.get((server, buffer))
         if array is None:
             begin, end = self._shards[server]
-            if buffer < 0:
+            if server in self._borrowed and buffer >= 0:
+                array = self._borrowed[server].array(buffer)
+            elif buffer < 0:
                 assert self._landing is not None, "memory is shared"
                 array = self._landing[begin:end]
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from psframe.events import (
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
 from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
+from psframe.transports.borrowing import card_words
 from psframe.transports.frames import Frames
 from psframe.transports.in_order import InOrder
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
@@ -114,6 +115,8 @@ class MpiServerPort:
         # Where gradients that are no part of a message land, and where the device has a snapshot.
         self._room: Callable[[int], Any] | None = None
         self._device_half: Callable[[int], Any] = lambda index: None
+        # By worker whose device memory is open here: what it says of its slots, and these.
+        self._borrowed: dict[int, tuple[Any, list[Any]]] = {}
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
@@ -142,7 +145,8 @@ class MpiServerPort:
     @property
     def memory(self) -> ServerMemory:
         """Where the machine finds gradients and landing areas."""
-        return ServerMemory(self._gradient, self._landing, self._shared, self._progress_of)
+        gradient = self._gradient_anywhere if self._borrowed else self._gradient
+        return ServerMemory(gradient, self._landing, self._shared, self._progress_of)
 
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one.
@@ -237,6 +241,17 @@ class MpiServerPort:
         assert self._decoder is None, "it reads them on the host"
         self._room = empty
 
+    def borrow(self, opened: Mapping[int, Any]) -> None:
+        """Read gradients where workers of this node have them on devices, when they say so.
+
+        Args:
+            opened: by rank, its memory that is open here. Before `memory` is asked for.
+        """
+        for rank, one in opened.items():
+            slots = [one.array(slot)[self._begin : self._end] for slot in range(SLOTS)]
+            words = card_words(self._neighbours.segments[rank])
+            self._borrowed[rank - self._neighbours.servers] = words, slots
+
     def leave_from(self, half: Callable[[int], Any]) -> None:
         """Have snapshots leave from where `half(buffer)` has them on a device, if it does."""
         self._device_half = half
@@ -262,6 +277,7 @@ class MpiServerPort:
         self._neighbours.segments[rank] = segment
         self._shared[worker] = True
         self._gradients[worker] = [None] * SLOTS
+        self._borrowed.pop(worker, None)
         for slot in range(SLOTS):
             self._progress.pop((worker, slot), None)
         self._limits[rank] = replace(self._limits[rank], deliveries=_SHARED)
@@ -512,6 +528,13 @@ class MpiServerPort:
                 array = segment.array(slot)[self._begin : self._end]
             self._gradients[worker][slot] = array
         return array
+
+    def _gradient_anywhere(self, worker: int, slot: int) -> Any:
+        """Give a gradient on the worker's device, if it says that it is there."""
+        borrowed = self._borrowed.get(worker)
+        if borrowed is not None and borrowed[0][slot] == 1:
+            return borrowed[1][slot]
+        return self._gradient(worker, slot)
 
     def _landing(self, worker: int) -> Array:
         segment = self._neighbours.segments[self._neighbours.servers + worker]

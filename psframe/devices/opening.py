@@ -1,0 +1,125 @@
+"""Memory on a GPU that several processes of one node use: CUDA IPC.
+
+CUDA lets others open whole allocations of cudaMalloc alone, and CuPy's pool gives parts of them. So
+what a process lends is one allocation of its own, cut into arrays. The one who opens it reads it on
+a device of its own, the same or a peer; the owner frees it when nobody has it open any more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psframe.devices.sharing import identify
+from psframe.paired import BorrowedArray
+
+__all__ = ["HANDLE_BYTES", "Lent", "Opened", "check_reach"]
+
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
+# CUDA may cut smaller allocations from one block, all of which would be opened.
+_WHOLE_BYTES = 2 << 20
+_ALIGN_BYTES = 512
+
+
+class Lent:
+    """One allocation for others to open, of `count` arrays of `size`.
+
+    It lives as long as this or one of its arrays.
+
+    Args:
+        gpu: such as "cuda:0".
+        count, size, dtype: of the arrays.
+
+    Attributes:
+        handle: what others open it by.
+
+    Raises:
+        RuntimeError: CUDA has no memory (CuPy's OutOfMemoryError is a MemoryError), or does not let
+            others open it.
+    """
+
+    def __init__(self, gpu: str, count: int, size: int, dtype: Any) -> None:
+        import cupy
+
+        self._size, self._step = size, _step(size, dtype)
+        item = np.dtype(dtype).itemsize
+        n_bytes = -(-max(1, count * self._step * item) // _WHOLE_BYTES) * _WHOLE_BYTES
+        runtime = cupy.cuda.runtime
+        with cupy.cuda.Device(_ordinal(gpu)):
+            with cupy.cuda.using_allocator(None):  # cudaMalloc itself
+                self._whole = cupy.empty(n_bytes // item, dtype)
+            self.handle = bytes(runtime.ipcGetMemHandle(int(self._whole.data.ptr)))
+
+    def array(self, index: int) -> Any:
+        """Give array `index`, CuPy's; what is in it at first is undefined."""
+        begin = index * self._step
+        return self._whole[begin : begin + self._size]
+
+
+class Opened:
+    """Another process's allocation, open in this one.
+
+    Args:
+        gpu: that is to reach it, such as "cuda:0".
+        handle: the owner's.
+        size, dtype: of its arrays.
+
+    Raises:
+        RuntimeError: CUDA does not open it.
+    """
+
+    def __init__(self, gpu: str, handle: bytes, size: int, dtype: Any) -> None:
+        import cupy
+
+        runtime = self._runtime = cupy.cuda.runtime
+        self._device = cupy.cuda.Device(_ordinal(gpu))
+        self._size, self._step, self._dtype = size, _step(size, dtype), np.dtype(dtype)
+        with self._device:
+            flags = runtime.cudaIpcMemLazyEnablePeerAccess
+            self._address = int(runtime.ipcOpenMemHandle(handle, flags))
+        self._open = True
+
+    def array(self, index: int) -> BorrowedArray:
+        """Give array `index`."""
+        offset = index * self._step * self._dtype.itemsize
+        return BorrowedArray(self._address + offset, self._size, self._dtype)
+
+    def close(self) -> None:
+        """Close it, once; no copy from it is under way."""
+        if self._open:
+            self._open = False
+            with self._device:
+                self._runtime.ipcCloseMemHandle(self._address)
+
+
+def check_reach(name: str, other: bytes) -> None:
+    """Check that a GPU reaches the memory of another, if this process sees that one.
+
+    Of one that it does not see, opening its memory tells.
+
+    Args:
+        name: the GPU, such as "cuda:0".
+        other: the other's id, as `identify` gives it.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    if identify(name) == other:
+        return
+    import cupy
+
+    runtime, mine = cupy.cuda.runtime, _ordinal(name)
+    for ordinal in range(int(runtime.getDeviceCount())):
+        if identify(f"cuda:{ordinal}") == other and not runtime.deviceCanAccessPeer(mine, ordinal):
+            raise RuntimeError(f"{name} does not reach the memory of cuda:{ordinal}")
+
+
+def _ordinal(gpu: str) -> int:
+    return int(gpu.partition(":")[2])
+
+
+def _step(size: int, dtype: Any) -> int:
+    """Elements from one array to the next."""
+    align = _ALIGN_BYTES // int(np.dtype(dtype).itemsize)
+    return -(-max(1, size) // align) * align
