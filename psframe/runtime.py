@@ -85,11 +85,12 @@ def run(
         device: "auto" (a GPU if CuPy can use one), "cpu", "cuda" or "cuda:k".
         server_device: where the servers' parameters are, and are updated: "cpu", "cuda" (server k
             of a node takes its GPU k, and the next one again the first after the last) or
-            "cuda:k". On a node, gradients and what workers pull go through the host's memory. The
-            optimizer is one of `psframe.optim`, or one with a formula as theirs.
+            "cuda:k". The optimizer is one of `psframe.optim`, or one with a formula as theirs.
         gpu_direct: whether MPI is given arrays where they are, on a GPU, between ranks that share
             no memory: "auto", where MPI is known to take them; "on", which is an error on every
-            rank where it is not; "off", where nobody asks it. docs/gpu.md says what goes so.
+            rank where it is not; "off", where nobody asks it. "on" is about MPI alone. On a node,
+            workers and servers on GPUs open each other's device memory, where they can, unless this
+            is "off". docs/gpu.md says what goes so.
         seed: decides `worker.rng` and the order of leased samples.
         max_updates: stop at exactly this version.
         run_dir: folder for config.toml, metrics.jsonl and status.json, written by rank 0;

@@ -184,7 +184,8 @@ class Settings:
     """where servers keep and update parameters; cuda gives them the GPUs of their node in turn"""
 
     gpu_direct: Literal["auto", "on", "off"] = "auto"
-    """under mpirun: give MPI arrays on GPUs between nodes; auto, if MPI is known to take them"""
+    """under mpirun: give MPI arrays on GPUs between nodes; auto, if MPI is known to take them. With
+    off, ranks of a node do not open each other's GPU memory either"""
 
     timeout_s: float = TIMEOUT_S
     """under mpirun: seconds without a sign of life after which a rank counts as lost"""

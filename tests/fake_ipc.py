@@ -35,6 +35,7 @@ class FakeIpc:
         open_now: what this process has open, by address.
         wrong: what an owner did wrong where nothing can be raised.
         refuses: what opening raises, None if nothing.
+        full: whether there is no memory to lend.
         peers: whether devices reach each other.
     """
 
@@ -45,6 +46,7 @@ class FakeIpc:
         self.open_now: dict[int, tuple[mmap.mmap, int, str]] = {}
         self.wrong: list[str] = []
         self.refuses: str | None = None
+        self.full = False
         self.peers = True
         self.whole = False  # whether what is allocated now is an allocation of its own
         self.files: dict[int, str] = {}  # of this process's, by address
@@ -61,6 +63,8 @@ class FakeIpc:
 
     def allocate(self, size: int, dtype: Any) -> np.ndarray:
         """Make an allocation of its own, NaN; it is freed with the last array of it."""
+        if self.full:
+            raise MemoryError("Out of memory allocating 2,097,152 bytes")
         name = f"{_FOLDER}{os.getpid()}-{os.urandom(6).hex()}"
         n_bytes = size * np.dtype(dtype).itemsize
         assert n_bytes % (2 << 20) == 0, "others would open what is beside it"

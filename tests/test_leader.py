@@ -212,6 +212,25 @@ def test_another_takes_the_place_of_a_lost_worker_and_begins_anew(mode: Any) -> 
     assert desk.store.held == 0
 
 
+def test_who_has_opened_a_device_s_memory_reads_there_but_not_its_successor() -> None:
+    desk = Desk(2, respawn=1)
+    desk.leader.lend_snapshots([1])
+    holds: list[bool] = []
+    hold = desk.store.hold
+
+    def noted(on_host: bool = True) -> int | None:
+        holds.append(on_host)
+        return hold(on_host)
+
+    desk.store.hold = noted  # type: ignore[method-assign]
+    desk.pull(0), desk.pull(1)
+    desk.push(1)
+    desk.hears(Lost(1)), desk.hears(Joined(1))
+    desk.begins_anew(1)
+    desk.pull(1)
+    assert holds == [True, False, True]
+
+
 def test_no_more_workers_are_replaced_than_may_be() -> None:
     desk = Desk(3, respawn=2)
     desk.hears(Lost(1)), desk.hears(Lost(2))

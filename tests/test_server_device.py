@@ -16,6 +16,7 @@ from psframe import device_store, optim, stale
 from psframe.device_store import DeviceStore
 from psframe.layout import Layout
 from psframe.optim import Average, Grouped, cuda
+from psframe.paired import BorrowedArray
 from psframe.plan import Plan
 from psframe.reads import DeviceCorrecting, HostCorrecting
 from psframe.server_device import Card, check_server_device, choose_server_device
@@ -197,6 +198,39 @@ def test_a_snapshot_stays_on_the_device_until_it_is_read(cupy: FakeCuda) -> None
     pair.gpu.release(index)
     filled = pair.gpu.hold_copy(lambda out: out.fill(1.0))
     assert pair.gpu.device_half(filled) is None, "it is on the host only"
+    pair.gpu.hold_again(filled, on_host=False)
+    assert (pair.gpu.device_half(filled).memory == 1.0).all(), "somebody reads it on the device"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_gradient_in_memory_that_is_lent_is_copied_from_card_to_card(
+    dtype: Any, mean: bool, cupy: FakeCuda
+) -> None:
+    pair = Pair(optim.SGD(0.1, momentum=0.9), dtype)
+    grads = [pair.draw() for _ in range(3)]
+    lent = []
+    for grad in grads:
+        array = pair.on_card(grad)
+        lent.append(BorrowedArray(array.data.ptr, array.size, array.dtype))
+    to_device = cupy.copied[0]
+    if mean:
+        pair.cpu.update_mean(grads, [1.0, 0.5, 0.25])
+        assert pair.gpu.update_mean(lent, [1.0, 0.5, 0.25])
+    else:
+        for grad, one in zip(grads, lent, strict=True):
+            assert pair.cpu.update(grad)
+            assert pair.gpu.update(one)
+    assert cupy.copied[0] == to_device
+    assert cupy.between == sum(grad.nbytes for grad in grads)
+    pair.check()
+    bad = pair.draw()
+    bad[-1] = np.nan
+    array = pair.on_card(bad)
+    borrowed = BorrowedArray(array.data.ptr, array.size, array.dtype)
+    assert not pair.gpu.update(borrowed)
+    assert not pair.gpu.is_finite(borrowed)
+    assert pair.gpu.is_finite(lent[0])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

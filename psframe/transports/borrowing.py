@@ -65,6 +65,7 @@ class Borrowing:
         opened: by rank, the others' with whom this one exchanges arrays so, who has something to
             lend.
         partners: those ranks, whether they have or not.
+        own, theirs: this rank's memory on the host, and by rank that of the partners.
     """
 
     lent: Lent | None = None

@@ -223,14 +223,16 @@ def test_a_snapshot_that_is_still_read_is_not_written(cupy: Any) -> None:
 
     def push_or_pull(worker: Any) -> None:
         params = worker.pull()
-        found = []
-        for _ in range(8 if worker.index == 0 else 40):
-            if worker.index:
+        if worker.index:
+            for _ in range(40):
                 ones = {name: params[name] * np.float32(0) + np.float32(1) for name in params}
                 worker.push(ones).wait()
-            else:
-                params = worker.pull()
+            return
+        found = []
+        while min(params.versions) < 40 * (worker.count - 1):
+            if not found or min(params.versions) >= 8 * len(found):
                 found.append((params.versions, params["w"] * np.float32(1)))
+            params = worker.pull()
         for versions, array in found:
             assert set(array.get().tolist()) == {-float(version) for version in versions}
 
@@ -241,7 +243,7 @@ def test_a_snapshot_that_is_still_read_is_not_written(cupy: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("who", ["worker", "server", "peers"])
+@pytest.mark.parametrize("who", ["worker", "server", "peers", "memory"])
 def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
     cupy: Any, who: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +252,8 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
     if apart:
         cupy.cuda.runtime.gpus = 2
         cupy.cuda.runtime.peers = False
+    elif who == "memory":
+        ipc_of(cupy).full = SERVES
     elif (who == "worker" and last == RANK) or (who == "server" and SERVES):
         ipc_of(cupy).refuses = "cudaErrorMapBufferObjectFailed: mapping of buffer object failed"
     with monkeypatch.context() as patched:
@@ -269,8 +273,8 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
         failed = SERVERS if who == "worker" else pairs
         assert f"of {pairs} pairs" in line.getMessage()
         assert f", {failed} do not open" in line.getMessage()
-        said = "does not reach the memory of" if who == "peers" else "mapping of buffer"
-        assert said in line.getMessage()
+        reasons = {"peers": "does not reach the memory of", "memory": "Out of memory"}
+        assert reasons.get(who, "mapping of buffer") in line.getMessage()
     compare(on_gpu, run("cpu", BSP()), BSP())
 
 

@@ -1,7 +1,11 @@
-"""Device pointers given to a real MPI on real GPUs; `test_gpu_direct` has a stand-in."""
+"""Device pointers given to a real MPI, and memory that ranks open of each other, on real GPUs.
+
+`test_gpu_direct` and `test_borrowing` have stand-ins.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -47,8 +51,7 @@ def run(device: str, mode: Any, **options: Any) -> psframe.Result:
         optimizer=optim.SGD(0.1, momentum=0.5),
         mode=mode,
         device=device,
-        shared_memory=False,
-        **options,
+        **{"shared_memory": False, **options},
     )
 
 
@@ -70,3 +73,18 @@ def test_on_is_an_error_where_mpi_takes_none_and_auto_falls_back(aware: bool) ->
     with pytest.raises(psframe.ArgumentError, match="gpu_direct: 'on', but on rank"):
         run("cuda", Async(), gpu_direct="on")
     run("cuda", Async())
+
+
+@pytest.mark.parametrize("mode", [Async(), BSP()], ids=repr)
+def test_ranks_of_one_node_open_each_other_s_memory(
+    mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or say why not: a container may be without IPC. The bits are the same."""
+    with caplog.at_level(logging.INFO, "psframe"):
+        on_gpu = run("cuda", mode, server_device="cuda", shared_memory=True)
+    told = [line for line in caplog.messages if "open each other's" in line]
+    assert len(told) == (RANK == 0)
+    on_host = run("cuda", mode, server_device="cuda", shared_memory=True, gpu_direct="off")
+    if RANK == 0:
+        np.testing.assert_array_equal(on_gpu.params["w"], on_host.params["w"])
+        assert on_gpu.ledger == on_host.ledger

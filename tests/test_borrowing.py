@@ -1,0 +1,147 @@
+"""What a process lends of its GPU memory, and when it lets it go; `fake_ipc` is the driver."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cupy import FakeCupy, installed
+
+from psframe.devices import identify
+from psframe.devices.opening import Lent, Opened, check_reach
+from psframe.paired import BorrowedArray
+from psframe.transports import borrowing
+from psframe.transports.borrowing import Borrowing, card_words
+from psframe.transports.shared_memory import Segment
+
+CHILD = """
+import sys
+import numpy as np
+from fake_ipc import FakeIpc
+ipc, handle = FakeIpc(), bytes.fromhex(sys.argv[1])
+address = ipc.ipcOpenMemHandle(handle, 1)
+try:
+    ipc.ipcOpenMemHandle(handle, 1)
+except RuntimeError as error:
+    print(error)
+if sys.argv[2] == "leave":  # without closing
+    sys.stdout.flush()
+    import os
+    os._exit(0)
+ipc.ipcCloseMemHandle(address)
+"""
+
+
+@pytest.fixture
+def cupy() -> Iterator[FakeCupy]:
+    with installed(FakeCupy(gpus=2)) as fake:
+        yield fake
+
+
+def opened_by_another(handle: bytes, how: str) -> str:
+    path = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, handle.hex(), how],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
+def test_the_arrays_of_an_allocation_lie_apart_and_keep_it_alive(cupy: FakeCupy) -> None:
+    lent = Lent("cuda:1", 3, 1001, np.float64)
+    arrays = [lent.array(index) for index in range(3)]
+    addresses = [array.data.ptr for array in arrays]
+    assert [b - a for a, b in itertools.pairwise(addresses)] == [1024 * 8] * 2
+    assert all(array.shape == (1001,) for array in arrays)
+    assert arrays[0].device.id == 1
+    assert cupy.cuda.current_device() == 0
+    runtime = cupy.cuda.runtime
+    assert len(runtime.files) == 1
+    del lent, arrays[1:]
+    gc.collect()
+    assert len(runtime.files) == 1
+    arrays.clear()
+    gc.collect()
+    assert (runtime.files, runtime.wrong) == ({}, [])
+
+
+def test_what_cannot_be_opened(cupy: FakeCupy) -> None:
+    runtime = cupy.cuda.runtime
+    lent = Lent("cuda:0", 1, 10, np.float32)
+    with pytest.raises(RuntimeError, match="open in this process"):
+        Opened("cuda:0", lent.handle, 10, np.float32)
+    with pytest.raises(RuntimeError, match="no whole allocation"):
+        runtime.ipcGetMemHandle(lent.array(0).data.ptr + 512)
+    with pytest.raises(RuntimeError, match="no whole allocation"):
+        runtime.ipcGetMemHandle(cupy.empty(10, np.float32).data.ptr)
+    assert "open in this process" in opened_by_another(lent.handle, "close")
+    handle = lent.handle
+    del lent
+    gc.collect()
+    assert runtime.wrong == []
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidResourceHandle"):
+        Opened("cuda:0", handle, 10, np.float32)
+
+
+def test_the_fake_notes_what_is_freed_while_it_is_open(cupy: FakeCupy) -> None:
+    lent = Lent("cuda:0", 1, 10, np.float32)
+    opened_by_another(lent.handle, "leave")
+    del lent
+    gc.collect()
+    assert cupy.cuda.runtime.wrong == ["it is freed while others have it open"]
+
+
+def test_a_borrowed_array_is_cut_like_any() -> None:
+    array = BorrowedArray(1000, 10, np.float64)
+    assert (len(array), array.nbytes, array.itemsize) == (10, 80, 8)
+    part = array[2:]
+    assert (part.data.ptr, part.size, part[3:5].data.ptr, part[3:50].size) == (1016, 8, 1040, 5)
+    assert array[7:3].size == 0
+
+
+def test_a_card_that_is_seen_is_asked_for_and_another_is_tried(cupy: FakeCupy) -> None:
+    check_reach("cuda:0", identify("cuda:1"))
+    cupy.cuda.runtime.peers = False
+    check_reach("cuda:0", identify("cuda:0"))
+    check_reach("cuda:0", b"elsewhere" + bytes(7))
+    with pytest.raises(RuntimeError, match="cuda:0 does not reach the memory of cuda:1"):
+        check_reach("cuda:0", identify("cuda:1"))
+
+
+@pytest.mark.parametrize("how", ["closed", "open", "lost"])
+def test_the_owner_frees_when_all_have_closed_and_never_if_one_is_lost(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(borrowing, "_never_freed", kept)
+    monkeypatch.setattr(borrowing, "_CLOSE_BOUND_S", 0.01)
+    lent = Lent("cuda:0", 1, 10, np.float32)
+    theirs = {rank: Segment.create(1, 10, np.float32) for rank in (1, 2)}
+    mine = Borrowing(lent, {}, frozenset(theirs), Segment.create(1, 10, np.float32), theirs)
+    del lent
+    for rank, segment in theirs.items():
+        if how != "open" or rank == 1:
+            Borrowing(own=segment).close()
+    mine.close()
+    mine.free({2} if how == "lost" else {7})
+    gc.collect()
+    freed = how == "closed"
+    assert len(kept) == (not freed)
+    assert len(cupy.cuda.runtime.files) == (not freed)
+    assert mine.lent is None
+    assert struct.unpack("<q", bytes(card_words(mine.own)[2:3])) == (1,)  # type: ignore[arg-type]
+    kept.clear()
+    for segment in (mine.own, *theirs.values()):
+        assert segment is not None
+        segment.close_file()
