@@ -21,23 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from psframe.agreement import agree, local_server, tell
+from psframe.agreement import agree, tell
 from psframe.blas import limited_threads
+from psframe.cards import Cards
 from psframe.client import Worker
 from psframe.coding import Traffic
-from psframe.device_store import DeviceStore
-from psframe.devices import (
-    Device,
-    Sharing,
-    announce,
-    choose_device,
-    fit_memory,
-    identify,
-    make_device,
-)
 from psframe.errors import CheckpointError, Diverged, Interrupted, RankLost, WorkerFailed
 from psframe.events import Failure
-from psframe.gpu_direct import decide, explain
 from psframe.host import Host
 from psframe.interrupts import Interrupts
 from psframe.launcher import Launcher
@@ -59,16 +49,12 @@ from psframe.roles import (
 )
 from psframe.saving import ShardSaver
 from psframe.server import Server
-from psframe.server_device import Card, choose_server_device
 from psframe.starting import INTERRUPTED
-from psframe.store import buffer_count
-from psframe.transports.borrowing import Borrowing, lend_and_open
 from psframe.transports.faults import fault_tolerant
 from psframe.transports.leaving import part, part_alone
-from psframe.transports.meeting import SLOTS, Neighbours, meet
+from psframe.transports.meeting import Neighbours, meet
 from psframe.transports.mpi import SETUP_BOUND_S, Mesh, abort, open_mesh
 from psframe.transports.mpi_endpoint import MpiEndpoint
-from psframe.transports.mpi_facts import cuda_support
 from psframe.transports.mpi_port import MpiServerPort
 from psframe.transports.parting import Ending, tell_end
 from psframe.transports.replacements import Replacements
@@ -130,7 +116,6 @@ def run_cluster(
             if wrong is None:
                 assert plan is not None
                 result, error = run.run(plan)
-                run.free_cards()
     except CountedOut:  # the others have ended well, and go on
         part_alone(mesh)
         raise
@@ -190,10 +175,6 @@ class _ClusterRun:
         # Lost, not known to be dead, and not come back when it was over.
         self.absent: Mapping[int, Callable[[], bool]] = {}
         self._error: BaseException | None = None  # what this rank's own `work` raised
-        self._gpu: Sharing | None = None  # where a worker computes, if not on the CPU
-        self._gpus: list[bytes] = []  # by rank, if somebody may be on one
-        self._direct = False  # whether device pointers are given to MPI
-        self._cards = Borrowing()  # GPU memory of this node's ranks that is open to others of them
         self.restart = Restart()
 
     # ---- the run -------------------------------------------------------------------------
@@ -226,23 +207,30 @@ class _ClusterRun:
         neighbours = meet(
             mesh, plan.layout, plan.servers, self._shared_memory, stays_open=stays_open
         )
-        self._share_gpus(plan, neighbours)
-        wrong = self._share_direct(plan, neighbours)
+        cards = Cards(mesh, plan, neighbours)
+        wrong = cards.share()
         if wrong is not None:
+            self.verdict_of(wrong)
             return None, wrong
-        self._share_cards(plan, neighbours)
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         self._share_signals(watch)
         with contextlib.closing(Pulse(watch, self.abort)):
-            if mesh.rank == 0:
-                return self._lead(plan, neighbours, watch)
-            ending = Ending(mesh)
-            with self.interrupts.held():  # rank 0 has been told
-                if mesh.rank < plan.servers:
-                    self._follow(plan, neighbours, watch)
-                else:
-                    self._take_part(plan, neighbours, watch, ending)
-                ending.wait()
+            go = self._lead if mesh.rank == 0 else self._accompany
+            outcome = go(plan, neighbours, cards, watch)
+        cards.free()
+        return outcome
+
+    def _accompany(
+        self, plan: Plan, neighbours: Neighbours, cards: Cards, watch: Watch
+    ) -> tuple[Result | None, BaseException | None]:
+        """Serve or work, and hear how the run has ended."""
+        mesh, ending = self.mesh, Ending(self.mesh)
+        with self.interrupts.held():  # rank 0 has been told
+            if mesh.rank < plan.servers:
+                self._follow(plan, neighbours, cards, watch)
+            else:
+                self._take_part(plan, neighbours, cards, watch, ending)
+            ending.wait()
         summary, counted_out = json.loads(ending.summary), json.loads(ending.last_word)
         why = counted_out.get(str(mesh.rank))
         if why is not None:
@@ -297,79 +285,11 @@ class _ClusterRun:
             elif server and mesh.rank == server:
                 mesh.receive(plan.initial[begin:end], 0, "the first parameters")
 
-    def _share_gpus(self, plan: Plan, neighbours: Neighbours) -> None:
-        """Choose this rank's device, and hear who else is on its GPU."""
-        mesh = self.mesh
-        if plan.device == plan.server_device == "cpu":  # as on every rank
-            return
-        if mesh.rank >= plan.servers:
-            device = choose_device(plan.device, neighbours.local_worker)
-        else:
-            ordinal = self._server_gpu(plan)
-            device = "cpu" if ordinal is None else f"cuda:{ordinal}"
-        ids = self._gpus = mesh.all_gather(identify(device), "the GPUs")
-        if device != "cpu":
-            self._gpu = Sharing.of(device, mesh.rank, ids, mesh.nodes, mesh.names)
-
-    def _share_direct(self, plan: Plan, neighbours: Neighbours) -> Exception | None:
-        """Decide whether device pointers are given to MPI; the error, on all, if they cannot be."""
-        mesh, servers = self.mesh, plan.servers
-        if plan.gpu_direct != "on" and plan.device == plan.server_device == "cpu":
-            return None
-        others = range(servers) if mesh.rank >= servers else range(servers, mesh.size)
-        decision = decide(
-            mesh,
-            plan.gpu_direct,
-            on_gpu=self._gpu is not None,
-            apart=any(rank not in neighbours.segments for rank in others),
-            ask=cuda_support,
-        )
-        self._direct = decision.direct
-        if decision.error is not None:
-            self.verdict_of(decision.error)
-        elif mesh.rank == 0 and decision.why:
-            level = logging.INFO if decision.direct else logging.WARNING
-            _log.log(level, "%s", explain(decision, **plan.leaves_devices))
-        return decision.error
-
-    def _share_cards(self, plan: Plan, neighbours: Neighbours) -> None:
-        """Have workers and servers of a node open each other's GPU memory, where they can."""
-        if plan.gpu_direct == "off" or "cpu" in (plan.device, plan.server_device):
-            return  # as on every rank
-        servers, shards = plan.servers, plan.layout.shards(plan.servers)
-        leaves = plan.leaves_devices
-        slots = SLOTS if leaves["gradients"] and not plan.reads_gradients else 0
-        snapshots = buffer_count(neighbours.workers) if leaves["parameters"] else 0
-
-        def shape(rank: int) -> tuple[int, int]:
-            if rank >= servers:
-                return slots, plan.layout.size
-            begin, end = shards[rank]
-            return snapshots, end - begin
-
-        self._cards = lend_and_open(
-            self.mesh,
-            neighbours.own,
-            neighbours.segments,
-            gpu=None if self._gpu is None else self._gpu.gpu,
-            ids=self._gpus,
-            shape=shape,
-            dtype=plan.layout.dtype,
-        )
-
-    def free_cards(self) -> None:
-        """Let go the GPU memory that was lent, at the end."""
-        self._cards.free(self.mesh.watch.lost)
-
-    def _server_gpu(self, plan: Plan) -> int | None:
-        in_front = range(plan.servers)
-        return choose_server_device(plan.server_device, local_server(self.mesh, in_front))
-
     def _lead(
-        self, plan: Plan, neighbours: Neighbours, watch: Watch
+        self, plan: Plan, neighbours: Neighbours, cards: Cards, watch: Watch
     ) -> tuple[Result, BaseException | None]:
         port = MpiServerPort(self.mesh, plan.layout, neighbours, plan.codec)
-        leader = self._build_server(plan, port, self._respawn(plan, neighbours))
+        leader = self._build_server(plan, port, cards, self._respawn(plan, neighbours))
         assert isinstance(leader, Leader)
         with self.interrupts.held():
             self.host.begin()
@@ -389,7 +309,7 @@ class _ClusterRun:
 
             grace = Grace(leader, self.interrupts, look)
             serve_first(grace, port, self.host, plan)
-            self._cards.close()
+            cards.close()
             if replacements is not None:
                 replacements.leave()
         port.push_pull = None  # a circle: it would hold the run's memory
@@ -440,16 +360,16 @@ class _ClusterRun:
         )
         port.lose(rank)
 
-    def _follow(self, plan: Plan, neighbours: Neighbours, watch: Watch) -> None:
+    def _follow(self, plan: Plan, neighbours: Neighbours, cards: Cards, watch: Watch) -> None:
         port = MpiServerPort(self.mesh, plan.layout, neighbours, plan.codec)
-        follower = self._build_server(plan, port)
+        follower = self._build_server(plan, port, cards)
         watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         spans = port.to_leader if plan.spans else None
         folder = self.restart.folder  # None, too, if there can be no checkpoints
         saver = ShardSaver(folder, follower, plan.layout, plan.servers) if folder else None
         observe = no_host_event if saver is None else saver.observe
         serve(follower, port, observe, watch.tick, spans=spans, saver=saver)
-        self._cards.close()
+        cards.close()
         for worker, lost in enumerate(follower.lost):
             if lost:  # which MPI need not know
                 watch.lose(plan.servers + worker, "server 0 says so")
@@ -499,11 +419,10 @@ class _ClusterRun:
         with contextlib.closing(replacements):
             yield replacements
 
-    def _build_server(self, plan: Plan, port: MpiServerPort, respawn: int = 0) -> Server:
-        restart, card, cards = self.restart, self._open_card(plan), self._cards
-        port.borrow(cards.opened)
-        if card is not None and cards.lent is not None:
-            card.lend(cards.lent.array)
+    def _build_server(
+        self, plan: Plan, port: MpiServerPort, cards: Cards, respawn: int = 0
+    ) -> Server:
+        restart, card = self.restart, cards.open_card(port)
         if restart.reader is not None and self._watch is not None:
             restart.reader.alive = self._watch.tick  # it may be long
         with explained_state(restart.reader):
@@ -518,34 +437,13 @@ class _ClusterRun:
             )
         restart.close()
         plan.forget_initial()
-        if card is not None and self._direct and port.takes_devices:
-            self._open_door(plan, port, machine, card)
-        if cards.lent is not None:
-            machine.lend_snapshots(rank - plan.servers for rank in cards.partners)
+        if card is not None:
+            cards.serve_from(card, port, machine)
         return machine
 
-    def _open_door(self, plan: Plan, port: MpiServerPort, machine: Server, card: Card) -> None:
-        """Have MPI read and write the card's memory."""
-        assert isinstance(machine.store, DeviceStore), "it is on the card"
-        card.open_to_others()
-        if plan.codec is None and not machine.reads_gradients:
-            port.land_in(lambda size: card.settled(size, plan.layout.dtype))
-        elif self.mesh.rank == 0:
-            _log.info("servers are given gradients through the host, where they are read")
-        if plan.pull_codec is None:
-            port.leave_from(machine.store.device_half)
-            machine.send_from_device()
-
-    def _open_card(self, plan: Plan) -> Card | None:
-        ordinal = self._server_gpu(plan)
-        if ordinal is None:
-            return None
-        card = Card(ordinal)
-        if self._gpu is not None:
-            announce(self._gpu, fit_memory(self._gpu.gpu, len(self._gpu.users)))
-        return card
-
-    def _take_part(self, plan: Plan, neighbours: Neighbours, watch: Watch, ending: Ending) -> None:
+    def _take_part(
+        self, plan: Plan, neighbours: Neighbours, cards: Cards, watch: Watch, ending: Ending
+    ) -> None:
         place = str(self.mesh.rank)
 
         def why_without_this_rank() -> str | None:
@@ -554,7 +452,7 @@ class _ClusterRun:
 
         watch.tell(lambda rank, why: self._miss(rank, plan, watch))
         watch.over = why_without_this_rank
-        self._work_as(plan, neighbours)
+        self._work_as(plan, neighbours, cards)
         watch.over = None
 
     def _miss(self, rank: int, plan: Plan, watch: Watch) -> None:
@@ -562,13 +460,13 @@ class _ClusterRun:
         if rank < plan.servers:
             watch.give_up(rank, f"server {rank}")
 
-    def _work_as(self, plan: Plan, neighbours: Neighbours) -> None:
+    def _work_as(self, plan: Plan, neighbours: Neighbours, cards: Cards) -> None:
         endpoint = MpiEndpoint(self.mesh, plan.layout, neighbours, plan.pull_codec)
         random_state = (self.restart.random or {}).get(endpoint.index)
         try:
             worker, device = open_worker(
                 endpoint,
-                lambda: self._open_device(plan, endpoint),
+                lambda: cards.open_device(endpoint),
                 lambda device: plan.build_worker(endpoint, device, random_state),
             )
         except Exception as error:  # which the others have heard of
@@ -576,30 +474,8 @@ class _ClusterRun:
         else:
             with limited_threads(neighbours.ranks_here):
                 self._error = take_part(self._interruptible_work, worker, device)
-        self._cards.close()
+        cards.close()
         endpoint.close()
-
-    def _open_device(self, plan: Plan, endpoint: MpiEndpoint) -> Device:
-        gpu = self._gpu
-        if gpu is None:
-            if plan.device == "auto":
-                _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
-            return make_device("cpu", plan.layout)
-        cards, leaves = self._cards, plan.leaves_devices
-        lent, direct = cards.lent, self._direct and endpoint.takes_devices
-        if cards.partners:
-            endpoint.borrow(cards.opened, cards.partners if lent else (), direct=direct)
-        device = make_device(
-            gpu.gpu,
-            plan.layout,
-            endpoint if direct or cards.partners else None,
-            gradients=leaves["gradients"] and (direct or lent is not None),
-            parameters=leaves["parameters"] and direct,
-            slots=None if lent is None else lent.array,
-            borrows=bool(cards.opened),
-        )
-        announce(gpu, fit_memory(gpu.gpu, len(gpu.users)))
-        return device
 
     def _interruptible_work(self, worker: Worker) -> None:
         with self.interrupts.released(_DELICATE):

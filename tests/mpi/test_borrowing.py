@@ -21,7 +21,7 @@ from fake_ipc import FakeIpc
 from mpi4py import MPI
 
 import psframe
-from psframe import BSP, SSP, Async, cluster, device_store, optim, stale
+from psframe import BSP, SSP, Async, cards, cluster, device_store, optim, stale
 from psframe.layout import Layout
 from psframe.optim import cuda
 from psframe.transports import borrowing, mpi_port
@@ -257,7 +257,7 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
     elif (who == "worker" and last == RANK) or (who == "server" and SERVES):
         ipc_of(cupy).refuses = "cudaErrorMapBufferObjectFailed: mapping of buffer object failed"
     with monkeypatch.context() as patched:
-        patched.setattr(cluster, "choose_device", lambda *_: "cuda:1" if apart else "cuda:0")
+        patched.setattr(cards, "choose_device", lambda *_: "cuda:1" if apart else "cuda:0")
         with caplog.at_level(logging.INFO, "psframe"):
             on_gpu = run("cuda", BSP())
     assert ipc_of(cupy).open_now == {}

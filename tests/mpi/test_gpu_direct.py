@@ -20,7 +20,7 @@ from fake_cupy import FakeCupy, installed
 from mpi4py import MPI
 
 import psframe
-from psframe import BSP, SSP, Async, cluster, optim
+from psframe import BSP, SSP, Async, cards, cluster, optim
 from psframe.devices import visible_gpus
 from psframe.transports import mpi, transfers
 from psframe.transports.mpi_endpoint import MpiEndpoint
@@ -56,7 +56,7 @@ class Ends:
 def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
     """An MPI that takes device pointers; arrays travel in several pieces."""
     made = Ends()
-    monkeypatch.setattr(cluster, "cuda_support", lambda: YES)
+    monkeypatch.setattr(cards, "cuda_support", lambda: YES)
     monkeypatch.setattr(cluster, "MpiEndpoint", made.make)
     for module in (mpi, transfers):
         monkeypatch.setattr(module, "PIECE_BYTES", 256 << 10)
@@ -298,9 +298,7 @@ def test_a_rank_whose_mpi_says_no_decides_for_all(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     last = SIZE - 1
-    monkeypatch.setattr(
-        cluster, "cuda_support", lambda: {"value": last != RANK, "by": "its library"}
-    )
+    monkeypatch.setattr(cards, "cuda_support", lambda: {"value": last != RANK, "by": "its library"})
     with caplog.at_level(logging.INFO, "psframe"):
         train("cuda", Async(), cupy)
     if RANK == 1:
@@ -317,7 +315,7 @@ def test_off_and_what_shares_memory_ask_nobody(
     def asked() -> Any:
         raise AssertionError("nobody wants to know")
 
-    monkeypatch.setattr(cluster, "cuda_support", asked)
+    monkeypatch.setattr(cards, "cuda_support", asked)
     train("cuda", Async(), cupy, gpu_direct="off")
     train("cuda", Async(), cupy, shared_memory=True)
 
@@ -369,7 +367,7 @@ def test_where_mpi_says_nothing_a_process_of_its_own_tries_it(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("FAKE", how)
     silent = {"value": None, "by": "it has no query"}
-    monkeypatch.setattr(cluster, "cuda_support", lambda: silent)
+    monkeypatch.setattr(cards, "cuda_support", lambda: silent)
     with caplog.at_level(logging.INFO, "psframe"):
         train("cuda", Async(), cupy)
     if RANK == 1:

@@ -18,7 +18,7 @@ from fake_cupy import FakeCupy, installed
 from mpi4py import MPI
 
 import psframe
-from psframe import BSP, SSP, Async, cluster, device_store, optim, stale
+from psframe import BSP, SSP, Async, cards, cluster, device_store, optim, stale
 from psframe.layout import Layout
 from psframe.optim import cuda
 from psframe.transports import mpi, transfers
@@ -55,7 +55,7 @@ class Ends:
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
     made = Ends()
-    monkeypatch.setattr(cluster, "cuda_support", lambda: {"value": True, "by": "a test"})
+    monkeypatch.setattr(cards, "cuda_support", lambda: {"value": True, "by": "a test"})
     monkeypatch.setattr(cluster, "MpiServerPort", made.port)
     monkeypatch.setattr(cluster, "MpiEndpoint", made.endpoint)
     monkeypatch.setattr(device_store, "STEP", 60_000)

@@ -1,0 +1,207 @@
+"""What one rank of a run under MPI has to do with GPUs.
+
+Which one it is on and who else is, whether MPI is given its memory as it is, and whose memory on
+this node it opens. Every rank of the run makes these steps together, and alike.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from psframe.agreement import local_server
+from psframe.device_store import DeviceStore
+from psframe.devices import (
+    Device,
+    Sharing,
+    announce,
+    choose_device,
+    fit_memory,
+    identify,
+    make_device,
+)
+from psframe.gpu_direct import decide, explain
+from psframe.plan import Plan
+from psframe.server import Server
+from psframe.server_device import Card, choose_server_device
+from psframe.store import buffer_count
+from psframe.transports.borrowing import Borrowing, lend_and_open
+from psframe.transports.meeting import SLOTS, Neighbours
+from psframe.transports.mpi import Mesh
+from psframe.transports.mpi_endpoint import MpiEndpoint
+from psframe.transports.mpi_facts import cuda_support
+from psframe.transports.mpi_port import MpiServerPort
+
+__all__ = ["Cards"]
+
+_log = logging.getLogger("psframe")
+
+
+class Cards:
+    """The GPUs of a run, as one of its ranks sees them.
+
+    Args:
+        mesh: the ranks, in their places.
+        plan: the run's.
+        neighbours: who shares memory with this rank.
+    """
+
+    def __init__(self, mesh: Mesh, plan: Plan, neighbours: Neighbours) -> None:
+        self._mesh = mesh
+        self._plan = plan
+        self._neighbours = neighbours
+        self._own: Sharing | None = None  # this rank's, if it is not on the CPU
+        self._ids: list[bytes] = []  # by rank, if somebody may be on one
+        self._direct = False  # whether device pointers are given to MPI
+        self._open = Borrowing()  # memory of this node's ranks that is open to others of them
+
+    def share(self) -> Exception | None:
+        """Choose this rank's, hear who else is on it, and open what others lend.
+
+        Returns:
+            The error, on all ranks, if device pointers are to be given to MPI and cannot be.
+
+        Raises:
+            ValueError: this rank cannot have what it is to be on.
+            RankLost: some rank did not take part.
+        """
+        self._choose()
+        error = self._decide()
+        if error is None:
+            self._lend()
+        return error
+
+    # ---- a server ------------------------------------------------------------------------
+
+    def open_card(self, port: MpiServerPort) -> Card | None:
+        """Open a server's GPU; None if it is on the CPU."""
+        port.borrow(self._open.opened)
+        ordinal = self._server_gpu()
+        if ordinal is None:
+            return None
+        card = Card(ordinal)
+        if self._own is not None:
+            announce(self._own, fit_memory(self._own.gpu, len(self._own.users)))
+        if self._open.lent is not None:
+            card.lend(self._open.lent.array)
+        return card
+
+    def serve_from(self, card: Card, port: MpiServerPort, machine: Server) -> None:
+        """Have others read and write the memory of a server's card, as has been decided."""
+        if self._direct and port.takes_devices:
+            self._open_door(card, port, machine)
+        if self._open.lent is not None:
+            servers = self._plan.servers
+            machine.lend_snapshots(rank - servers for rank in self._open.partners)
+
+    def _open_door(self, card: Card, port: MpiServerPort, machine: Server) -> None:
+        """Have MPI read and write it."""
+        plan = self._plan
+        assert isinstance(machine.store, DeviceStore), "it is on the card"
+        card.open_to_others()
+        if plan.codec is None and not machine.reads_gradients:
+            port.land_in(lambda size: card.settled(size, plan.layout.dtype))
+        elif self._mesh.rank == 0:
+            _log.info("servers are given gradients through the host, where they are read")
+        if plan.pull_codec is None:
+            port.leave_from(machine.store.device_half)
+            machine.send_from_device()
+
+    # ---- a worker ------------------------------------------------------------------------
+
+    def open_device(self, endpoint: MpiEndpoint) -> Device:
+        """Open the device that a worker computes on."""
+        plan, own, lent = self._plan, self._own, self._open.lent
+        if own is None:
+            if plan.device == "auto":
+                _log.info("worker %d computes on the CPU: there is no GPU", endpoint.index)
+            return make_device("cpu", plan.layout)
+        partners, leaves = self._open.partners, plan.leaves_devices
+        direct = self._direct and endpoint.takes_devices
+        if partners:
+            endpoint.borrow(self._open.opened, partners if lent else (), direct=direct)
+        device = make_device(
+            own.gpu,
+            plan.layout,
+            endpoint if direct or partners else None,
+            gradients=leaves["gradients"] and (direct or lent is not None),
+            parameters=leaves["parameters"] and direct,
+            slots=None if lent is None else lent.array,
+            borrows=bool(self._open.opened),
+        )
+        announce(own, fit_memory(own.gpu, len(own.users)))
+        return device
+
+    # ---- the end -------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close what others have lent; nothing of it is used any more."""
+        self._open.close()
+
+    def free(self) -> None:
+        """Let go what this rank has lent, at the end."""
+        self._open.free(self._mesh.watch.lost)
+
+    # ---- the steps of `share` ------------------------------------------------------------
+
+    def _choose(self) -> None:
+        mesh, plan = self._mesh, self._plan
+        if plan.device == plan.server_device == "cpu":  # as on every rank
+            return
+        if mesh.rank >= plan.servers:
+            device = choose_device(plan.device, self._neighbours.local_worker)
+        else:
+            ordinal = self._server_gpu()
+            device = "cpu" if ordinal is None else f"cuda:{ordinal}"
+        self._ids = mesh.all_gather(identify(device), "the GPUs")
+        if device != "cpu":
+            self._own = Sharing.of(device, mesh.rank, self._ids, mesh.nodes, mesh.names)
+
+    def _server_gpu(self) -> int | None:
+        in_front = range(self._plan.servers)
+        return choose_server_device(self._plan.server_device, local_server(self._mesh, in_front))
+
+    def _decide(self) -> Exception | None:
+        """Decide whether device pointers are given to MPI."""
+        mesh, plan = self._mesh, self._plan
+        if plan.gpu_direct != "on" and plan.device == plan.server_device == "cpu":
+            return None
+        works = mesh.rank >= plan.servers
+        others = range(plan.servers) if works else range(plan.servers, mesh.size)
+        decision = decide(
+            mesh,
+            plan.gpu_direct,
+            on_gpu=self._own is not None,
+            apart=any(rank not in self._neighbours.segments for rank in others),
+            ask=cuda_support,
+        )
+        self._direct = decision.direct
+        if decision.error is None and mesh.rank == 0 and decision.why:
+            level = logging.INFO if decision.direct else logging.WARNING
+            _log.log(level, "%s", explain(decision, **plan.leaves_devices))
+        return decision.error
+
+    def _lend(self) -> None:
+        """Have workers and servers of a node open each other's memory, where they can."""
+        plan, neighbours = self._plan, self._neighbours
+        if plan.gpu_direct == "off" or "cpu" in (plan.device, plan.server_device):
+            return  # as on every rank
+        servers, shards = plan.servers, plan.layout.shards(plan.servers)
+        leaves = plan.leaves_devices
+        slots = SLOTS if leaves["gradients"] and not plan.reads_gradients else 0
+        snapshots = buffer_count(neighbours.workers) if leaves["parameters"] else 0
+
+        def shape(rank: int) -> tuple[int, int]:
+            if rank >= servers:
+                return slots, plan.layout.size
+            begin, end = shards[rank]
+            return snapshots, end - begin
+
+        self._open = lend_and_open(
+            self._mesh,
+            neighbours.own,
+            neighbours.segments,
+            gpu=None if self._own is None else self._own.gpu,
+            ids=self._ids,
+            shape=shape,
+            dtype=plan.layout.dtype,
+        )
