@@ -518,7 +518,9 @@ class Server(ABC):
             return
         self.gone[worker] = True
         self._n_gone += 1
-        self._release(worker, RELEASE_HOLD | RELEASE_COPY)
+        # What is still being sent to one who leaves in order stays as it is, until a `Sent`.
+        leaves_early = not self.memory.in_place[worker] and not self.lost[worker]
+        self._release(worker, RELEASE_COPY if leaves_early else RELEASE_HOLD | RELEASE_COPY)
         if self._correcting is not None:
             self._correcting.forget(worker)
         if self.coder is not None:

@@ -109,6 +109,17 @@ def test_a_remote_workers_hold_lasts_until_its_bytes_have_left() -> None:
     assert desk.store.held == 0
 
 
+def test_what_is_still_leaving_is_not_overwritten_when_its_worker_leaves() -> None:
+    desk = Desk(2, in_place=[False, True])
+    sent = only(desk.pull(0))
+    desk.hears(Leave(0))
+    for _ in range(5):
+        desk.push(1)
+    assert params_of(desk, sent) == 0.0
+    desk.hears(Sent(0))
+    assert desk.store.held == 0
+
+
 def test_requests_of_one_worker_are_handled_in_order() -> None:
     """Behind a push that waits everything waits, and then comes in one go."""
     desk = Desk(2, SSP(0))
