@@ -123,8 +123,13 @@ class FakeRuntime(FakeIpc):
         self.registrations += 1
 
     def hostUnregister(self, address: int) -> None:
+        self.cuda.check()
         end = address + self.registered.pop(address)
         assert not any(address <= at < end for at in self.cuda.copying()), "it is being copied"
+
+    def ipcCloseMemHandle(self, address: int) -> None:
+        self.cuda.check()
+        super().ipcCloseMemHandle(address)
 
     def reaches(self, host: int, n_bytes: int) -> bool:
         ranges = [*self.registered.items(), *self.cuda.pinned.items()]
@@ -202,7 +207,7 @@ class FakeCuda:
         self.under_way: list[tuple[int, int]] = []
         self.device_memory: dict[int, int] = {}
         self.eager = False
-        self.broken = False  # a kernel has failed: what waits raises from then on
+        self.broken = False  # a kernel has failed: what waits, or closes, raises from then on
         self.runtime = FakeRuntime(self, gpus, total)
         self.using_allocator = self.runtime.using_allocator
         self.default = FakeStream(self, ptr=1)
@@ -211,6 +216,15 @@ class FakeCuda:
     def check(self) -> None:
         if self.broken:
             raise RuntimeError("cudaErrorIllegalAddress")
+
+    def mend(self) -> None:
+        """Be broken no more; what was queued is never done."""
+        self.broken = False
+        self.under_way.clear()
+        for stream in (self.default, *self.handles.values()):
+            if isinstance(stream, FakeStream):
+                stream.work.clear()
+                stream.ran = stream.queued
 
     def handle(self, what: Any) -> int:
         self.handles[1000 + len(self.handles)] = what

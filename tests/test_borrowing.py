@@ -119,21 +119,64 @@ def test_a_card_that_is_seen_is_asked_for_and_another_is_tried(cupy: FakeCupy) -
         check_reach("cuda:0", identify("cuda:1"))
 
 
-@pytest.mark.parametrize("how", ["closed", "open", "lost"])
-def test_the_owner_frees_when_all_have_closed_and_never_if_one_is_lost(
+class Stuck:
+    """Memory that is open; CUDA closes it, or does not."""
+
+    def __init__(self, why: str = "") -> None:
+        self.why = why
+        self.tries = 0
+
+    def close(self) -> None:
+        self.tries += 1
+        if self.why:
+            raise RuntimeError(self.why)
+
+
+@pytest.mark.parametrize("why", ["", "cudaErrorIllegalAddress"])
+def test_what_cuda_does_not_close_is_told_to_the_owners(
+    why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Segment.create(1, 10, np.float32)
+    opened = {0: Stuck(why), 1: Stuck()}
+    mine = Borrowing(opened=dict(opened), own=own)  # type: ignore[arg-type]
+    mine.close()
+    mine.close()  # of nothing
+    assert [one.tries for one in opened.values()] == [1, 1]
+    assert card_words(own)[2] == (2 if why else 1)
+    assert [(record.levelname, why in record.getMessage()) for record in caplog.records] == (
+        [("WARNING", True)] if why else []
+    )
+    own.close_file()
+
+
+def test_what_one_rank_has_lent_is_closed_alone() -> None:
+    opened = {3: Stuck(), 4: Stuck()}
+    mine = Borrowing(opened=dict(opened))  # type: ignore[arg-type]
+    for rank in (4, 4, 7):
+        mine.drop(rank)
+    assert [one.tries for one in opened.values()] == [0, 1]
+    assert list(mine.opened) == [3]
+
+
+@pytest.mark.parametrize("how", ["closed", "open", "lost", "stuck", "broken"])
+def test_the_owner_frees_when_all_have_closed_and_never_if_one_does_not(
     cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     kept: list[Any] = []
     monkeypatch.setattr(borrowing, "_never_freed", kept)
-    monkeypatch.setattr(borrowing, "_CLOSE_BOUND_S", 0.01)
+    # Who has been told otherwise does not wait.
+    monkeypatch.setattr(borrowing, "_CLOSE_BOUND_S", 0.01 if how == "open" else 1e9)
     lent = Lent("cuda:0", 1, 10, np.float32)
     theirs = {rank: Segment.create(1, 10, np.float32) for rank in (1, 2)}
     mine = Borrowing(lent, {}, frozenset(theirs), Segment.create(1, 10, np.float32), theirs)
     del lent
     for rank, segment in theirs.items():
-        if how != "open" or rank == 1:
+        if rank == 1 and how in ("closed", "open"):
             Borrowing(own=segment).close()
+        elif rank == 2 and how in ("closed", "stuck"):
+            Borrowing(own=segment, failed=how == "stuck").close()
     mine.close()
+    mine.failed = how == "broken"
     mine.free({2} if how == "lost" else {7})
     gc.collect()
     freed = how == "closed"

@@ -24,9 +24,10 @@ from psframe.transports.shared_memory import Segment
 __all__ = ["CARD_LINE", "Borrowing", "lend_and_open"]
 
 # In this line of a rank's segment a worker says of each of its slots whether the gradient is on its
-# device, and whoever had opened others' memory that it has closed it.
+# device, and whoever had opened others' memory that it has closed it, or never will.
 CARD_LINE = 29
 _CLOSED = 2
+_HAS, _NEVER_WILL = 1, 2
 # How long an owner waits for those who have still to close: they have left the run already.
 _CLOSE_BOUND_S = 10.0
 _TEXT_BYTES_MAX = 200
@@ -66,6 +67,7 @@ class Borrowing:
             lend.
         partners: those ranks, whether they have or not.
         own, theirs: this rank's memory on the host, and by rank that of the partners.
+        failed: whether CUDA has refused to close something.
     """
 
     lent: Lent | None = None
@@ -73,19 +75,34 @@ class Borrowing:
     partners: frozenset[int] = frozenset()
     own: Segment | None = None
     theirs: dict[int, Segment] = field(default_factory=dict)
+    failed: bool = False
 
     def close(self) -> None:
-        """Close what is open, once no copy from it is under way, and tell its owners."""
-        opened, self.opened = self.opened, {}
-        for one in opened.values():
-            one.close()
+        """Close what is open, once no copy from it is under way, and tell its owners.
+
+        After a kernel that has failed CUDA closes nothing any more, and they are told that.
+        """
+        for rank in tuple(self.opened):
+            self.drop(rank)
         if self.own is not None:
-            card_words(self.own)[_CLOSED] = 1
+            card_words(self.own)[_CLOSED] = _NEVER_WILL if self.failed else _HAS
+
+    def drop(self, rank: int) -> None:
+        """Close what one rank has lent, if it is open; no copy from it is under way."""
+        opened = self.opened.pop(rank, None)
+        if opened is None:
+            return
+        try:
+            opened.close()
+        except RuntimeError as error:  # CuPy's for CUDA's
+            self.failed = True
+            _log.warning("GPU memory that another rank has lent stays open: %s", error)
 
     def free(self, lost: Collection[int]) -> None:
         """Let go what this rank lends, when all have closed it.
 
-        If one does not, or is lost and perhaps only stopped, it stays to the end of the program.
+        If one does not, or is lost and perhaps only stopped, it stays to the end of the program; so
+        it does if CUDA fails on this rank, which would not free it.
 
         Args:
             lost: the ranks that are.
@@ -93,16 +110,18 @@ class Borrowing:
         lent, self.lent = self.lent, None
         if lent is None:
             return
-        if not self.partners.isdisjoint(lost):
+        if self.failed or not self.partners.isdisjoint(lost) or not self._all_have_closed():
             _never_freed.append(lent)
-            return
+
+    def _all_have_closed(self) -> bool:
+        """Wait until all have; False if one does not."""
         words = [card_words(segment) for segment in self.theirs.values()]
         patience = Patience(crowded=True)
         deadline = time.monotonic() + _CLOSE_BOUND_S
-        while not all(word[_CLOSED] for word in words):
-            if patience.wait() and time.monotonic() > deadline:
-                _never_freed.append(lent)
-                return
+        while (said := {int(word[_CLOSED]) for word in words}) - {_HAS}:
+            if _NEVER_WILL in said or (patience.wait() and time.monotonic() > deadline):
+                return False
+        return True
 
 
 def card_words(segment: Segment) -> Any:

@@ -336,6 +336,47 @@ def test_memory_that_a_lost_rank_may_have_open_is_kept(
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("gpu_direct", ["auto", "off"])
+def test_after_a_kernel_that_fails_the_run_ends_as_it_does_where_nothing_is_open(
+    cupy: Any,
+    gpu_direct: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """CUDA closes nothing any more on that rank; the owners keep their memory, and wait not."""
+    kept: list[Any] = []
+    monkeypatch.setattr(borrowing, "_never_freed", kept)
+    monkeypatch.setattr(borrowing, "_CLOSE_BOUND_S", 1e9)
+    fails = RANK == SERVERS
+
+    def fail(worker: Any) -> None:
+        params = worker.pull()
+        for _ in range(3):
+            params = worker.push_pull({name: params[name] * np.float32(0.5) for name in params})
+        if fails:
+            cupy.cuda.broken = True
+            raise ArithmeticError("a kernel of mine has failed")
+        while True:
+            params = worker.push_pull({name: params[name] * np.float32(0.5) for name in params})
+
+    error = ArithmeticError if fails else psframe.WorkerFailed
+    with pytest.raises(error, match="a kernel of mine has failed"):
+        run("cuda", None, fail, gpu_direct=gpu_direct)
+    opens = gpu_direct == "auto"
+    lines = [line for line in caplog.messages if "stays open" in line]
+    assert len(lines) == (SERVERS if opens and fails else 0)
+    assert len(kept) == (opens and (SERVES or fails))
+    if fails:
+        cupy.cuda.mend()
+        assert len(ipc_of(cupy).open_now) == (SERVERS if opens else 0)
+        for address in tuple(ipc_of(cupy).open_now):
+            ipc_of(cupy).ipcCloseMemHandle(address)
+    WORLD.Barrier()
+    kept.clear()
+    caplog.clear()  # its errors know the frames, and these the device
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("mode", [Async(), BSP()], ids=repr)
 def test_two_runs_after_one_another(cupy: Any, mode: Any) -> None:
     for _ in range(2):
