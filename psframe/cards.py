@@ -18,6 +18,7 @@ from psframe.devices import (
     fit_memory,
     identify,
     make_device,
+    use_gpu,
 )
 from psframe.gpu_direct import decide, explain
 from psframe.plan import Plan
@@ -52,6 +53,7 @@ class Cards:
         self._own: Sharing | None = None  # this rank's, if it is not on the CPU
         self._ids: list[bytes] = []  # by rank, if somebody may be on one
         self._direct = False  # whether device pointers are given to MPI
+        self._in_use = False  # whether this rank's GPU has been opened
         self._open = Borrowing()  # memory of this node's ranks that is open to others of them
 
     def share(self) -> Exception | None:
@@ -79,6 +81,7 @@ class Cards:
         if ordinal is None:
             return None
         card = Card(ordinal)
+        self._in_use = True
         if self._own is not None:
             announce(self._own, fit_memory(self._own.gpu, len(self._own.users)))
         if self._open.lent is not None:
@@ -129,7 +132,29 @@ class Cards:
             borrows=bool(self._open.opened),
         )
         announce(own, fit_memory(own.gpu, len(own.users)))
+        self._in_use = True
         return device
+
+    # ---- another thread ------------------------------------------------------------------
+
+    def adopt_thread(self) -> bool:
+        """Make this rank's GPU the calling thread's, if MPI is given its memory.
+
+        A call of MPI may carry on any transfer that is under way, whichever thread began it, and an
+        MPI that does so asks the calling thread for its device.
+
+        Returns:
+            Whether that is done. Before the GPU is open it is not: nothing is under way then, and
+            to open it here might take longer than a rank may be silent.
+        """
+        if not self._direct or self._own is None:
+            return True
+        if self._in_use:
+            try:
+                use_gpu(self._own.gpu)
+            except RuntimeError as error:  # CuPy's for CUDA's; it fails where it computes, too
+                _log.warning("the thread that shows signs of life has no GPU: %s", error)
+        return self._in_use
 
     # ---- the end -------------------------------------------------------------------------
 

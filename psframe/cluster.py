@@ -214,7 +214,7 @@ class _ClusterRun:
             return None, wrong
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         self._share_signals(watch)
-        with contextlib.closing(Pulse(watch, self.abort)):
+        with contextlib.closing(Pulse(watch, self.abort, cards.adopt_thread)):
             go = self._lead if mesh.rank == 0 else self._accompany
             outcome = go(plan, neighbours, cards, watch)
         cards.free()

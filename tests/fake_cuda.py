@@ -111,6 +111,7 @@ class _Device:
 
     def use(self) -> None:
         self.fake.devices[:] = [self.ordinal]
+        self.fake.used_by[threading.current_thread().name] = self.ordinal
 
     def __enter__(self) -> None:
         self.fake.devices.append(self.ordinal)
@@ -123,7 +124,7 @@ class FakeCuda(ModuleType):
     """Stands for `cupy`.
 
     Attributes:
-        used: the devices that were opened.
+        used: the devices that were opened; used_by: by thread, the one that it has made current.
         kernels: the names of those that were launched, in order.
         copied: bytes that have gone (to the device, to the host).
         waits: how often a stream has been waited for.
@@ -141,6 +142,7 @@ class FakeCuda(ModuleType):
         self._local = threading.local()
         self._allocated: list[Any] = []
         self.used: set[int] = set()
+        self.used_by: dict[str, int] = {}
         self.kernels: list[str] = []
         self.copied = [0, 0]
         self.waits = 0

@@ -211,6 +211,7 @@ class FakeCuda:
         self.runtime = FakeRuntime(self, gpus, total)
         self.using_allocator = self.runtime.using_allocator
         self.default = FakeStream(self, ptr=1)
+        self.used_by: dict[str, int] = {}  # by thread, the device that it has made current
         self._local = threading.local()
 
     def check(self) -> None:
@@ -269,6 +270,7 @@ class FakeCuda:
 
     def use(self, ordinal: int) -> None:
         self._local.device = ordinal
+        self.used_by[threading.current_thread().name] = ordinal
 
     def current_device(self) -> int:
         return getattr(self._local, "device", 0)

@@ -183,6 +183,31 @@ def test_a_pulse_beats_and_ends_what_notices_too_late(monkeypatch: pytest.Monkey
     assert memoryview(desk.lines.memory[0]).cast("q")[0] > 0
 
 
+def test_a_pulse_has_its_thread_made_ready_before_it_beats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(pulsed=True)
+    desk.watch.every_s = 0.001
+    done: list[str] = []
+    enough = threading.Event()
+
+    def begin() -> bool:
+        assert threading.current_thread().name == "psframe-pulse"
+        done.append("begin")
+        return done.count("begin") == 2  # the first time it is too early
+
+    def beat(now: float) -> None:
+        done.append("beat")
+        if done.count("beat") == 4:
+            enough.set()
+
+    monkeypatch.setattr(desk.watch, "pulse", beat)
+    pulse = Pulse(desk.watch, lambda lost: None, begin)
+    enough.wait()
+    pulse.close()
+    assert done[:6] == ["begin", "beat", "begin", "beat", "beat", "beat"]
+
+
 def test_a_process_that_ends_is_told_and_one_can_be_ended() -> None:
     code = "import sys; sys.stdin.read()"
     children = [

@@ -4,7 +4,7 @@ CuPy is imported only when a GPU is wanted.
 """
 
 from psframe.devices.base import Device, HostDevice
-from psframe.devices.choosing import choose_device, make_device, visible_gpus
+from psframe.devices.choosing import choose_device, make_device, use_gpu, visible_gpus
 from psframe.devices.cuda import CudaDevice
 from psframe.devices.direct import DirectDevice
 from psframe.devices.sharing import (
@@ -31,5 +31,6 @@ __all__ = [
     "identify",
     "make_device",
     "memory_limit",
+    "use_gpu",
     "visible_gpus",
 ]

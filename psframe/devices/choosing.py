@@ -11,7 +11,7 @@ from psframe.devices.cuda import CudaDevice
 from psframe.devices.direct import DirectDevice, Door
 from psframe.layout import Layout
 
-__all__ = ["choose_device", "make_device", "pick_gpu", "visible_gpus"]
+__all__ = ["choose_device", "make_device", "pick_gpu", "use_gpu", "visible_gpus"]
 
 
 def choose_device(device: str, worker: int, visible: int | None = None) -> str:
@@ -89,6 +89,13 @@ def make_device(
     return DirectDevice(
         ordinal, layout, door, gradients=gradients, parameters=parameters, slots=slots
     )
+
+
+def use_gpu(name: str) -> None:
+    """Make the GPU "cuda:k" the calling thread's current device."""
+    import cupy
+
+    cupy.cuda.Device(int(name.partition(":")[2])).use()
 
 
 def visible_gpus() -> int:

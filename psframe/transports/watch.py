@@ -328,11 +328,19 @@ class Pulse:
     Args:
         watch: what is to be done; if it is not paced, there is no thread.
         end: ends the job, for a rank that would notice too late that the run cannot go on.
+        begin: makes the thread ready for what MPI may do in it; called there before each sign,
+            until it says that the thread is.
     """
 
-    def __init__(self, watch: Watch, end: Callable[[RankLost], None]) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        end: Callable[[RankLost], None],
+        begin: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._watch = watch
         self._end = end
+        self._begin = begin
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="psframe-pulse", daemon=True)
         if watch.paced:
@@ -345,7 +353,9 @@ class Pulse:
             self._thread.join()  # it waits for nobody, or is ending the job
 
     def _run(self) -> None:
+        ready = False
         while not self._over.wait(self._watch.every_s):
+            ready = ready or self._begin()
             try:
                 self._watch.pulse(time.monotonic())
             except RankLost as lost:

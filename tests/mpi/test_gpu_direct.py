@@ -287,6 +287,25 @@ def test_small_arrays_go_inside_their_messages(cupy: FakeCupy, ends: Ends) -> No
         assert ends.used() == (set(), set())
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.skipif(MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="no second thread calls MPI")
+def test_the_thread_of_the_signs_of_life_is_on_the_worker_s_gpu(
+    cupy: FakeCupy, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are messages here, and MPI may carry on a transfer while it sends one."""
+    cupy.cuda.runtime.gpus = 2
+    monkeypatch.setattr(cards, "choose_device", lambda *_: "cuda:1")
+    threads = cupy.cuda.used_by
+
+    def work(worker: psframe.Worker) -> None:
+        params = worker.pull()
+        while "psframe-pulse" not in threads:
+            params = worker.push_pull(computed(params, 0, 0))
+
+    psframe.run(work, START, optimizer=optim.SGD(0.1), device="cuda", shared_memory=False)
+    assert threads.get("psframe-pulse") == (1 if RANK else None)
+
+
 # ---- who decides ------------------------------------------------------------------------------
 
 

@@ -241,3 +241,28 @@ def test_one_worker_shares_memory_with_the_server_and_another_does_not(
     if RANK == 0:
         assert ends.used() == ({"device"}, {"device"})
     compare(on_gpu, run("cpu", BSP(), shared_memory=True), BSP())
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.skipif(MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="no second thread calls MPI")
+def test_the_thread_of_the_signs_of_life_is_on_the_server_s_gpu(cupy: Any, ends: Ends) -> None:
+    """They are messages here, and MPI may carry on a transfer while it receives one."""
+
+    def push(worker: Any) -> None:
+        params = worker.pull()
+        while True:
+            worker.log(step=1)
+            params = worker.push_pull({name: p * np.float32(0.5) for name, p in params.items()})
+
+    psframe.run(
+        push,
+        PARAMS,
+        optimizer=optim.SGD(0.1),
+        servers=1,
+        device="cpu",
+        server_device="cuda:0",
+        shared_memory=False,
+        observer=lambda event: "psframe-pulse" in cupy.used_by,
+    )
+    if RANK == 0:
+        assert cupy.used_by["psframe-pulse"] == 0
