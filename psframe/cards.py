@@ -214,6 +214,8 @@ class Cards:
         leaves = plan.leaves_devices
         slots = SLOTS if leaves["gradients"] and not plan.reads_gradients else 0
         snapshots = buffer_count(neighbours.workers) if leaves["parameters"] else 0
+        if not (slots or snapshots):
+            return  # all is read on the host
 
         def shape(rank: int) -> tuple[int, int]:
             if rank >= servers:

@@ -182,6 +182,18 @@ def test_what_is_read_on_the_host_goes_there(
 
 
 @pytest.mark.mpi(min_size=2)
+def test_where_codecs_read_all_on_the_host_nothing_is_opened_nor_said_to_be(
+    cupy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    codecs = {"codec": psframe.codecs.Float16(), "pull_codec": psframe.codecs.Float16()}
+    with caplog.at_level(logging.INFO, "psframe"):
+        run("cuda", None, push_and_pull, **codecs)
+    ipc = ipc_of(cupy)
+    assert (ipc.lent, ipc.opened) == (0, 0)
+    assert not [line for line in caplog.messages if "IPC" in line]
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("mode", [Async(), BSP()], ids=repr)
 def test_a_gradient_that_is_partly_on_the_host_takes_the_host_s_way(cupy: Any, mode: Any) -> None:
     def push(worker: Any) -> None:
