@@ -76,7 +76,7 @@ class Cards:
 
     def open_card(self, port: MpiServerPort) -> Card | None:
         """Open a server's GPU; None if it is on the CPU."""
-        port.borrow(self._open.opened)
+        port.borrow(self._open.opened, self._open.drop)
         ordinal = self._server_gpu()
         if ordinal is None:
             return None

@@ -150,7 +150,8 @@ class FakeCuda(ModuleType):
         self.was_registered = False
         self.refused = 0
         self.refuses = False
-        self.ipc = FakeIpc()
+        self.under_way: list[tuple[int, int]] = []  # where copies read, (address, bytes)
+        self.ipc = FakeIpc(self._is_busy)
         self.between = 0  # bytes that have come from others' devices, or this one
         self.int32, self.ndarray = np.int32, FakeArray
         self.is_available = lambda: gpus > 0
@@ -233,6 +234,9 @@ class FakeCuda(ModuleType):
             return True
         return any(0 <= address - one.ctypes.data < max(1, one.nbytes) for one in self._allocated)
 
+    def _is_busy(self, address: int, n_bytes: int) -> bool:
+        return any(a < address + n_bytes and address < a + n for a, n in self.under_way)
+
     def _stream(self, pointer: int) -> Stream:
         return self.streams[pointer - 1]
 
@@ -248,7 +252,14 @@ class FakeCuda(ModuleType):
             self.copied[to_host] += n_bytes
         if to_host:
             ctypes.memset(target, 0xFF, n_bytes)
-        self._stream(stream).add(lambda: ctypes.memmove(target, source, n_bytes))
+        end = source, n_bytes
+        self.under_way.append(end)
+
+        def copy() -> None:
+            ctypes.memmove(target, source, n_bytes)
+            self.under_way.remove(end)
+
+        self._stream(stream).add(copy)
 
     def _set(self, target: int, value: int, n_bytes: int, stream: int) -> None:
         self._stream(stream).add(lambda: ctypes.memset(target, value, n_bytes))

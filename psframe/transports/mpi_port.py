@@ -117,6 +117,7 @@ class MpiServerPort:
         self._device_half: Callable[[int], Any] = lambda index: None
         # By worker whose device memory is open here: what it says of its slots, and these.
         self._borrowed: dict[int, tuple[Any, list[Any]]] = {}
+        self._drop: Callable[[int], None] = lambda rank: None
         self._shared = [
             neighbours.servers + worker in neighbours.segments for worker in range(self.workers)
         ]
@@ -241,12 +242,14 @@ class MpiServerPort:
         assert self._decoder is None, "it reads them on the host"
         self._room = empty
 
-    def borrow(self, opened: Mapping[int, Any]) -> None:
+    def borrow(self, opened: Mapping[int, Any], drop: Callable[[int], None]) -> None:
         """Read gradients where workers of this node have them on devices, when they say so.
 
         Args:
             opened: by rank, its memory that is open here. Before `memory` is asked for.
+            drop: closes that of a rank which another process has replaced.
         """
+        self._drop = drop
         for rank, one in opened.items():
             slots = [one.array(slot)[self._begin : self._end] for slot in range(SLOTS)]
             words = card_words(self._neighbours.segments[rank])
@@ -277,7 +280,9 @@ class MpiServerPort:
         self._neighbours.segments[rank] = segment
         self._shared[worker] = True
         self._gradients[worker] = [None] * SLOTS
-        self._borrowed.pop(worker, None)
+        if self._borrowed.pop(worker, None) is not None:
+            # Its pushes were dropped when it was lost, and between events no copy is under way.
+            self._drop(rank)
         for slot in range(SLOTS):
             self._progress.pop((worker, slot), None)
         self._limits[rank] = replace(self._limits[rank], deliveries=_SHARED)

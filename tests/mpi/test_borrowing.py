@@ -420,16 +420,19 @@ def test_of_who_takes_a_lost_worker_s_place_gradients_are_read_on_the_host(
     cupy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ports: list[Any] = []
+    dropped: list[int] = []
 
     class Port(mpi_port.MpiServerPort):
-        def borrow(self, opened: Any) -> None:
-            super().borrow(opened)
+        def borrow(self, opened: Any, drop: Any) -> None:
+            super().borrow(opened, dropped.append)
             ports.append(self)
 
     monkeypatch.setattr(cluster, "MpiServerPort", Port)
     run("cuda", BSP(), push_and_pull)
     for port in ports:
         assert not isinstance(port.memory.gradient(0, 0), np.ndarray)
-        port.admit(0, Segment.create(3, Layout.of(PARAMS).size, np.float32), None)
-        assert isinstance(port.memory.gradient(0, 0), np.ndarray)
+        for _ in range(2):
+            port.admit(0, Segment.create(3, Layout.of(PARAMS).size, np.float32), None)
+            assert isinstance(port.memory.gradient(0, 0), np.ndarray)
+        assert dropped == [SERVERS], "the lost one's memory, once"
     ports.clear()
