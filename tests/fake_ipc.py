@@ -1,9 +1,10 @@
 """CUDA IPC without a GPU: whole allocations that several processes see, as files in shared memory.
 
 `FakeCupy` and `FakeCuda` take it in, so that a worker's device memory and a server's are the same
-bytes. What CUDA leaves undefined, or refuses, raises: a handle of what is no whole allocation, one
-that is opened where it was made, twice, or after it was freed, and memory that is freed while
-somebody has it open, or closed while a copy to or from it is under way.
+bytes. What psframe is not to do raises: to ask for a handle of what is no whole allocation; to open
+one where it was made, twice in one process, or after it was freed; to close memory while a copy to
+or from it is under way. Memory that is freed while somebody has it open is noted. It lives as long
+as somebody has it open, also if its owner was killed.
 """
 
 from __future__ import annotations

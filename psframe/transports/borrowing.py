@@ -152,25 +152,12 @@ def lend_and_open(
     """
     wanted = [rank for rank in sorted(segments) if gpu is not None and ids[rank] != NO_GPU]
     lent, offer = _lend(gpu, shape(mesh.rank), dtype) if wanted else (None, _offer(_NONE))
-    offers = [_OFFER.unpack(one) for one in mesh.all_gather(offer, "the GPU memory")]
-    opened: dict[int, Opened] = {}
-    said, why = bytearray(len(offers)), ""
-    for rank in wanted:
-        count, size = shape(rank)
-        code, length, handle, text = offers[rank]
-        said[rank] = _OPEN_TO
-        try:
-            if code == _FAILED:
-                raise RuntimeError(text[:length].decode("utf-8", "replace"))
-            if count:
-                check_reach(str(gpu), ids[rank])
-                opened[rank] = Opened(str(gpu), handle, size, dtype)
-        except RuntimeError as error:  # CuPy's for CUDA's
-            said[rank] = _CLOSED_TO
-            why = why or f"rank {mesh.names[rank]}'s from rank {mesh.names[mesh.rank]}: {error}"
-    told = bytes(said) + _text(why)
+    offers = mesh.all_gather(offer, "the GPU memory")
+    opened, told = _open_all(
+        mesh, wanted, lambda r: _open(str(gpu), ids[r], offers[r], shape(r), dtype)
+    )
     everyone = mesh.all_gather(told, "who has opened it")
-    both = {r for r in wanted if said[r] == everyone[r][mesh.rank] == _OPEN_TO}
+    both = {r for r in wanted if told[r] == everyone[r][mesh.rank] == _OPEN_TO}
     for rank in opened.keys() - both:
         opened.pop(rank).close()
     if mesh.rank == 0:
@@ -179,8 +166,7 @@ def lend_and_open(
         mesh.all_gather(b"\0", "the GPU memory that nobody uses")
     if not both:
         return Borrowing()
-    theirs = {rank: segments[rank] for rank in both}
-    return Borrowing(lent, opened, frozenset(both), own, theirs)
+    return Borrowing(lent, opened, frozenset(both), own, {rank: segments[rank] for rank in both})
 
 
 def _lend(gpu: str | None, shape: tuple[int, int], dtype: Any) -> tuple[Lent | None, bytes]:
@@ -192,6 +178,39 @@ def _lend(gpu: str | None, shape: tuple[int, int], dtype: Any) -> tuple[Lent | N
     except (RuntimeError, MemoryError) as error:  # CuPy's for CUDA's
         return None, _offer(_FAILED, text=str(error))
     return lent, _offer(_LENT, lent.handle)
+
+
+def _open_all(
+    mesh: Ranks, wanted: Sequence[int], open_offer: Callable[[int], Opened | None]
+) -> tuple[dict[int, Opened], bytes]:
+    """Open what some ranks lend: give it by rank, and what the others are told of it."""
+    opened: dict[int, Opened] = {}
+    said, why = bytearray(len(mesh.names)), ""
+    for rank in wanted:
+        try:
+            one = open_offer(rank)
+        except RuntimeError as error:  # CuPy's for CUDA's
+            said[rank] = _CLOSED_TO
+            why = why or f"rank {mesh.names[rank]}'s from rank {mesh.names[mesh.rank]}: {error}"
+            continue
+        said[rank] = _OPEN_TO
+        if one is not None:
+            opened[rank] = one
+    return opened, bytes(said) + _text(why)
+
+
+def _open(
+    gpu: str, other: bytes, offer: bytes, shape: tuple[int, int], dtype: Any
+) -> Opened | None:
+    """Open what a rank lends that is on the GPU `other`; None if that is nothing."""
+    code, length, handle, text = _OFFER.unpack(offer)
+    if code == _FAILED:
+        raise RuntimeError(text[:length].decode("utf-8", "replace"))
+    count, size = shape
+    if not count:
+        return None
+    check_reach(gpu, other)
+    return Opened(gpu, handle, size, dtype)
 
 
 def _offer(code: int, handle: bytes = b"", text: str = "") -> bytes:
