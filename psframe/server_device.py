@@ -184,7 +184,7 @@ class Card:
 
     def register(self, array: Array) -> None:
         """Have CUDA copy to and from memory that is shared with others without going through its
-        own; memory that is not in pages of its own stays as it is.
+        own; memory of the heap stays as it is, also where it begins a page: others are on its last.
         """
         address = array.__array_interface__["data"][0]
         if address in self._seen:
@@ -194,7 +194,8 @@ class Card:
         while isinstance(whole.base, np.ndarray):
             whole = whole.base
         first = whole.__array_interface__["data"][0]
-        if first % _PAGE or not whole.nbytes or first in self._tried:
+        on_heap = whole.flags.owndata or first % _PAGE
+        if on_heap or not whole.nbytes or first in self._tried:
             return
         self._tried.add(first)  # once: a gradient comes in many pieces
         try:

@@ -442,6 +442,15 @@ def test_memory_in_pages_of_its_own_is_registered_and_given_back(cupy: FakeCuda)
     assert not cupy.registered
 
 
+def test_memory_of_the_heap_is_not_registered_where_it_begins_a_page(cupy: FakeCuda) -> None:
+    card, kept = Card(0), []
+    while not kept or kept[-1].ctypes.data % 4096:
+        assert len(kept) < 100_000
+        kept.append(np.empty(260, np.float32))
+    card.register(kept[-1])
+    assert not cupy.registered
+
+
 def test_memory_that_cannot_be_registered_is_tried_once_and_told_of_once(
     cupy: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
