@@ -121,7 +121,7 @@ class Cards:
         partners, leaves = self._open.partners, plan.leaves_devices
         direct = self._direct and endpoint.takes_devices
         if partners:
-            endpoint.borrow(self._open.opened, partners if lent else (), direct=direct)
+            endpoint.borrow(self._open.opened, partners if lent else (), pointers=direct)
         device = make_device(
             own.gpu,
             plan.layout,

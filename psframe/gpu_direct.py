@@ -105,6 +105,11 @@ def decide(
         return Decision(False)
     if any(code == _UNKNOWN for code, _ in answers):
         answers = _probed(mesh, answers, probe)
+    return _concluded(mesh, way, answers)
+
+
+def _concluded(mesh: Gatherer, way: str, answers: Sequence[tuple[int, str]]) -> Decision:
+    """Make of all ranks' answers, of which one at least was asked for, what they come to."""
     refused = [place for place, (code, _) in enumerate(answers) if code in (_NO, _UNKNOWN)]
     if not refused:
         by = next(text for code, text in answers if code == _YES)

@@ -27,7 +27,7 @@ _log = logging.getLogger("psframe")
 
 
 class Card:
-    """One GPU as one server uses it; see `psframe.device_store.Card`.
+    """One GPU as one server uses it; see `psframe.paired.Card`.
 
     As a context manager it makes its device and its compute stream CuPy's current ones.
 

@@ -271,21 +271,21 @@ class MpiEndpoint:
             self._said[slot] = array is not None
 
     def borrow(
-        self, snapshots: Mapping[int, Any], readers: Collection[int], *, direct: bool
+        self, snapshots: Mapping[int, Any], readers: Collection[int], *, pointers: bool
     ) -> None:
         """Exchange arrays with servers of this node on devices.
 
         Args:
             snapshots: by server, its memory that is open here, if parameters are read there.
             readers: the servers that have opened this worker's gradient slots.
-            direct: whether MPI takes devices' arrays from and for the others.
+            pointers: whether MPI takes devices' arrays from and for the others.
         """
         self._borrowed = snapshots
         self._readers = readers
         own = self._neighbours.own
         if readers and own is not None:
             self._said = card_words(own)
-        if not direct:
+        if not pointers:
             self._alone = [False] * self.servers
 
     def land_in(self, empty: Callable[[int], Any]) -> None:
