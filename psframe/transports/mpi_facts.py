@@ -67,14 +67,23 @@ def _memory_kinds() -> str | None:
 def _cuda(library: ctypes.CDLL, kinds: str | None) -> dict[str, Any]:
     """Say whether device pointers may be given to MPI.
 
-    Kinds without cuda do not deny it: who wants one has to ask for it at the start.
+    Kinds without the device's memory do not deny it: who wants one has to ask for it at the start.
     """
-    if kinds is not None and any(kind.split(":")[0] == "cuda" for kind in kinds.split(",")):
+    if kinds is not None and any(map(_is_device_memory, kinds.split(","))):
         return {"value": True, "by": "mpi_memory_alloc_kinds"}
     query = getattr(library, "MPIX_Query_cuda_support", None)
     if query is None:
         return {"value": None, "by": "it has no MPIX_Query_cuda_support"}
     return {"value": bool(query()), "by": "MPIX_Query_cuda_support"}
+
+
+def _is_device_memory(kind: str) -> bool:
+    """Whether a kind of MPI 4.1's, a name and its restrictors, has what cudaMalloc gives.
+
+    Without a restrictor it is all of CUDA's; host and managed alone are other memory.
+    """
+    name, *restrictors = kind.strip().split(":")
+    return name == "cuda" and (not restrictors or "device" in restrictors)
 
 
 def _fault_tolerant(library: ctypes.CDLL, vendor: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mpi4py import MPI
 import psframe
 from psframe import BSP, SSP, Async, cards, cluster, optim
 from psframe.devices import visible_gpus
-from psframe.transports import mpi, transfers
+from psframe.transports import mpi, mpi_facts, transfers
 from psframe.transports.mpi_endpoint import MpiEndpoint
 
 ROOT = Path(__file__).parents[2]
@@ -356,6 +356,33 @@ def test_on_without_a_gpu_is_an_error_on_every_rank(device: str) -> None:
     with pytest.raises(psframe.ArgumentError, match=said):
         train(device, Async(), gpu_direct="on")
     train(device, Async())
+
+
+class Library:
+    """MPI, as far as it is asked."""
+
+    def __init__(self, query: int | None) -> None:
+        if query is not None:
+            self.MPIX_Query_cuda_support = lambda: query
+
+
+@pytest.mark.parametrize(
+    "kinds", ["cuda", "system,mpi,cuda:device", "mpi,cuda:host:device", "system, cuda"]
+)
+def test_kinds_that_have_the_device_s_memory_are_believed(kinds: str) -> None:
+    for query in (None, 0, 1):
+        found = mpi_facts._cuda(Library(query), kinds)  # type: ignore[arg-type]
+        assert found == {"value": True, "by": "mpi_memory_alloc_kinds"}
+
+
+@pytest.mark.parametrize(
+    "kinds", [None, "", "system,mpi", "mpi,cuda:host", "cuda:managed:host", "cudax", "rocm:device"]
+)
+def test_of_other_kinds_the_library_s_own_word_counts(kinds: str | None) -> None:
+    for query in (0, 1):
+        found = mpi_facts._cuda(Library(query), kinds)  # type: ignore[arg-type]
+        assert found == {"value": bool(query), "by": "MPIX_Query_cuda_support"}
+    assert mpi_facts._cuda(Library(None), kinds)["value"] is None  # type: ignore[arg-type]
 
 
 CUPY = """
