@@ -18,22 +18,33 @@ from typing import Any
 __all__ = ["Unknown", "alone", "answer", "ask", "takes_device_pointers"]
 
 # What a library prints besides is told apart by this.
-_MARK = "psframe-doctor: "
+_MARK = "psframe-answer: "
 # A process that a dead file system holds does not die of SIGKILL; it is left behind.
 _DEATH_BOUND_S = 2.0
 _REASON_CHARS_MAX = 400
 
 # The first use of a GPU compiles a kernel, and wakes a driver that nobody keeps awake.
 POINTER_BOUND_S = 90.0
+# 8 MiB, which no MPI sends eagerly: what is small it may take by another path than a run's arrays.
 _ASK_MPI = """
 from psframe.throwaway import answer
 import cupy
 from mpi4py import MPI
-there, back = cupy.arange(1024, dtype="f4"), cupy.zeros(1024, "f4")
+there, back = cupy.arange(2 << 20, dtype="f4"), cupy.zeros(2 << 20, "f4")
 cupy.cuda.get_current_stream().synchronize()
 MPI.COMM_SELF.Sendrecv(there, 0, recvbuf=back, source=0)
 answer(bool((there == back).all()))
 """
+
+# What launchers tell their ranks begins with one of the first; but for settings, which are the
+# user's, unless they are of those that mpirun itself makes (the last line has Open MPI 4's).
+_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "PMI2_", "PRTE_", "SLURM_", "HYDRA_", "HYDI_", "MPI_LOCAL")
+_SETTINGS = ("OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_")
+_SETTINGS_OF_LAUNCHERS = (
+    *("OMPI_MCA_initial_wdir", "OMPI_MCA_num_procs", "OMPI_MCA_num_restarts", "OMPI_MCA_cpu_type"),
+    "OMPI_MCA_PREFIXES",
+    *("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_RUNTIME_QUERY_hint"),
+)
 
 
 class Unknown(Exception):
@@ -126,9 +137,18 @@ def _last_words(text: str) -> str:
 
 
 def alone(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Give an environment without what a launcher has set, for a process that is no rank."""
-    launchers = ("OMPI_COMM", "OMPI_MCA_", "PMI_", "PMIX_", "PMI2_", "PRTE_", "SLURM_", "HYDRA_")
-    return {name: value for name, value in environ.items() if not name.startswith(launchers)}
+    """Give an environment without what a launcher has set, for a process that is no rank.
+
+    What the user has told MPI, with --mca or in the environment, stays: which way bytes take is
+    decided by it.
+    """
+    return {name: value for name, value in environ.items() if not _is_launchers(name)}
+
+
+def _is_launchers(name: str) -> bool:
+    if name.startswith(_SETTINGS):
+        return name.startswith(_SETTINGS_OF_LAUNCHERS)
+    return name.startswith(_LAUNCHERS)
 
 
 def takes_device_pointers() -> dict[str, Any]:

@@ -419,8 +419,12 @@ def test_a_program_that_is_not_there_is_told() -> None:
 
 
 def test_a_process_that_is_no_rank_has_nothing_of_the_launcher() -> None:
-    environ = {"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1", "PMI_FD": "9", "PATH": "/bin"}
-    assert alone(environ) == {"PATH": "/bin"}
+    open_mpi = "COMM_WORLD_RANK UNIVERSE_SIZE MCA_num_procs MCA_PREFIXES MCA_ess MCA_orte_hnp_uri"
+    launchers = [f"OMPI_{name}" for name in open_mpi.split()]
+    launchers += "PMIX_RANK PMIX_SERVER_URI41 PRTE_LAUNCHED PMI_FD MPI_LOCALRANKID".split()
+    users = "PATH OPAL_PREFIX OMPI_MCA_pml OMPI_MCA_btl PMIX_MCA_gds UCX_TLS MPIR_CVAR_ENABLE_GPU"
+    environ = dict.fromkeys([*launchers, *users.split()], "x")
+    assert list(alone(environ)) == users.split()
 
 
 # ---- facts ----

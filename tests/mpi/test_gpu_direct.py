@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mpi4py import MPI
 import psframe
 from psframe import BSP, SSP, Async, cards, cluster, optim
 from psframe.devices import visible_gpus
+from psframe.throwaway import alone, ask
 from psframe.transports import mpi, mpi_facts, transfers
 from psframe.transports.mpi_endpoint import MpiEndpoint
 
@@ -383,6 +385,26 @@ def test_of_other_kinds_the_library_s_own_word_counts(kinds: str | None) -> None
         found = mpi_facts._cuda(Library(query), kinds)  # type: ignore[arg-type]
         assert found == {"value": bool(query), "by": "MPIX_Query_cuda_support"}
     assert mpi_facts._cuda(Library(None), kinds)["value"] is None  # type: ignore[arg-type]
+
+
+LONE = """
+import os
+from mpi4py import MPI
+from psframe.launcher import find_launcher
+from psframe.throwaway import answer
+world = MPI.COMM_WORLD
+answer([world.rank, world.size, find_launcher() is None, os.environ.get("OMPI_MCA_pml")])
+"""
+
+
+def test_the_process_that_tries_is_no_rank_and_has_the_user_s_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMPI_MCA_pml", "ob1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = ask([sys.executable, "-c", LONE], timeout_s=60.0, environ=alone())
+    assert found == [0, 1, True, "ob1"]
+    WORLD.Barrier()
 
 
 CUPY = """
