@@ -1,20 +1,28 @@
-"""What a worker on a real GPU gives to MPI, and takes from it: another stream plays MPI's part."""
+"""What a worker on a real GPU gives to MPI, and takes from it: another stream plays MPI's part.
+
+And what another process finds that has opened its memory.
+"""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from psframe.devices import DirectDevice
+from psframe.devices.opening import Lent
 from psframe.layout import Layout
 from psframe.packing import GradientSlot
 
 pytestmark = pytest.mark.gpu
 
+ROOT = Path(__file__).parents[2]
 N = 4_000_000
 LAYOUT = Layout.of({"w": np.zeros((N - 3,), np.float32), "b": np.zeros(3, np.float32)})
 SPIN = r"""
@@ -24,6 +32,25 @@ extern "C" __global__ void spin(long long cycles) {
 }
 """
 CYCLES = 20_000_000  # 10 to 20 ms
+# Reads slot 0 of what another process has lent, each time it is told to, and says what is there.
+TOLD = """
+import sys
+import cupy
+from psframe.devices.opening import Opened
+
+size = int(sys.argv[2])
+opened = Opened("cuda:0", bytes.fromhex(sys.argv[1]), size, "float32")
+side = cupy.cuda.Stream(non_blocking=True)
+runtime, found, slot = cupy.cuda.runtime, cupy.zeros(size, cupy.float32), opened.array(0)
+cupy.cuda.get_current_stream().synchronize()
+print("open", flush=True)
+for line in sys.stdin:
+    kind = runtime.memcpyDeviceToDevice
+    runtime.memcpyAsync(found.data.ptr, slot.data.ptr, slot.nbytes, kind, side.ptr)
+    side.synchronize()
+    print(float(found.min()), float(found.max()), flush=True)
+opened.close()
+"""
 
 
 class Hatch:
@@ -88,6 +115,36 @@ def test_a_gradient_is_whole_when_mpi_is_told_of_it(cupy: Any, spin: Any, own: b
         assert (slot.flat[100:5000] == step + 1).all()
         assert finite
         assert norm == pytest.approx((step + 1) * math.sqrt(N), rel=1e-12)
+    device.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_gradient_is_whole_when_a_process_that_has_opened_it_is_told(
+    cupy: Any, spin: Any, own: bool
+) -> None:
+    """Though the kernels that make it are late; a process is told sooner than they are done."""
+    lent, hatch, slot = Lent("cuda:0", 2, N, np.float32), Hatch(), slot_of(LAYOUT)
+    device = DirectDevice(
+        0, LAYOUT, hatch, gradients=True, parameters=False, slots=lambda index: lent.array(index)
+    )
+    staging = device.staging(0, slot.arrays)
+    line = [sys.executable, "-c", TOLD, lent.handle.hex(), str(N)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=ROOT, **pipes) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        for step in range(4):
+            given = {name: cupy.empty(v.shape, np.float32) for name, v in slot.arrays.items()}
+            given = staging if own else given
+            spin()
+            for array in given.values():
+                array[...] = step + 1
+            assert device.fetch(0, given, slot, False, None) == (True, 0.0)
+            assert hatch.leaving[0] is not None
+            other.stdin.write("now\n")
+            other.stdin.flush()
+            assert other.stdout.readline().split() == [f"{step + 1:.1f}"] * 2
     device.close()
 
 
