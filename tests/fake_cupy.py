@@ -439,7 +439,7 @@ class FakeCupy(ModuleType):
         super().__init__("cupy")
         self.cuda: Any = FakeCuda(gpus, total)
         self.pool = FakePool(self.cuda)
-        self.kernels = 0
+        self.kernels = self.poisoned = 0
         self.is_available = lambda: gpus > 0
 
     def get_default_memory_pool(self) -> FakePool:

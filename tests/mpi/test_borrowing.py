@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mpi4py import MPI
 
 import psframe
 from psframe import BSP, SSP, Async, cards, cluster, device_store, optim, stale
+from psframe.client import Worker
 from psframe.layout import Layout
 from psframe.optim import cuda
 from psframe.transports import borrowing, mpi_port
@@ -52,6 +53,7 @@ def cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         for stream in fake.streams:  # what has been done knows its arrays
             stream.todo.clear()
     else:
+        monkeypatch.setattr(Worker, "_free_slot", handing_over(Worker._free_slot))
         with installed(FakeCupy(gpus=1)) as fake:
             fake.cuda.eager = request.param == "early"
             yield fake
@@ -60,6 +62,26 @@ def cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     gc.collect()
     ipc = ipc_of(fake)
     assert (ipc.wrong, ipc.open_now, ipc.files) == ([], {}, {})
+
+
+def handing_over(free_slot: Callable[[Worker], int]) -> Callable[[Worker], int]:
+    """Make NaN of what a worker lends of a slot, each time it may be written again.
+
+    Its push has been answered, so that nobody reads it any more; and who is told of the next
+    gradient too early, or reads the last one too late, reads NaN.
+    """
+
+    def found(worker: Worker) -> int:
+        index = free_slot(worker)
+        packer = getattr(worker._device, "_packers", {}).get(index)
+        if packer is not None:
+            address = packer.flat.data.ptr
+            assert not packer.flat.cupy.cuda.is_busy(address, packer.flat.nbytes), "it is written"
+            packer.flat.memory.fill(np.nan)
+            worker._device.xp.poisoned += 1
+        return index
+
+    return found
 
 
 def work(worker: Any) -> None:
@@ -138,6 +160,7 @@ def test_a_run_has_the_bits_of_the_cpu_and_nothing_crosses_the_bus(
     else:
         assert cupy.cuda.runtime.registrations <= SERVERS
         assert not crossed(cupy)[0]
+        assert cupy.poisoned > 5
     told = [line for line in caplog.messages if "open each other's GPU memory" in line]
     assert len(told) == (RANK == 0)
     compare(on_gpu, run("cpu", mode), mode)
