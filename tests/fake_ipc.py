@@ -36,6 +36,7 @@ class FakeIpc:
         open_now: what this process has open, by address.
         wrong: what an owner did wrong where nothing can be raised.
         refuses: what opening raises, None if nothing.
+        garbles: whether what is opened is other memory, zeros.
         full: whether there is no memory to lend.
         peers: whether devices reach each other.
     """
@@ -47,6 +48,7 @@ class FakeIpc:
         self.open_now: dict[int, tuple[mmap.mmap, int, str]] = {}
         self.wrong: list[str] = []
         self.refuses: str | None = None
+        self.garbles = False
         self.full = False
         self.peers = True
         self.whole = False  # whether what is allocated now is an allocation of its own
@@ -105,6 +107,8 @@ class FakeIpc:
         except OSError as error:
             raise RuntimeError("cudaErrorInvalidResourceHandle") from error
         _count(number, 1)
+        if self.garbles:
+            mapping = mmap.mmap(-1, len(mapping))
         address = np.frombuffer(mapping, np.uint8, 1, _HEADER).ctypes.data
         self.open_now[address] = mapping, number, name
         self.opened += 1

@@ -38,6 +38,20 @@ if sys.argv[2] == "leave":  # without closing
     os._exit(0)
 ipc.ipcCloseMemHandle(address)
 """
+PROVER = """
+import sys
+from fake_cupy import FakeCupy, installed
+from psframe.devices.opening import Opened
+with installed(FakeCupy()) as cupy:
+    cupy.cuda.runtime.garbles = sys.argv[2] == "garbled"
+    opened = Opened("cuda:0", bytes.fromhex(sys.argv[1]), 1001, "f8")
+    try:
+        opened.prove(int(sys.argv[3]), bytes.fromhex(sys.argv[4]))
+        print("proved")
+    except RuntimeError as error:
+        print(error)
+    opened.close()
+"""
 
 
 @pytest.fixture
@@ -46,10 +60,10 @@ def cupy() -> Iterator[FakeCupy]:
         yield fake
 
 
-def opened_by_another(handle: bytes, how: str) -> str:
+def opened_by_another(handle: bytes, how: str, *more: str, code: str = CHILD) -> str:
     path = os.pathsep.join(sys.path)
     return subprocess.run(
-        [sys.executable, "-c", CHILD, handle.hex(), how],
+        [sys.executable, "-c", code, handle.hex(), how, *more],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -92,6 +106,23 @@ def test_what_cannot_be_opened(cupy: FakeCupy) -> None:
     assert runtime.wrong == []
     with pytest.raises(RuntimeError, match="cudaErrorInvalidResourceHandle"):
         Opened("cuda:0", handle, 10, np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_what_is_opened_is_proved_by_what_is_in_it(cupy: FakeCupy, count: int) -> None:
+    """The fake's device does nothing before it is waited for."""
+    lent, other = (Lent("cuda:1", count, 1001, np.float64) for _ in range(2))
+    assert len({lent.nonce, other.nonce, bytes(16)}) == 3
+
+    for how, nonce, said in (
+        ("plain", lent.nonce, "proved"),
+        ("plain", other.nonce, "other bytes"),
+        ("garbled", lent.nonce, "other bytes"),
+    ):
+        assert said in opened_by_another(lent.handle, how, str(count), nonce.hex(), code=PROVER)
+    del lent, other
+    gc.collect()
+    assert (cupy.cuda.runtime.files, cupy.cuda.runtime.wrong) == ({}, [])
 
 
 def test_the_fake_notes_what_is_freed_while_it_is_open(cupy: FakeCupy) -> None:

@@ -2,11 +2,14 @@
 
 CUDA lets others open whole allocations of cudaMalloc alone, and CuPy's pool gives parts of them. So
 what a process lends is one allocation of its own, cut into arrays. The one who opens it reads it on
-a device of its own, the same or a peer; the owner frees it when nobody has it open any more.
+a device of its own, the same or a peer; the owner frees it when nobody has it open any more. That
+what is opened is the owner's memory is proved by a nonce at its end: a mapping alone is no proof,
+where copies between devices go astray in between.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,10 @@ import numpy as np
 from psframe.devices.sharing import identify
 from psframe.paired import BorrowedArray
 
-__all__ = ["HANDLE_BYTES", "Lent", "Opened", "check_reach"]
+__all__ = ["HANDLE_BYTES", "NONCE_BYTES", "Lent", "Opened", "check_reach"]
 
 HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
+NONCE_BYTES = 16
 # CUDA may cut smaller allocations from one block, all of which would be opened.
 _WHOLE_BYTES = 2 << 20
 _ALIGN_BYTES = 512
@@ -33,6 +37,7 @@ class Lent:
 
     Attributes:
         handle: what others open it by.
+        nonce: what they find at its end, until it is used.
 
     Raises:
         RuntimeError: CUDA has no memory (CuPy's OutOfMemoryError is a MemoryError), or does not let
@@ -43,13 +48,14 @@ class Lent:
         import cupy
 
         self._size, self._step = size, _step(size, dtype)
-        item = np.dtype(dtype).itemsize
-        n_bytes = -(-max(1, count * self._step * item) // _WHOLE_BYTES) * _WHOLE_BYTES
-        runtime = cupy.cuda.runtime
+        n_bytes = _whole_bytes(count, size, dtype)
+        self.nonce = os.urandom(NONCE_BYTES)
         with cupy.cuda.Device(_ordinal(gpu)):
             with cupy.cuda.using_allocator(None):  # cudaMalloc itself
-                self._whole = cupy.empty(n_bytes // item, dtype)
-            self.handle = bytes(runtime.ipcGetMemHandle(int(self._whole.data.ptr)))
+                self._whole = cupy.empty(n_bytes // np.dtype(dtype).itemsize, dtype)
+            address = int(self._whole.data.ptr)
+            self.handle = bytes(cupy.cuda.runtime.ipcGetMemHandle(address))
+            _write(cupy, address + n_bytes - NONCE_BYTES, self.nonce)
 
     def array(self, index: int) -> Any:
         """Give array `index`, CuPy's; what is in it at first is undefined."""
@@ -79,6 +85,32 @@ class Opened:
             flags = runtime.cudaIpcMemLazyEnablePeerAccess
             self._address = int(runtime.ipcOpenMemHandle(handle, flags))
         self._open = True
+
+    def prove(self, count: int, nonce: bytes) -> None:
+        """Check that a copy as those of the arrays brings the nonce, which is behind all `count`.
+
+        Raises:
+            RuntimeError: it does not, or fails (MemoryError: there is none for 16 bytes). It is
+                closed then.
+        """
+        try:
+            came = self._read_nonce(count)
+        except (RuntimeError, MemoryError):
+            self.close()
+            raise
+        if came != nonce:
+            self.close()
+            raise RuntimeError("it opens, but copies from it bring other bytes than are in it")
+
+    def _read_nonce(self, count: int) -> bytes:
+        import cupy
+
+        end = self._address + _whole_bytes(count, self._size, self._dtype) - NONCE_BYTES
+        with self._device:
+            found, stream = cupy.empty(NONCE_BYTES, np.uint8), cupy.cuda.get_current_stream()
+            kind = self._runtime.memcpyDeviceToDevice
+            self._runtime.memcpyAsync(int(found.data.ptr), end, NONCE_BYTES, kind, stream.ptr)
+            return bytes(found.get().tobytes())
 
     def array(self, index: int) -> BorrowedArray:
         """Give array `index`."""
@@ -115,8 +147,23 @@ def check_reach(name: str, other: bytes) -> None:
             raise RuntimeError(f"{name} does not reach the memory of cuda:{ordinal}")
 
 
+def _write(cupy: Any, address: int, data: bytes) -> None:
+    """Write some bytes to the current device, and wait until they are there."""
+    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(data)), np.uint8, len(data))
+    pinned[:] = np.frombuffer(data, np.uint8)
+    kind, stream = cupy.cuda.runtime.memcpyHostToDevice, cupy.cuda.get_current_stream()
+    cupy.cuda.runtime.memcpyAsync(address, pinned.ctypes.data, len(data), kind, stream.ptr)
+    stream.synchronize()
+
+
 def _ordinal(gpu: str) -> int:
     return int(gpu.partition(":")[2])
+
+
+def _whole_bytes(count: int, size: int, dtype: Any) -> int:
+    """Bytes of an allocation for `count` arrays of `size`."""
+    n_bytes = count * _step(size, dtype) * int(np.dtype(dtype).itemsize)
+    return -(-max(1, n_bytes) // _WHOLE_BYTES) * _WHOLE_BYTES
 
 
 def _step(size: int, dtype: Any) -> int:

@@ -2,7 +2,8 @@
 
 A worker and a server that share memory, each on a GPU, lend each other what they exchange: the
 worker its gradient slots, the server its snapshots. Handles go once, after the ranks have met. A
-pair does so only if both could open all; what any other exchanges goes through the host.
+pair does so only if both could open all and have found there what is there; what any other
+exchanges goes through the host.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from psframe.devices.opening import HANDLE_BYTES, Lent, Opened, check_reach
+from psframe.devices.opening import HANDLE_BYTES, NONCE_BYTES, Lent, Opened, check_reach
 from psframe.devices.sharing import NO_GPU
 from psframe.transports.patience import Patience
 from psframe.transports.shared_memory import Segment
@@ -32,7 +33,7 @@ _HAS, _NEVER_WILL = 1, 2
 _CLOSE_BOUND_S = 10.0
 _TEXT_BYTES_MAX = 200
 _NONE, _LENT, _FAILED = 0, 1, 2
-_OFFER = struct.Struct(f"<BH{HANDLE_BYTES}s{_TEXT_BYTES_MAX}s")
+_OFFER = struct.Struct(f"<BH{HANDLE_BYTES}s{NONCE_BYTES}s{_TEXT_BYTES_MAX}s")
 _TEXT = struct.Struct(f"<H{_TEXT_BYTES_MAX}s")
 _APART, _CLOSED_TO, _OPEN_TO = 0, 1, 2  # of one rank to another
 
@@ -177,7 +178,7 @@ def _lend(gpu: str | None, shape: tuple[int, int], dtype: Any) -> tuple[Lent | N
         lent = Lent(gpu, count, size, dtype)
     except (RuntimeError, MemoryError) as error:  # CuPy's for CUDA's
         return None, _offer(_FAILED, text=str(error))
-    return lent, _offer(_LENT, lent.handle)
+    return lent, _offer(_LENT, lent.handle, lent.nonce)
 
 
 def _open_all(
@@ -189,7 +190,7 @@ def _open_all(
     for rank in wanted:
         try:
             one = open_offer(rank)
-        except RuntimeError as error:  # CuPy's for CUDA's
+        except (RuntimeError, MemoryError) as error:  # CuPy's for CUDA's
             said[rank] = _CLOSED_TO
             why = why or f"rank {mesh.names[rank]}'s from rank {mesh.names[mesh.rank]}: {error}"
             continue
@@ -203,19 +204,21 @@ def _open(
     gpu: str, other: bytes, offer: bytes, shape: tuple[int, int], dtype: Any
 ) -> Opened | None:
     """Open what a rank lends that is on the GPU `other`; None if that is nothing."""
-    code, length, handle, text = _OFFER.unpack(offer)
+    code, length, handle, nonce, text = _OFFER.unpack(offer)
     if code == _FAILED:
         raise RuntimeError(text[:length].decode("utf-8", "replace"))
     count, size = shape
     if not count:
         return None
     check_reach(gpu, other)
-    return Opened(gpu, handle, size, dtype)
+    opened = Opened(gpu, handle, size, dtype)
+    opened.prove(count, nonce)
+    return opened
 
 
-def _offer(code: int, handle: bytes = b"", text: str = "") -> bytes:
+def _offer(code: int, handle: bytes = b"", nonce: bytes = b"", text: str = "") -> bytes:
     data = text.encode("utf-8", "backslashreplace")[:_TEXT_BYTES_MAX]
-    return _OFFER.pack(code, len(data), handle, data)
+    return _OFFER.pack(code, len(data), handle, nonce, data)
 
 
 def _text(text: str) -> bytes:

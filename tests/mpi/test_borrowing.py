@@ -154,7 +154,7 @@ def test_a_run_has_the_bits_of_the_cpu_and_nothing_crosses_the_bus(
     assert ipc.opened == (SIZE - SERVERS if SERVES else SERVERS)
     if SERVES:
         assert not crossed(cupy)[0], "gradients come from the workers' device memory"
-        assert cupy.between > 0
+        assert cupy.between > SHARD_BYTES
         # A pull beside parameters in use is a copy on the host.
         assert crossed(cupy)[1] <= isinstance(mode, Async | SSP)
     else:
@@ -278,7 +278,7 @@ def test_a_snapshot_that_is_still_read_is_not_written(cupy: Any) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("who", ["worker", "server", "peers", "memory"])
+@pytest.mark.parametrize("who", ["worker", "server", "peers", "memory", "bytes"])
 def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
     cupy: Any, who: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +289,8 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
         cupy.cuda.runtime.peers = False
     elif who == "memory":
         ipc_of(cupy).full = SERVES
+    elif who == "bytes":
+        ipc_of(cupy).garbles = last == RANK
     elif (who == "worker" and last == RANK) or (who == "server" and SERVES):
         ipc_of(cupy).refuses = "cudaErrorMapBufferObjectFailed: mapping of buffer object failed"
     with monkeypatch.context() as patched:
@@ -296,19 +298,24 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
         with caplog.at_level(logging.INFO, "psframe"):
             on_gpu = run("cuda", BSP())
     assert ipc_of(cupy).open_now == {}
-    affected = who != "worker" or last == RANK
+    one_worker = who in ("worker", "bytes")
+    affected = not one_worker or last == RANK
     if not SERVES:
         assert crossed(cupy) == (affected, affected)
-    elif who != "worker" or SIZE - SERVERS == 1:
+    elif not one_worker or SIZE - SERVERS == 1:
         assert crossed(cupy) == (True, True)
     lines = [r for r in caplog.records if "CUDA IPC" in r.getMessage()]
     assert [line.levelname for line in lines] == ["WARNING"] * (RANK == 0)
     for line in lines:
         pairs = (SIZE - SERVERS) * SERVERS
-        failed = SERVERS if who == "worker" else pairs
+        failed = SERVERS if one_worker else pairs
         assert f"of {pairs} pairs" in line.getMessage()
         assert f", {failed} do not open" in line.getMessage()
-        reasons = {"peers": "does not reach the memory of", "memory": "Out of memory"}
+        reasons = {
+            "peers": "does not reach the memory of",
+            "memory": "Out of memory",
+            "bytes": "bring other bytes",
+        }
         assert reasons.get(who, "mapping of buffer") in line.getMessage()
     compare(on_gpu, run("cpu", BSP()), BSP())
 
