@@ -7,10 +7,13 @@ this node it opens. Every rank of the run makes these steps together, and alike.
 from __future__ import annotations
 
 import logging
+import struct
+from collections.abc import Callable, Iterable
 
 from psframe.agreement import local_server
 from psframe.device_store import DeviceStore
 from psframe.devices import (
+    NO_GPU,
     Device,
     Sharing,
     announce,
@@ -18,8 +21,11 @@ from psframe.devices import (
     fit_memory,
     identify,
     make_device,
+    memory_of,
+    too_much_to_lend,
     use_gpu,
 )
+from psframe.devices.opening import lent_bytes
 from psframe.gpu_direct import decide, explain
 from psframe.plan import Plan
 from psframe.server import Server
@@ -33,6 +39,10 @@ from psframe.transports.mpi_facts import cuda_support
 from psframe.transports.mpi_port import MpiServerPort
 
 __all__ = ["Cards"]
+
+_MEMORY = struct.Struct("<qq")  # of a rank's GPU: all of it, and what the rank can have
+# Of a rank, how many arrays it lends, and their length.
+Shape = Callable[[int], tuple[int, int]]
 
 _log = logging.getLogger("psframe")
 
@@ -55,6 +65,7 @@ class Cards:
         self._direct = False  # whether device pointers are given to MPI
         self._in_use = False  # whether this rank's GPU has been opened
         self._open = Borrowing()  # memory of this node's ranks that is open to others of them
+        self._lent_bytes = 0  # of this rank's GPU, by all who are on it
 
     def share(self) -> Exception | None:
         """Choose this rank's, hear who else is on it, and open what others lend.
@@ -83,7 +94,7 @@ class Cards:
         card = Card(ordinal)
         self._in_use = True
         if self._own is not None:
-            announce(self._own, fit_memory(self._own.gpu, len(self._own.users)))
+            self._limit(self._own)
         if self._open.lent is not None:
             card.lend(self._open.lent.array)
         return card
@@ -131,9 +142,13 @@ class Cards:
             slots=None if lent is None else lent.array,
             borrows=bool(self._open.opened),
         )
-        announce(own, fit_memory(own.gpu, len(own.users)))
+        self._limit(own)
         self._in_use = True
         return device
+
+    def _limit(self, own: Sharing) -> None:
+        """Have this rank take no more than its share of its GPU's memory."""
+        announce(own, fit_memory(own.gpu, len(own.users), lent_bytes=self._lent_bytes))
 
     # ---- another thread ------------------------------------------------------------------
 
@@ -231,4 +246,37 @@ class Cards:
             ids=self._ids,
             shape=shape,
             dtype=plan.layout.dtype,
+            refused=self._too_much(shape),
         )
+        lenders = [rank for rank in self._on_my_gpu() if rank in self._open.lenders]
+        self._lent_bytes = self._sum(lenders, shape)
+
+    def _too_much(self, shape: Shape) -> str:
+        """Say why nothing is to be lent on this rank's GPU, as all find who are on it; or ""."""
+        mine = (0, 0) if self._own is None else memory_of(self._own.gpu)
+        told = self._mesh.all_gather(_MEMORY.pack(*mine), "the GPUs' memory")
+        places = self._on_my_gpu()
+        if not places:
+            return ""
+        memory = [_MEMORY.unpack(told[rank]) for rank in places]
+        lenders = [rank for rank in places if self._has_partner(rank)]
+        return too_much_to_lend(
+            self._sum(lenders, shape), memory[0][0], min(free for _, free in memory)
+        )
+
+    def _on_my_gpu(self) -> list[int]:
+        """Give the ranks that are on this one's GPU, itself included; none if it has none."""
+        if self._own is None:
+            return []
+        places = list(zip(self._ids, self._mesh.nodes, strict=True))
+        mine = places[self._mesh.rank]
+        return [rank for rank, place in enumerate(places) if place == mine]
+
+    def _has_partner(self, rank: int) -> bool:
+        """Whether a worker has a server on a GPU of its node, or a server a worker."""
+        servers, nodes = self._plan.servers, self._mesh.nodes
+        others = range(servers) if rank >= servers else range(servers, self._mesh.size)
+        return any(nodes[r] == nodes[rank] and self._ids[r] != NO_GPU for r in others)
+
+    def _sum(self, ranks: Iterable[int], shape: Shape) -> int:
+        return sum(lent_bytes(*shape(rank), self._plan.layout.dtype) for rank in ranks)

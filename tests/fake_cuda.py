@@ -167,7 +167,7 @@ class FakeCuda(ModuleType):
                 getDeviceCount=lambda: gpus,
                 getDeviceProperties=lambda ordinal: {
                     "uuid": bytes([7, ordinal] * 8),
-                    "totalGlobalMem": 8 << 30,
+                    "totalGlobalMem": self.ipc.total,
                 },
                 memcpyHostToDevice=1,
                 memcpyDeviceToHost=2,
@@ -176,6 +176,7 @@ class FakeCuda(ModuleType):
                 memsetAsync=self._set,
                 hostRegister=self._register,
                 hostUnregister=lambda address: self.registered.pop(address),
+                memGetInfo=self.ipc.memGetInfo,
                 cudaIpcMemLazyEnablePeerAccess=1,
                 ipcGetMemHandle=self.ipc.ipcGetMemHandle,
                 ipcOpenMemHandle=self.ipc.ipcOpenMemHandle,
@@ -184,7 +185,11 @@ class FakeCuda(ModuleType):
             ),
         )
         self.limits: dict[int, int] = {}
-        self.get_default_memory_pool = lambda: SimpleNamespace(set_limit=self._limit)
+        self.get_default_memory_pool = lambda: SimpleNamespace(
+            set_limit=self._limit,
+            free_bytes=self.ipc.free_bytes,
+            free_all_blocks=self.ipc.free_all_blocks,
+        )
         self.ElementwiseKernel = lambda *texts, **options: _Elementwise(self, *texts, **options)
         self.ReductionKernel = lambda *texts: _Distance(self, *texts)
 

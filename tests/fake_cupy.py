@@ -94,8 +94,8 @@ class FakeRuntime(FakeIpc):
     memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = 1, 2, 3
 
     def __init__(self, cuda: FakeCuda, gpus: int, total: int) -> None:
-        super().__init__(cuda.is_busy)
-        self.cuda, self.gpus, self.total = cuda, gpus, total
+        super().__init__(cuda.is_busy, total)
+        self.cuda, self.gpus = cuda, gpus
         self.registered: dict[int, int] = {}
         self.registrations = 0
         self.refuse_register = False
@@ -176,6 +176,12 @@ class FakePool:
 
     def set_limit(self, size: int) -> None:
         self.limits[self.cuda.current_device()] = size
+
+    def free_bytes(self) -> int:
+        return self.cuda.runtime.free_bytes()
+
+    def free_all_blocks(self) -> None:
+        self.cuda.runtime.free_all_blocks()
 
 
 class FakeDevice:

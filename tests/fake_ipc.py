@@ -30,8 +30,10 @@ class FakeIpc:
 
     Args:
         busy: (address, bytes) -> whether a copy to or from there is under way.
+        total: bytes of a device's memory.
 
     Attributes:
+        free: bytes of it that nobody has taken; kept: more that CuPy's pool has, and nobody uses.
         opened, lent: how often, in all.
         open_now: what this process has open, by address.
         wrong: what an owner did wrong where nothing can be raised.
@@ -43,13 +45,19 @@ class FakeIpc:
 
     cudaIpcMemLazyEnablePeerAccess = 1
 
-    def __init__(self, busy: Callable[[int, int], bool] = lambda address, n: False) -> None:
+    def __init__(
+        self,
+        busy: Callable[[int, int], bool] = lambda address, n: False,
+        total: int = 8 << 30,
+    ) -> None:
         self.opened = self.lent = 0
         self.open_now: dict[int, tuple[mmap.mmap, int, str]] = {}
         self.wrong: list[str] = []
         self.refuses: str | None = None
         self.garbles = False
         self.full = False
+        self.total = self.free = total
+        self.kept = 0
         self.peers = True
         self.whole = False  # whether what is allocated now is an allocation of its own
         self.files: dict[int, str] = {}  # of this process's, by address
@@ -66,10 +74,10 @@ class FakeIpc:
 
     def allocate(self, size: int, dtype: Any) -> np.ndarray:
         """Make an allocation of its own, NaN; it is freed with the last array of it."""
-        if self.full:
-            raise MemoryError("Out of memory allocating 2,097,152 bytes")
-        name = f"{_FOLDER}{os.getpid()}-{os.urandom(6).hex()}"
         n_bytes = size * np.dtype(dtype).itemsize
+        if self.full or n_bytes > self.free:
+            raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+        name = f"{_FOLDER}{os.getpid()}-{os.urandom(6).hex()}"
         assert n_bytes % (2 << 20) == 0, "others would open what is beside it"
         mapping, number = _map(name, _HEADER + n_bytes)
         memory = np.frombuffer(mapping, dtype, size, _HEADER)
@@ -86,6 +94,18 @@ class FakeIpc:
         os.close(number)
         os.unlink(name)
         del self.files[address]
+
+    def memGetInfo(self) -> tuple[int, int]:
+        return self.free, self.total
+
+    def free_bytes(self) -> int:
+        """Of the pool."""
+        return self.kept
+
+    def free_all_blocks(self) -> None:
+        """Of the pool."""
+        self.free += self.kept
+        self.kept = 0
 
     def ipcGetMemHandle(self, address: int) -> bytes:
         if address not in self.files:

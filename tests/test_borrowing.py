@@ -16,7 +16,7 @@ import pytest
 from fake_cupy import FakeCupy, installed
 
 from psframe.devices import identify
-from psframe.devices.opening import Lent, Opened, check_reach
+from psframe.devices.opening import Lent, Opened, check_reach, lent_bytes
 from psframe.paired import BorrowedArray
 from psframe.transports import borrowing
 from psframe.transports.borrowing import Borrowing, card_words
@@ -88,6 +88,29 @@ def test_the_arrays_of_an_allocation_lie_apart_and_keep_it_alive(cupy: FakeCupy)
     arrays.clear()
     gc.collect()
     assert (runtime.files, runtime.wrong) == ({}, [])
+
+
+def test_memory_that_the_pool_keeps_is_asked_back_once(cupy: FakeCupy) -> None:
+    runtime = cupy.cuda.runtime
+    runtime.free, runtime.kept = 1 << 20, 4 << 20
+    lent = Lent("cuda:0", 1, 10, np.float32)
+    assert (runtime.free, runtime.kept, runtime.lent) == (5 << 20, 0, 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Lent("cuda:0", 3, 1 << 20, np.float64)
+    assert (len(runtime.files), runtime.lent) == (1, 1)
+    del lent
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "whole"), [(0, 5, 0), (1, 1, 2), (4, 1 << 17, 2), (4, 1 + (1 << 17), 4)]
+)
+def test_what_is_lent_is_counted_as_it_is_allocated(
+    cupy: FakeCupy, count: int, size: int, whole: int
+) -> None:
+    assert lent_bytes(count, size, np.float32) == whole << 20
+    if count:
+        lent = Lent("cuda:0", count, size, np.float32)
+        assert lent.array(0).memory.base.nbytes == whole << 20
 
 
 def test_what_cannot_be_opened(cupy: FakeCupy) -> None:

@@ -99,6 +99,37 @@ def test_each_process_may_take_its_share(total: int, processes: int, limit: int 
         assert 0 < limit * processes < total
 
 
+def test_what_is_lent_beside_the_pools_is_nobody_s_share(cupy: FakeCupy) -> None:
+    lent = 3 << 30
+    limit = sharing.memory_limit(16 << 30, 4, lent)
+    assert limit is not None
+    assert 4 * limit == (16 << 30) - lent - 4 * (512 << 20)
+    assert sharing.memory_limit(16 << 30, 1, lent) is None
+    assert sharing.fit_memory("cuda:0", 2, {}, lent_bytes=1 << 30) == 3 << 30
+    smallest = sharing.memory_limit(1 << 30, 100, (1 << 30) // sharing.LENT_PARTS)
+    assert smallest is not None
+    assert smallest > 0  # CuPy takes 0 for no limit
+
+
+@pytest.mark.parametrize(
+    ("lent", "total", "free", "said"),
+    [
+        (0, 0, 0, ""),
+        (20, 80, 20, ""),
+        (21, 80, 80, "21 MiB would be lent on one GPU, more than a quarter of its 80 MiB"),
+        (20, 80, 19, "20 MiB would be lent on one GPU, of which 19 MiB are free"),
+    ],
+)
+def test_how_much_may_be_lent(lent: int, total: int, free: int, said: str) -> None:
+    assert sharing.too_much_to_lend(lent << 20, total << 20, free << 20) == said
+
+
+def test_memory_that_the_pool_keeps_can_be_had(cupy: FakeCupy) -> None:
+    cupy.cuda.runtime.free, cupy.cuda.runtime.kept = 2 << 30, 1 << 30
+    assert sharing.memory_of("cuda:1") == (8 << 30, 3 << 30)
+    assert cupy.cuda.current_device() == 0
+
+
 def test_the_pool_is_limited_unless_the_user_has_said_how_much(cupy: FakeCupy) -> None:
     set_by_user = {"CUPY_GPU_MEMORY_LIMIT": "30%"}
     assert sharing.fit_memory("cuda:0", 2, set_by_user) is None

@@ -15,6 +15,8 @@ from psframe.devices.sharing import (
     fit_memory,
     identify,
     memory_limit,
+    memory_of,
+    too_much_to_lend,
 )
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "identify",
     "make_device",
     "memory_limit",
+    "memory_of",
+    "too_much_to_lend",
     "use_gpu",
     "visible_gpus",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 from psframe.devices.sharing import identify
 from psframe.paired import BorrowedArray
 
-__all__ = ["HANDLE_BYTES", "NONCE_BYTES", "Lent", "Opened", "check_reach"]
+__all__ = ["HANDLE_BYTES", "NONCE_BYTES", "Lent", "Opened", "check_reach", "lent_bytes"]
 
 HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
 NONCE_BYTES = 16
@@ -40,19 +40,17 @@ class Lent:
         nonce: what they find at its end, until it is used.
 
     Raises:
-        RuntimeError: CUDA has no memory (CuPy's OutOfMemoryError is a MemoryError), or does not let
-            others open it.
+        RuntimeError: CUDA has no memory, or does not let others open it.
     """
 
     def __init__(self, gpu: str, count: int, size: int, dtype: Any) -> None:
         import cupy
 
         self._size, self._step = size, _step(size, dtype)
-        n_bytes = _whole_bytes(count, size, dtype)
+        n_bytes = lent_bytes(count, size, dtype)
         self.nonce = os.urandom(NONCE_BYTES)
         with cupy.cuda.Device(_ordinal(gpu)):
-            with cupy.cuda.using_allocator(None):  # cudaMalloc itself
-                self._whole = cupy.empty(n_bytes // np.dtype(dtype).itemsize, dtype)
+            self._whole = _allocate(cupy, n_bytes // np.dtype(dtype).itemsize, dtype)
             address = int(self._whole.data.ptr)
             self.handle = bytes(cupy.cuda.runtime.ipcGetMemHandle(address))
             _write(cupy, address + n_bytes - NONCE_BYTES, self.nonce)
@@ -105,7 +103,7 @@ class Opened:
     def _read_nonce(self, count: int) -> bytes:
         import cupy
 
-        end = self._address + _whole_bytes(count, self._size, self._dtype) - NONCE_BYTES
+        end = self._address + lent_bytes(count, self._size, self._dtype) - NONCE_BYTES
         with self._device:
             found, stream = cupy.empty(NONCE_BYTES, np.uint8), cupy.cuda.get_current_stream()
             kind = self._runtime.memcpyDeviceToDevice
@@ -123,6 +121,12 @@ class Opened:
             self._open = False
             with self._device:
                 self._runtime.ipcCloseMemHandle(self._address)
+
+
+def lent_bytes(count: int, size: int, dtype: Any) -> int:
+    """Count the bytes of the allocation for `count` arrays of `size`; none for none."""
+    n_bytes = count * _step(size, dtype) * int(np.dtype(dtype).itemsize)
+    return -(-n_bytes // _WHOLE_BYTES) * _WHOLE_BYTES
 
 
 def check_reach(name: str, other: bytes) -> None:
@@ -147,6 +151,16 @@ def check_reach(name: str, other: bytes) -> None:
             raise RuntimeError(f"{name} does not reach the memory of cuda:{ordinal}")
 
 
+def _allocate(cupy: Any, size: int, dtype: Any) -> Any:
+    """Allocate with cudaMalloc itself; if it fails, once more without what CuPy's pool keeps."""
+    with cupy.cuda.using_allocator(None):
+        try:
+            return cupy.empty(size, dtype)
+        except RuntimeError:  # CUDA's own: it is the pool that makes a MemoryError of it
+            cupy.get_default_memory_pool().free_all_blocks()
+            return cupy.empty(size, dtype)
+
+
 def _write(cupy: Any, address: int, data: bytes) -> None:
     """Write some bytes to the current device, and wait until they are there."""
     pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(data)), np.uint8, len(data))
@@ -158,12 +172,6 @@ def _write(cupy: Any, address: int, data: bytes) -> None:
 
 def _ordinal(gpu: str) -> int:
     return int(gpu.partition(":")[2])
-
-
-def _whole_bytes(count: int, size: int, dtype: Any) -> int:
-    """Bytes of an allocation for `count` arrays of `size`."""
-    n_bytes = count * _step(size, dtype) * int(np.dtype(dtype).itemsize)
-    return -(-max(1, n_bytes) // _WHOLE_BYTES) * _WHOLE_BYTES
 
 
 def _step(size: int, dtype: Any) -> int:

@@ -2,7 +2,8 @@
 
 They do not know of each other: without a limit the first one's pool may keep what the next one
 needs. What a process has beside its pool (a CUDA context, kernels, the libraries' workspaces) the
-limit cannot bound, so a margin is left for it.
+limit cannot bound, so a margin is left for it. What they lend others of the node (`opening`) is
+beside the pools, too: known, and taken off.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ __all__ = [
     "fit_memory",
     "identify",
     "memory_limit",
+    "memory_of",
     "mps_runs",
+    "too_much_to_lend",
 ]
 
 # For a CUDA context with the kernels of CuPy and cuBLAS; an allowance, not a measurement.
 MARGIN_BYTES = 512 << 20
+# The part of a GPU's memory that all who are on it lend at most, one of so many: it is taken from
+# what they compute in, and must not be what makes a training too large.
+LENT_PARTS = 4
 _LIMIT_SET_BY_USER = "CUPY_GPU_MEMORY_LIMIT"
 _ID_BYTES = 16
 NO_GPU = bytes(_ID_BYTES)
@@ -84,14 +90,15 @@ def identify(name: str) -> bytes:
     return identity.ljust(_ID_BYTES, b"\0")
 
 
-def memory_limit(total_bytes: int, processes: int) -> int | None:
+def memory_limit(total_bytes: int, processes: int, lent_bytes: int = 0) -> int | None:
     """Compute how much memory the pool of each of several processes on one GPU may take.
 
-        (total - min(processes * 512 MiB, total / 2)) / processes
+        (total - lent - min(processes * 512 MiB, total / 2)) / processes
 
     Args:
         total_bytes: the card's memory.
         processes: on it, workers and servers.
+        lent_bytes: what all of them together lend others, beside their pools.
 
     Returns:
         Bytes; None for a process that is alone on its GPU.
@@ -103,17 +110,52 @@ def memory_limit(total_bytes: int, processes: int) -> int | None:
     if processes < 2:
         return None
     margin = min(processes * MARGIN_BYTES, total_bytes // 2)
-    return (total_bytes - margin) // processes
+    return (total_bytes - margin - lent_bytes) // processes
 
 
-def fit_memory(name: str, processes: int, environ: Mapping[str, str] = os.environ) -> int | None:
+def memory_of(name: str) -> tuple[int, int]:
+    """Give the bytes of a GPU's memory, and how many of them this process can have now.
+
+    The latter are those that are free, and those that CuPy's pool here keeps and nothing uses.
+    """
+    import cupy
+
+    with cupy.cuda.Device(int(name.partition(":")[2])):
+        free, total = cupy.cuda.runtime.memGetInfo()
+        kept = cupy.get_default_memory_pool().free_bytes()
+    return int(total), int(free) + int(kept)
+
+
+def too_much_to_lend(lent_bytes: int, total_bytes: int, free_bytes: int) -> str:
+    """Say why nothing is to be lent on a GPU, for the log; "" if it may be.
+
+    Args:
+        lent_bytes: what all who are on it would lend.
+        total_bytes: its memory.
+        free_bytes: of which the one who can have least can have so much.
+    """
+    would = f"{lent_bytes >> 20} MiB would be lent on one GPU"
+    if lent_bytes > total_bytes // LENT_PARTS:
+        return f"{would}, more than a quarter of its {total_bytes >> 20} MiB"
+    if lent_bytes > free_bytes:
+        return f"{would}, of which {free_bytes >> 20} MiB are free"
+    return ""
+
+
+def fit_memory(
+    name: str,
+    processes: int,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    lent_bytes: int = 0,
+) -> int | None:
     """Limit CuPy's pool on a GPU to one process's share of its memory.
 
     A limit that the user has set (CUPY_GPU_MEMORY_LIMIT) stays.
 
     Args:
         name: the GPU, such as "cuda:0"; it need not be the current one.
-        processes: as for `memory_limit`.
+        processes, lent_bytes: as for `memory_limit`.
         environ: the environment.
 
     Returns:
@@ -125,7 +167,7 @@ def fit_memory(name: str, processes: int, environ: Mapping[str, str] = os.enviro
 
     ordinal = int(name.partition(":")[2])
     total = int(cupy.cuda.runtime.getDeviceProperties(ordinal)["totalGlobalMem"])
-    limit = memory_limit(total, processes)
+    limit = memory_limit(total, processes, lent_bytes)
     if limit is not None:
         with cupy.cuda.Device(ordinal):  # or it would be the current GPU's pool that has a limit
             cupy.get_default_memory_pool().set_limit(size=limit)

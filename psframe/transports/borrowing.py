@@ -68,6 +68,7 @@ class Borrowing:
             lend.
         partners: those ranks, whether they have or not.
         own, theirs: this rank's memory on the host, and by rank that of the partners.
+        lenders: of all ranks, those who lend something that others have open.
         failed: whether CUDA has refused to close something.
     """
 
@@ -76,6 +77,7 @@ class Borrowing:
     partners: frozenset[int] = frozenset()
     own: Segment | None = None
     theirs: dict[int, Segment] = field(default_factory=dict)
+    lenders: frozenset[int] = frozenset()
     failed: bool = False
 
     def close(self) -> None:
@@ -139,6 +141,7 @@ def lend_and_open(
     ids: Sequence[bytes],
     shape: Callable[[int], tuple[int, int]],
     dtype: Any,
+    refused: str = "",
 ) -> Borrowing:
     """Lend this rank's memory to those who share its host memory, and open theirs; all call it.
 
@@ -150,9 +153,10 @@ def lend_and_open(
         shape: of each rank, count and length of the arrays that it lends; no count if it lends
             nothing.
         dtype: of the arrays.
+        refused: why this rank is to lend nothing; "" if it may.
     """
     wanted = [rank for rank in sorted(segments) if gpu is not None and ids[rank] != NO_GPU]
-    lent, offer = _lend(gpu, shape(mesh.rank), dtype) if wanted else (None, _offer(_NONE))
+    lent, offer = _lend(gpu, shape(mesh.rank), dtype, refused) if wanted else (None, _offer(_NONE))
     offers = mesh.all_gather(offer, "the GPU memory")
     opened, told = _open_all(
         mesh, wanted, lambda r: _open(str(gpu), ids[r], offers[r], shape(r), dtype)
@@ -165,15 +169,21 @@ def lend_and_open(
         _announce(everyone)
     if _failed(everyone):  # before what others have opened, and do not use, is freed
         mesh.all_gather(b"\0", "the GPU memory that nobody uses")
+    lenders = _lenders(offers, everyone)
     if not both:
-        return Borrowing()
-    return Borrowing(lent, opened, frozenset(both), own, {rank: segments[rank] for rank in both})
+        return Borrowing(lenders=lenders)
+    theirs = {rank: segments[rank] for rank in both}
+    return Borrowing(lent, opened, frozenset(both), own, theirs, lenders=lenders)
 
 
-def _lend(gpu: str | None, shape: tuple[int, int], dtype: Any) -> tuple[Lent | None, bytes]:
+def _lend(
+    gpu: str | None, shape: tuple[int, int], dtype: Any, refused: str
+) -> tuple[Lent | None, bytes]:
     count, size = shape
     if gpu is None or not count:
         return None, _offer(_NONE)
+    if refused:
+        return None, _offer(_FAILED, text=refused)
     try:
         lent = Lent(gpu, count, size, dtype)
     except (RuntimeError, MemoryError) as error:  # CuPy's for CUDA's
@@ -235,6 +245,17 @@ def _pairs(everyone: Sequence[bytes]) -> list[bool]:
             if both != (_APART, _APART):
                 pairs.append(both == (_OPEN_TO, _OPEN_TO))
     return pairs
+
+
+def _lenders(offers: Sequence[Any], everyone: Sequence[bytes]) -> frozenset[int]:
+    """Find who has lent something, and keeps it since a pair of his uses it."""
+    places = range(len(everyone))
+    return frozenset(
+        rank
+        for rank in places
+        if offers[rank][0] == _LENT
+        and any(everyone[rank][other] == everyone[other][rank] == _OPEN_TO for other in places)
+    )
 
 
 def _failed(everyone: Sequence[bytes]) -> int:

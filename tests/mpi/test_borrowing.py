@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from mpi4py import MPI
 import psframe
 from psframe import BSP, SSP, Async, cards, cluster, device_store, optim, stale
 from psframe.client import Worker
+from psframe.devices import memory_limit
+from psframe.devices.opening import lent_bytes
 from psframe.layout import Layout
 from psframe.optim import cuda
 from psframe.transports import borrowing, mpi_port
@@ -45,6 +47,7 @@ def ipc_of(cupy: Any) -> FakeIpc:
 def cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Another one for servers than for workers: each knows what it needs of CuPy."""
     cuda.compile_kernel.cache_clear()
+    monkeypatch.delenv("CUPY_GPU_MEMORY_LIMIT", raising=False)
     monkeypatch.setattr(device_store, "STEP", 60_000)
     if SERVES:
         fake: Any = FakeCuda(copies=request.param)
@@ -142,6 +145,22 @@ def crossed(cupy: Any) -> tuple[bool, bool]:
     return kinds[2] > 100_000, kinds[1] > 100_000  # or sums of squares, and their tables
 
 
+def limits(cupy: Any) -> dict[int, int]:
+    found: dict[int, int] = cupy.limits if SERVES else cupy.pool.limits
+    return found
+
+
+def lent_by(ranks: Iterable[int]) -> int:
+    """The bytes that these lend."""
+    shards, workers = Layout.of(PARAMS).shards(SERVERS), SIZE - SERVERS
+    return sum(
+        lent_bytes(2 * workers + 5, shards[rank][1] - shards[rank][0], np.float32)
+        if rank < SERVERS
+        else lent_bytes(2, Layout.of(PARAMS).size, np.float32)
+        for rank in ranks
+    )
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("mode", [Async(), SSP(1), BSP()], ids=repr)
 def test_a_run_has_the_bits_of_the_cpu_and_nothing_crosses_the_bus(
@@ -150,6 +169,7 @@ def test_a_run_has_the_bits_of_the_cpu_and_nothing_crosses_the_bus(
     with caplog.at_level(logging.INFO, "psframe"):
         on_gpu = run("cuda", mode)
     ipc = ipc_of(cupy)
+    assert limits(cupy) == {0: memory_limit(8 << 30, SIZE, lent_by(range(SIZE)))}
     assert ipc.lent == 1
     assert ipc.opened == (SIZE - SERVERS if SERVES else SERVERS)
     if SERVES:
@@ -313,10 +333,60 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
         assert f", {failed} do not open" in line.getMessage()
         reasons = {
             "peers": "does not reach the memory of",
-            "memory": "Out of memory",
+            "memory": "out of memory",
             "bytes": "bring other bytes",
         }
         assert reasons.get(who, "mapping of buffer") in line.getMessage()
+    compare(on_gpu, run("cpu", BSP()), BSP())
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("total", "more than a quarter of its 16 MiB"), ("free", "of which 3 MiB are free")],
+)
+def test_nothing_is_lent_where_it_is_too_much_for_the_card(
+    cupy: Any, what: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever sees that; nobody has allocated anything then."""
+    ipc = ipc_of(cupy)
+    if what == "total":
+        ipc.total = 16 << 20
+    elif RANK == SIZE - 1:
+        ipc.free, ipc.kept = 2 << 20, 1 << 20
+    with caplog.at_level(logging.INFO, "psframe"):
+        on_gpu = run("cuda", BSP())
+    assert (ipc.lent, ipc.opened) == (0, 0)
+    assert crossed(cupy) == (True, True)
+    assert limits(cupy) == {0: memory_limit(ipc.total, SIZE)}
+    lines = [line for line in caplog.messages if "CUDA IPC" in line]
+    assert len(lines) == (RANK == 0)
+    assert all(f"{lent_by(range(SIZE)) >> 20} MiB would be lent" in line for line in lines)
+    assert all(said in line for line in lines)
+    compare(on_gpu, run("cpu", BSP()), BSP())
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("tight", [False, True])
+def test_each_card_is_counted_alone(
+    cupy: Any, tight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers' one may be too small, and the workers' one then lends in vain."""
+    ipc = ipc_of(cupy)
+    if not SERVES:
+        cupy.cuda.runtime.gpus = 2
+    elif tight:
+        ipc.total = 16 << 20
+    with monkeypatch.context() as patched:
+        patched.setattr(cards, "choose_device", lambda *_: "cuda:1")
+        on_gpu = run("cuda", BSP())
+    assert ipc.lent == (not tight or not SERVES)
+    assert crossed(cupy) == (tight, tight)
+    ordinal, users = (0, range(SERVERS)) if SERVES else (1, range(SERVERS, SIZE))
+    lent = 0 if tight else lent_by(users)
+    alone_on_it = len(users) == 1
+    limit = memory_limit(ipc.total, len(users), lent)
+    assert limits(cupy) == ({} if alone_on_it else {ordinal: limit})
     compare(on_gpu, run("cpu", BSP()), BSP())
 
 
