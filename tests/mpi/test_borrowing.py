@@ -502,7 +502,8 @@ def test_a_pinned_snapshot_is_read_on_the_device_while_others_push(cupy: Any) ->
         for task in worker.tasks(24, 2, epochs=2, evaluate=(12, 3)):
             if task.kind == "evaluate":
                 params = task.params()
-                assert set(params["b"].get().tolist()) == {-float(params.version)}
+                # (Of a later server a few later pushes may be in it.)
+                assert set(params["b"].get().tolist()) == {-float(params.versions[-1])}
                 task.report(loss_sum=1.0)
                 continue
             params = worker.pull()
