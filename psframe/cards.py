@@ -83,6 +83,13 @@ class Cards:
             self._lend()
         return error
 
+    @property
+    def of_workers(self) -> list[str]:
+        """Of each worker, "cpu" or "cuda"."""
+        if not self._ids:
+            return ["cpu"] * self._neighbours.workers
+        return ["cpu" if one == NO_GPU else "cuda" for one in self._ids[self._plan.servers :]]
+
     # ---- a server ------------------------------------------------------------------------
 
     def open_card(self, port: MpiServerPort) -> Card | None:

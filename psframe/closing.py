@@ -104,7 +104,8 @@ def closing_lines(
 
 
 def _outcome(record: Mapping[str, Any], evaluation: str) -> list[Line]:
-    what = ", ".join(record[key] for key in ("model", "data", "mode", "optimizer") if record[key])
+    parts = [record[key] for key in ("model", "data", "mode", "optimizer")]
+    what = ", ".join(filter(None, [*parts, _devices(record["devices"])]))
     accuracy, loss = record["accuracy"], record["loss"]
     text = "unknown" if accuracy is None else f"{accuracy:.2%}"
     confusion = record["confusion"]
@@ -128,6 +129,14 @@ def _outcome(record: Mapping[str, Any], evaluation: str) -> list[Line]:
     if what:
         lines.insert(0, [(what, "bold")])
     return lines
+
+
+def _devices(devices: Sequence[str]) -> str:
+    kinds = sorted(set(devices))
+    if len(kinds) < 2:
+        return "".join(kinds)
+    of = f"of {len(devices)} workers"
+    return " and ".join(f"{kind} ({devices.count(kind)} {of})" for kind in kinds)
 
 
 def _pushes(ledger: Mapping[str, int], reasons: Mapping[str, int], width: int) -> list[Line]:

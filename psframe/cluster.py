@@ -15,7 +15,7 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -313,7 +313,7 @@ class _ClusterRun:
             if replacements is not None:
                 replacements.leave()
         port.push_pull = None  # a circle: it would hold the run's memory
-        summary = _summarise(leader, watch, grace)
+        summary = _summarise(leader, cards.of_workers, watch, grace)
         error = self._outcome(summary, plan)
         if error is not None:
             self.verdict_of(error, updates=summary["version"])
@@ -557,13 +557,15 @@ def _was_interrupted(error: BaseException) -> bool:
     return isinstance(error, (KeyboardInterrupt, Interrupted))
 
 
-def _summarise(leader: Leader, watch: Watch, grace: Grace) -> dict[str, Any]:
+def _summarise(
+    leader: Leader, devices: Sequence[str], watch: Watch, grace: Grace
+) -> dict[str, Any]:
     failure = None
     if leader.failure is not None:
         worker, what = leader.failure
         failure = [worker, what.type, what.message, what.traceback]
     return {
-        **summarise(leader),
+        **summarise(leader, devices),
         "failure": failure,
         "deserted": all(leader.lost),
         "diverged": str(diverged(leader)) if leader.diverged else "",

@@ -97,6 +97,7 @@ class Result:
         traffic: what codecs have made of gradients and parameters on their way; all 0 without.
         workers: W, replacements not counted again.
         replaced: those of the lost in whose place another has joined (`respawn=`).
+        devices: of each worker, "cpu" or "cuda"; what `device="auto"` has come to.
     """
 
     params: dict[str, Array] | None
@@ -110,6 +111,7 @@ class Result:
     traffic: Traffic = field(default_factory=Traffic)
     workers: int = 0
     replaced: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,16 @@ from psframe.plan import Plan, Result, staleness_counts
 __all__ = ["diverged", "ended_by", "interrupted_by", "make_result", "summarise"]
 
 
-def summarise(leader: Leader, followers: Iterable[Traffic] = ()) -> dict[str, Any]:
-    """Describe an outcome in plain data, fit for JSON; `followers` is what those have counted."""
+def summarise(
+    leader: Leader, devices: Iterable[str], followers: Iterable[Traffic] = ()
+) -> dict[str, Any]:
+    """Describe an outcome in plain data, fit for JSON.
+
+    Args:
+        leader: at the end.
+        devices: of each worker, such as "cpu" or "cuda:0".
+        followers: what those have counted.
+    """
     traffic = leader.traffic
     for one in followers:
         traffic.add(one)
@@ -30,6 +38,7 @@ def summarise(leader: Leader, followers: Iterable[Traffic] = ()) -> dict[str, An
         "lost": sorted(leader.losses),
         "replaced": sorted(leader.replaced),
         "workers": leader.workers,
+        "devices": [name.partition(":")[0] for name in devices],
     }
 
 
@@ -56,6 +65,7 @@ def make_result(
         replaced=tuple(summary["replaced"]),
         traffic=Traffic(**summary["traffic"]),
         workers=summary["workers"],
+        devices=tuple(summary["devices"]),
     )
 
 

@@ -201,9 +201,9 @@ class Simulation:
         if leader.diverged:
             raise diverged(leader)
         params = np.concatenate([machine.store.params for machine in self.machines])
-        result = make_result(
-            self._plan, summarise(leader, (m.traffic for m in self.machines[1:])), params, None
-        )
+        devices = ["cpu"] * leader.workers
+        summary = summarise(leader, devices, (m.traffic for m in self.machines[1:]))
+        result = make_result(self._plan, summary, params, None)
         time_s = virtual.now if self._stop_time is None else self._stop_time
         trace = np.frombuffer(self._rows, TRACE_DTYPE)
         return SimResult(**vars(result), time_s=time_s, trace=trace)

@@ -94,6 +94,7 @@ def summarise(
         "slowest": find_slowest(workers, mode, result.lost)[0],
         "lost": list(result.lost),
         "replaced": list(result.replaced),
+        "devices": list(result.devices),
         "best_epoch": best_epoch,
         "stopped_early": bool(stopped_early),
     }

@@ -107,8 +107,8 @@ class _ThreadRun:
                 for s, port in enumerate(self._ports)
             ]
             self._random = {} if reader is None else read_draws(Fields(reader.state))
-        devices = [choose_device(plan.device, w) for w in range(workers)]
-        announce_threads(plan.device, devices)
+        self._devices = [choose_device(plan.device, w) for w in range(workers)]
+        announce_threads(plan.device, self._devices)
         self._threads = [
             threading.Thread(
                 target=self._follow, args=(s,), name=f"psframe-server-{s}", daemon=True
@@ -117,7 +117,7 @@ class _ThreadRun:
         ] + [
             threading.Thread(
                 target=self._take_part,
-                args=(w, devices[w]),
+                args=(w, self._devices[w]),
                 name=f"psframe-worker-{w}",
                 daemon=True,
             )
@@ -151,7 +151,7 @@ class _ThreadRun:
         params = np.concatenate([machine.outcome for machine in self._machines])
         return make_result(
             self._plan,
-            summarise(leader, (m.traffic for m in self._machines[1:])),
+            summarise(leader, self._devices, (m.traffic for m in self._machines[1:])),
             params,
             self._host.path,
         )

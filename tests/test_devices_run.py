@@ -59,6 +59,7 @@ def run(device: str, mode: Any, how: str, workers: int, **options: Any) -> psfra
     options.setdefault("optimizer", optim.SGD(0.1, momentum=0.5))
     result = psframe.run(work, START, mode=mode, device=device, workers=workers, **options)
     assert {name.partition(":")[0] for name in seen} == {device.partition(":")[0]}
+    assert result.devices == (device.partition(":")[0],) * workers
     return result
 
 
@@ -165,3 +166,4 @@ def test_cuda_without_a_gpu_is_an_error_and_auto_falls_back(
 
     result = psframe.run(work, START, optimizer=optim.SGD(0.1), device="auto")
     assert result.version == 1
+    assert result.devices == ("cpu",)

@@ -61,7 +61,8 @@ def record(
 ) -> dict[str, Any]:
     steps = [[STEP] * 4] * 3 if steps is None else steps
     counts = [2, 10] if counts is None else counts
-    return summarise(result(counts), watched(steps).statistics(), seconds=2.0, **more)
+    outcome = dataclasses.replace(result(counts), devices=more.pop("devices", ("cpu",)))
+    return summarise(outcome, watched(steps).statistics(), seconds=2.0, **more)
 
 
 def text(found: dict[str, Any], width: int = 80, **more: Any) -> str:
@@ -118,6 +119,7 @@ def test_the_record_is_what_readers_of_summary_json_expect() -> None:
         "slowest": None,
         "lost": [],
         "replaced": [],
+        "devices": [],
         "best_epoch": None,  # the monitor saw a best one, but nothing of it was kept
         "stopped_early": False,
     }
@@ -260,6 +262,7 @@ def test_of_many_workers_the_lost_are_among_those_shown() -> None:
 def test_the_text_of_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psframe.closing.command", lambda name: f"psframe {name}")
     found = record(
+        devices=("cuda", "cuda", "cpu"),
         accuracy=0.975,
         loss=0.0712,
         confusion=[[38, 2], [0, 40]],
@@ -273,7 +276,7 @@ def test_the_text_of_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found["workers"] = [{**found["workers"][0], "samples_per_s": 1234.0}]
     assert text(found, run_dir="runs/1").splitlines() == [
-        "mlp, digits, async, adagrad",
+        "mlp, digits, async, adagrad, cpu (1 of 3 workers) and cuda (2 of 3 workers)",
         "test accuracy   97.50%  (2 of 80 wrong)  test loss 0.0712  best epoch 12, stopped early",
         "time            2.00 s  6 updates/s  60 samples/s, start-up included",
         "updates         12  samples 120",

@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.match(r"3 epochs in \d", lines[0])
     for word in ("updates 9 ", "loss ", "test accuracy ", "samples/s", "staleness "):
         assert word in lines[0]
-    assert lines[1] == "softmax, small.npz, async, adagrad"
+    assert lines[1] == "softmax, small.npz, async, adagrad, cpu"
     assert re.search(r"^pushes +9 received = 9 applied$", out, re.M)
     assert re.search(r"^updates +9  samples ", out, re.M)
     assert re.search(r"^next +.*psframe[. ]report r$", out, re.M)

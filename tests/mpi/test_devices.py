@@ -74,6 +74,8 @@ def test_the_bits_are_the_cpu_s(cupy: FakeCupy, mode: Any, shared: bool) -> None
         for name, array in on_gpu.params.items():
             np.testing.assert_array_equal(array, on_cpu.params[name], err_msg=name)
         assert on_gpu.ledger == on_cpu.ledger
+    workers = SIZE - 1
+    assert (on_gpu.devices, on_cpu.devices) == (("cuda",) * workers, ("cpu",) * workers)
 
 
 @pytest.mark.mpi(min_size=3)
