@@ -20,7 +20,7 @@ from psframe.errors import ArgumentError, LaunchError, PsframeError, RankLost
 from psframe.launcher import find_launcher
 from psframe.models import Model, create
 from psframe.optim import SGD
-from psframe.output import give_up_printing, prepare_output
+from psframe.output import give_up_printing, parse_flags, prepare_output
 from psframe.placement import check_servers
 from psframe.plan import check_threads
 from psframe.rundir import CONFIG
@@ -202,13 +202,14 @@ def main_of(
     logging.basicConfig(format="psframe: %(levelname)s: %(message)s", level=logging.WARNING)
     if rank:
         logging.getLogger("psframe").setLevel(logging.ERROR)
-    arguments = tyro.cli(
+    arguments = parse_flags(
+        tyro.cli,
         make_arguments(),
         args=list(sys.argv[1:] if argv is None else argv),
-        prog=f"python -m psframe.{prog}",
+        name=prog,
+        quiet=bool(rank),
         description=description,
         config=(tyro.conf.FlagCreatePairsOff,),
-        console_outputs=rank == 0,
     )
     try:
         try:

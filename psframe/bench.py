@@ -16,6 +16,7 @@ from psframe.benchmarks.push_pull import PushPull
 from psframe.benchmarks.scaling import Scaling
 from psframe.errors import ArgumentError, LaunchError, PsframeError, WorkerFailed
 from psframe.launcher import find_launcher
+from psframe.output import parse_flags
 
 __all__ = ["BENCHMARKS", "Benchmark", "main"]
 
@@ -53,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     launched = find_launcher()
     rank = launched.rank if launched else 0
     logging.basicConfig(format="psframe: %(levelname)s: %(message)s", level=logging.WARNING)
-    benchmark: Benchmark = tyro.extras.subcommand_cli_from_dict(
+    benchmark: Benchmark = parse_flags(
+        tyro.extras.subcommand_cli_from_dict,
         BENCHMARKS,
         args=list(sys.argv[1:] if argv is None else argv),
-        prog="python -m psframe.bench",
+        name="bench",
+        quiet=bool(rank),
         description=_DESCRIPTION,
         config=(tyro.conf.FlagCreatePairsOff,),
-        console_outputs=rank == 0,
     )
     try:
         return benchmark.main()

@@ -61,7 +61,10 @@ def make_mode(mode: str, given: Mapping[str, int | None], warm_start: int = 0) -
     try:
         made = _make(mode, numbers)
     except ValueError as error:
-        raise ArgumentError(f"--staleness-max: {error}") from error
+        least, most = numbers["staleness"], numbers["staleness_max"]
+        raise ArgumentError(
+            f"--staleness-max: {most} is less than --staleness {least}; give a larger one"
+        ) from error
     if not warm_start:
         return made
     if mode not in _WARM:
@@ -109,7 +112,7 @@ def _parse_rule(part: str, text: str, flag: str) -> stale.Rule:
     try:
         rule = _make_of(_RULES, part)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{flag}: {error}") from error
+        raise ArgumentError(f"{flag}: {_in_short(error)}") from error
     if rule is None:
         examples = ", ".join(example for *_, example in _RULES.values())
         wanted = f"expected one of {examples}, or some of them with + between; got {text!r}"
@@ -176,7 +179,7 @@ def parse_codec(text: str, flag: str) -> codecs.Codec | None:
     try:
         codec = _make_of(_CODECS, text)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{flag}: {error}") from error
+        raise ArgumentError(f"{flag}: {_in_short(error)}") from error
     if codec is None:
         examples = ", ".join(example for *_, example in _CODECS.values())
         wanted = f"expected none or one of {examples}; got {text!r}"
@@ -184,6 +187,11 @@ def parse_codec(text: str, flag: str) -> codecs.Codec | None:
             f"{flag}: {_numbers_of(_CODECS, text) or wanted + _hint(_CODECS, text)}"
         )
     return codec
+
+
+def _in_short(error: Exception) -> str:
+    """Leave out what a program is advised to pass."""
+    return str(error).partition("; ")[0]
 
 
 def _number(word: str) -> float:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from psframe.cli import COMMANDS
 from psframe.errors import ArgumentError
 from psframe.machine import OPEN_MPI, Machine, this_machine
+from psframe.output import parse_flags
 
 __all__ = ["arguments", "command_line", "main", "program"]
 
@@ -69,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)
     own, rest = given[:cut], given[cut + 1 :]
-    flags = tyro.cli(
+    flags = parse_flags(
+        tyro.cli,
         arguments(),
         args=own,
-        prog="python -m psframe.launch",
+        name="launch",
+        quiet=False,
         description=_DESCRIPTION,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

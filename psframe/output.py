@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,6 +16,16 @@ from psframe.launcher import find_launcher
 from psframe.terminal import find_terminal
 
 __all__ = ["command", "give_up_printing", "parse_flags", "prepare_output", "program"]
+
+
+_NUMBERS = {
+    "invalid literal for int() with base 10": "a whole number",
+    "could not convert string to float": "a number",
+}
+_NO_NUMBER = re.compile(
+    f"Error parsing (?P<flag>--[a-z-]+): .*?(?P<why>{'|'.join(map(re.escape, _NUMBERS))}): "
+    "(?P<value>'.*?')"
+)
 
 
 def command(name: str) -> str:
@@ -68,7 +79,7 @@ def parse_flags(parse: Callable[..., Any], *given: Any, name: str, quiet: bool, 
     how = {"prog": program(name), **how}
     if not quiet and _is_seen(sys.stdout) and _is_seen(sys.stderr):
         return parse(*given, **how)
-    out, err = io.StringIO(), io.StringIO()  # no terminals: tyro neither colours nor frames
+    out, err = io.StringIO(), io.StringIO()  # no terminals: tyro does not colour
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             return parse(*given, **how)
@@ -91,9 +102,16 @@ def _is_seen(stream: TextIO) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Take the lines of an error out of its frame, whose first line is a title."""
+    """Take the lines of an error out of its frame, whose first line is a title.
+
+    Of a flag that is to be a number it is enough to say so.
+    """
     lines = [line.strip(" |│") for line in text.splitlines()[1:]]
     lines = [line for line in lines if line.strip("-─+╭╰╮╯ ")]
+    found = _NO_NUMBER.match(" ".join(lines))
+    if found:
+        wanted = _NUMBERS[found["why"]]
+        lines = [f"{found['flag']}: expected {wanted}, got {found['value']}", lines[-1]]
     return "".join(f"{'  ' if i else 'psframe: error: '}{line}\n" for i, line in enumerate(lines))
 
 

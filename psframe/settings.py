@@ -139,7 +139,7 @@ class Settings:
     """learning rate; else sgd 0.1 (1 - momentum), adagrad 0.01, rmsprop 0.0005, adam(w) 0.001"""
 
     momentum: float = 0.0
-    """with sgd; on stale gradients, from 8 asynchronous workers on, 0.9 ruins it: prefer bsp"""
+    """with sgd; stale gradients then take a smaller --lr; from 8 async workers on prefer bsp"""
 
     nesterov: bool = False
     """Nesterov's momentum, with sgd and --momentum"""
@@ -403,7 +403,7 @@ class Settings:
         ]
         for given, fits, name, other in pairs:
             if given and not fits:
-                raise ArgumentError(f"{_flag(name)} goes with {other} only; drop one of them")
+                raise ArgumentError(f"{_flag(name)} goes with {other} only; add that, or drop it")
         self.consistency()
         parse_stale(self.stale)
         parse_codec(self.codec, "--codec")
@@ -416,6 +416,9 @@ class Settings:
             raise ArgumentError("--resume and --overwrite contradict each other; drop one of them")
         if self.resume and "{time}" in self.run_dir:
             raise ArgumentError("--resume: which run? give its folder with --run-dir")
+
+
+_MEANT = {"gpu": "cuda"}  # by its letters it is nearer to cpu
 
 
 def from_file(path: str | Path) -> Settings:
@@ -477,7 +480,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
+            near = difflib.get_close_matches(_MEANT.get(str(value), str(value)), choices, n=1)
             extra = f"; did you mean {near[0]!r}?" if near else ""
             listed = ", ".join(map(str, choices))
             raise ArgumentError(f"{where}: expected one of {listed}; got {value!r}{extra}")

@@ -54,7 +54,7 @@ class Worth:
         if not self._rate:
             _log.warning(
                 "codec %r only costs here: it takes %.3g ms a gradient, and on one node nothing"
-                " travels that it could make less of",
+                " travels that it could make less of; leave it out",
                 self._codec,
                 costs_s * 1e3,
             )

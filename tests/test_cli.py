@@ -103,7 +103,7 @@ def parse(*flags: str, quiet: bool = False) -> object:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--epochs", "x"], "Error parsing --epochs: invalid literal for int()"),
+        (["--epochs", "x"], "--epochs: expected a whole number, got 'x'\n"),
         (["--epoch", "3"], "Unrecognized options: --epoch, 3"),
         (["--epochs"], "Missing value for argument '--epochs'"),
     ],
@@ -115,7 +115,7 @@ def test_a_wrong_flag_is_told_in_plain_lines_and_by_one_rank(
         parse(*flags)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
-    assert (out, err.partition("\n")[0].startswith(f"psframe: error: {said}")) == ("", True)
+    assert (out, err.startswith(f"psframe: error: {said}")) == ("", True)
     assert err.isascii()
     assert err.isprintable() or not [c for c in err if not c.isprintable() and c != "\n"]
     assert "---" not in err

@@ -12,7 +12,7 @@ from psframe.data.converting import convert
 from psframe.data.describing import describe, description_lines
 from psframe.data.loading import format_of, load
 from psframe.errors import ArgumentError
-from psframe.output import give_up_printing, prepare_output
+from psframe.output import give_up_printing, parse_flags, prepare_output
 
 __all__ = ["arguments", "main"]
 
@@ -78,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     prepare_output()
-    command: Any = tyro.extras.subcommand_cli_from_dict(
+    command: Any = parse_flags(
+        tyro.extras.subcommand_cli_from_dict,
         arguments(),
         args=list(sys.argv[1:] if argv is None else argv),
-        prog="python -m psframe.data",
+        name="data",
+        quiet=False,
         description=_DESCRIPTION,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

@@ -63,8 +63,7 @@ def as_int(owner: Any, name: str, *, least: int) -> None:
     value, where = getattr(owner, name), type(owner).__name__
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
-            f"{where}: {name} is {value!r} of type {type(value).__name__}, expected an integer; "
-            f"count in whole updates"
+            f"{where}: {name} is {value!r} of type {type(value).__name__}, expected an integer"
         )
     if operator.index(value) < least:
         raise ValueError(f"{where}: {name} is {value!r}, expected an integer >= {least}")
