@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psframe.coding import PushCoder
-from psframe.devices import Device
+from psframe.devices import Coder, Device
 from psframe.errors import MessageError, Stopped
 from psframe.events import Answer, Failure, Leave, RandomState, SpanKind, Stop
 from psframe.exchange import Direct, Endpoint, Exchange, Progress
@@ -54,7 +54,7 @@ class Worker:
         *,
         judges: bool = True,
         measured: Sequence[tuple[int, int]] | None = None,
-        coder: PushCoder | None = None,
+        coder: PushCoder | Coder | None = None,
         tells_random: bool = False,
         random_state: tuple[int, int, int, int] | None = None,
     ) -> None:
@@ -453,23 +453,30 @@ class Worker:
 
     def _push_coded(
         self,
-        coder: PushCoder,
+        coder: PushCoder | Coder,
         index: int,
         slot: GradientSlot,
         grads: Mapping[str, Any] | None,
         want_params: bool,
         read: Sequence[Answer],
     ) -> Request:
-        """Push what a codec makes of a gradient; the slot has it, too."""
-        self._fill(index, slot, grads)
-        flat, begin_s = self._endpoint.slot(index), self._endpoint.now()
-        coded = coder.encode(index, flat)
-        if self._worth is not None:
+        """Push what a codec makes of a gradient; coded on the host, the slot has it, too."""
+        judged = True, 0.0
+        if isinstance(coder, PushCoder):
+            self._fill(index, slot, grads)
+            flat, begin_s = self._endpoint.slot(index), self._endpoint.now()
+            coded = coder.encode(index, flat)
             seconds = self._endpoint.now() - begin_s
+            if self._judges:
+                judged = self._measure(slot, *slot.judge())
+        else:
+            grads = self._staged(index) if grads is None else grads
+            coded, finite, seconds = coder.encode(index, grads, slot)
+            judged = finite or not self._judges, 0.0
+        if self._worth is not None:
             dense = self._travelling()
             saved = sum(n - len(data) for n, data in zip(dense, coded, strict=True) if n)
             self._worth.coded(saved, seconds)
-        judged = self._measure(slot, *slot.judge()) if self._judges else (True, 0.0)
         request, messages = self._protocol.push(index, *judged, want_params, read=read)
         for message, payload in zip(messages, coded, strict=True):
             message.coded = payload

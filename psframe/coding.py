@@ -31,6 +31,7 @@ __all__ = [
     "as_codec",
     "as_pull_codec",
     "payload_buffer",
+    "push_seed",
 ]
 
 # Streams of random numbers of a seed, beside those of workers and of compute times.
@@ -131,6 +132,11 @@ def payload_buffer(n_bytes: int) -> Array:
     return np.empty(-(-n_bytes // 8), np.uint64).view(np.uint8)[:n_bytes]
 
 
+def push_seed(seed: int, worker: int, server: int) -> tuple[int, ...]:
+    """Give the seed of the encoder of one worker's gradients for one server."""
+    return seed, _PUSH_STREAM, worker, server
+
+
 class PushCoder:
     """Codes one worker's gradients for each server.
 
@@ -147,7 +153,7 @@ class PushCoder:
         self.codec = codec
         self._shards = layout.shards(servers)
         self._encoders: list[Encoder] = [
-            codec.encoder(layout, begin, end, (seed, _PUSH_STREAM, worker, server))
+            codec.encoder(layout, begin, end, push_seed(seed, worker, server))
             for server, (begin, end) in enumerate(self._shards)
         ]
         self._decoders = [codec.decoder(layout, begin, end) for begin, end in self._shards]

@@ -18,7 +18,8 @@ import numpy as np
 
 from psframe.client import Worker
 from psframe.codecs import Codec
-from psframe.coding import PullCoder, PushCoder, Traffic, as_codec, as_pull_codec
+from psframe.coders import choose_coder
+from psframe.coding import PullCoder, Traffic, as_codec, as_pull_codec
 from psframe.consistency import Async, Mode
 from psframe.device_store import DeviceStore
 from psframe.devices import Device
@@ -37,7 +38,7 @@ from psframe.optim.cuda import check_formula
 from psframe.paired import Card
 from psframe.placement import Checked
 from psframe.reads import Correcting, DeviceCorrecting, HostCorrecting
-from psframe.server import SLOTS, Server, ServerMemory
+from psframe.server import Server, ServerMemory
 from psframe.server_device import check_server_device
 from psframe.stale import Accept, Rule, as_rule
 from psframe.stale.on_device import as_device_correction
@@ -291,8 +292,12 @@ class Plan:
         """
         policy = self.mode.policy(1)
         together = policy.aggregates or policy.gathers
-        normed = self.clip_norm is not None or self.stale.needs_norm
-        return self.servers > 1 or together or normed
+        return self.servers > 1 or together or self.normed
+
+    @property
+    def normed(self) -> bool:
+        """Whether a gradient's norm is asked for, and not only whether it is finite."""
+        return self.clip_norm is not None or self.stale.needs_norm
 
     @property
     def leaves_devices(self) -> dict[str, bool]:
@@ -320,8 +325,8 @@ class Plan:
         """Make a worker of this run, whose `rng` goes on from that state if there is one."""
         coder = None
         if self.codec is not None:
-            coder = PushCoder(
-                self.codec, self.layout, self.servers, self.seed, endpoint.index, SLOTS
+            coder = choose_coder(
+                self.codec, self.layout, self.seed, endpoint, device, normed=self.normed
             )
         return Worker(
             endpoint,

@@ -103,7 +103,14 @@ typedef _Float16 S;
 DEVICE float load(S x) { return (float)x; }
 DEVICE S store(float x) { return (S)x; }
 """
-_TYPES = {"long long": ctypes.c_longlong, "float": ctypes.c_float}
+_TYPES = {
+    "int": ctypes.c_int,
+    "long long": ctypes.c_longlong,
+    "i64": ctypes.c_longlong,
+    "u64": ctypes.c_ulonglong,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
 _THREADS, _CHUNK = 64, 1024
 _GUARD = 64
 _POISON = 0xFF  # NaN in every floating type
@@ -112,13 +119,31 @@ _POISON = 0xFF  # NaN in every floating type
 @functools.cache
 def _library(storage: str) -> tuple[Any, dict[str, list[Any]]]:
     """Compile the kernels of one storage type; give them with the types of their parameters."""
+    begin = _HALF if storage == "float16" else text._STORAGE[storage]
+    return compile_bodies(begin, text.BODIES, (f"-DTHREADS={_THREADS}", f"-DCHUNK={_CHUNK}"))
+
+
+def compile_bodies(
+    begin: str, bodies: str, flags: tuple[str, ...] = ()
+) -> tuple[Any, dict[str, list[Any]]]:
+    """Compile kernels' bodies as C.
+
+    Args:
+        begin: what comes before them, behind the prelude.
+        bodies: as in a CUDA source, from KERNEL on.
+        flags: of gcc.
+
+    Returns:
+        The library, whose functions `launch_NAME` take the grid's and the block's size first, and
+        by name the types of the kernels' own parameters.
+    """
     gcc = shutil.which("gcc")
     if gcc is None:
         pytest.skip("there is no gcc to compile the kernels with")
-    parts = [_PRELUDE, _HALF if storage == "float16" else text._STORAGE[storage], text.BODIES]
+    parts = [_PRELUDE, begin, bodies]
     signatures = {}
     for name, inside, code in re.findall(
-        r"KERNEL void (\w+)\((.*?)\) \{\n(.*?)\n\}\n", text.BODIES, re.DOTALL
+        r"KERNEL void (\w+)\((.*?)\) \{\n(.*?)\n\}\n", bodies, re.DOTALL
     ):
         params = [" ".join(param.split()) for param in inside.split(",")]
         kinds = [param.rpartition("*")[0].strip() or param.rpartition(" ")[0] for param in params]
@@ -138,13 +163,12 @@ def _library(storage: str) -> tuple[Any, dict[str, list[Any]]]:
     folder = Path(tempfile.mkdtemp(prefix="psframe-kernels-"))
     source, library = folder / "kernels.c", folder / "kernels.so"
     source.write_text("\n".join(parts))
-    flags = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
-    flags += [f"-DTHREADS={_THREADS}", f"-DCHUNK={_CHUNK}"]
-    flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-clobbered"]
-    subprocess.run([gcc, *flags, str(source), "-o", str(library), "-lm"], check=True, timeout=120)
+    given = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
+    given += [*flags, "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-clobbered"]
+    subprocess.run([gcc, *given, str(source), "-o", str(library), "-lm"], check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))
     shutil.rmtree(folder)
-    assert len(signatures) == text.BODIES.count("KERNEL void")
+    assert len(signatures) == bodies.count("KERNEL void")
     return loaded, signatures
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import encoders_in_c
 import numpy as np
 from fake_ipc import FakeIpc
 
@@ -135,6 +136,10 @@ class FakeRuntime(FakeIpc):
         ranges = [*self.registered.items(), *self.cuda.pinned.items()]
         return any(a <= host and host + n_bytes <= a + n for a, n in ranges)
 
+    def memsetAsync(self, target: int, value: int, n_bytes: int, stream: int) -> None:
+        assert self.cuda.is_device(target, n_bytes), "not on the device"
+        self.cuda.stream_at(stream).add(lambda: ctypes.memset(target, value, n_bytes))
+
     def memcpyAsync(self, target: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
         if kind == self.memcpyDeviceToDevice:
             assert self.cuda.is_device(source, n_bytes), "not on the device"
@@ -213,6 +218,7 @@ class FakeCuda:
         self.under_way: list[tuple[int, int]] = []
         self.device_memory: dict[int, int] = {}
         self.eager = False
+        self.elapsed_ms = 0.0  # between any two events
         self.broken = False  # a kernel has failed: what waits, or closes, raises from then on
         self.runtime = FakeRuntime(self, gpus, total)
         self.using_allocator = self.runtime.using_allocator
@@ -285,8 +291,13 @@ class FakeCuda:
         assert non_blocking, "or the default stream would order it, and hide what is missing"
         return FakeStream(self)
 
-    def Event(self, *, disable_timing: bool) -> FakeEvent:
+    def Event(self, *, disable_timing: bool = False) -> FakeEvent:
         return FakeEvent(self)
+
+    def get_elapsed_time(self, begin: FakeEvent, end: FakeEvent) -> float:
+        assert begin.done
+        assert end.done
+        return self.elapsed_ms
 
     def alloc_pinned_memory(self, n_bytes: int) -> np.ndarray:
         memory = np.full(n_bytes, 0xFF, np.uint8)
@@ -431,6 +442,33 @@ class FakeKernel:
         self.cupy.kernels += 1
 
 
+class FakeModule:
+    """The encoders' kernels, compiled as C; the bits of the results are those of that."""
+
+    def __init__(self, cupy: FakeCupy, code: str) -> None:
+        self.cupy = cupy
+        self.library, self.signatures = encoders_in_c.compiled(code)
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        function, kinds = getattr(self.library, f"launch_{name}"), self.signatures[name]
+        function.argtypes, function.restype = [ctypes.c_uint] * 3 + kinds, None
+
+        def launch(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+            assert 1 <= grid[0] < 2**31
+            given = [encoders_in_c.argument(*one) for one in zip(arguments, kinds, strict=True)]
+            threads = min(block[0], encoders_in_c.THREADS)
+
+            def run() -> None:
+                function(grid[0], 1, threads, *given)
+                diverged = ctypes.c_int.in_dll(self.library, "diverged")
+                assert not diverged.value, f"{name}: threads differ at a barrier"
+
+            self.cupy.cuda.get_current_stream().add(run)
+            self.cupy.launched.append(name)
+
+        return launch
+
+
 class FakeCupy(ModuleType):
     """The names of CuPy that devices use.
 
@@ -446,6 +484,7 @@ class FakeCupy(ModuleType):
         self.cuda: Any = FakeCuda(gpus, total)
         self.pool = FakePool(self.cuda)
         self.kernels = self.poisoned = 0
+        self.launched: list[str] = []  # the encoders' kernels
         self.is_available = lambda: gpus > 0
 
     def get_default_memory_pool(self) -> FakePool:
@@ -461,6 +500,11 @@ class FakeCupy(ModuleType):
         self.cuda.get_current_stream().add(lambda: memory.view(np.uint8).fill(0xFF))
         return FakeArray(self, memory, self.cuda.current_device())
 
+    def zeros(self, size: int, dtype: Any) -> FakeArray:
+        array = self.empty(size, dtype)
+        array[...] = np.zeros(size, dtype)
+        return array
+
     def ascontiguousarray(self, array: FakeArray, dtype: Any) -> FakeArray:
         if array.dtype == dtype and array.memory.flags.c_contiguous:
             return array
@@ -475,6 +519,10 @@ class FakeCupy(ModuleType):
     def RawKernel(self, source: str, name: str) -> FakeKernel:
         assert name == "psframe_squares"
         return FakeKernel(self, source)
+
+    def RawModule(self, *, code: str, options: tuple[str, ...]) -> FakeModule:
+        assert options == ("--fmad=false",)
+        return FakeModule(self, code)
 
 
 def host_of(value: Any) -> Any:

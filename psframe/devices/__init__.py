@@ -3,7 +3,7 @@
 CuPy is imported only when a GPU is wanted.
 """
 
-from psframe.devices.base import Device, HostDevice
+from psframe.devices.base import Coder, Device, HostDevice
 from psframe.devices.choosing import choose_device, make_device, use_gpu, visible_gpus
 from psframe.devices.cuda import CudaDevice
 from psframe.devices.direct import DirectDevice
@@ -21,6 +21,7 @@ from psframe.devices.sharing import (
 
 __all__ = [
     "NO_GPU",
+    "Coder",
     "CudaDevice",
     "Device",
     "DirectDevice",

@@ -4,20 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from psframe.codecs import Codec
+from psframe.coding import Coded
 from psframe.devices.intake import on_host
 from psframe.layout import Array
 from psframe.packing import GradientSlot
 
-__all__ = ["Advance", "Close", "Device", "HostDevice"]
+__all__ = ["Advance", "Close", "CodedHere", "Coder", "Device", "HostDevice"]
 
 # Told how many elements from the start are in a slot; and, at the end, whether the gradient is
 # finite, and its norm. They are those of `psframe.exchange.Progress`.
 Advance = Callable[[int], None]
 Close = Callable[[bool, float], None]
+
+
+class CodedHere(NamedTuple):
+    """What has become of a gradient: its payload for each server, and whether it is finite.
+
+    The payloads are on the host, and good until their slot is coded again. `seconds` is how long
+    the device has worked on them.
+    """
+
+    coded: list[Coded]
+    finite: bool
+    seconds: float
+
+
+class Coder(Protocol):
+    """Codes one worker's gradients where they are; see `psframe.devices.encoding`."""
+
+    codec: Codec
+
+    def encode(self, index: int, grads: Mapping[str, Any], slot: GradientSlot) -> CodedHere:
+        """Code accepted and checked gradients; they may be overwritten when this returns.
+
+        Args:
+            index, slot: of the gradient; the slot's memory does not hold it afterwards.
+            grads: names to arrays.
+        """
 
 
 class Device(Protocol):
@@ -99,6 +127,17 @@ class Device(Protocol):
             Exception: what went wrong behind the worker, once.
         """
 
+    def coder(
+        self, codec: Codec, shards: Sequence[tuple[int, int]], seeds: Sequence[Sequence[int]]
+    ) -> Coder | None:
+        """Make what codes gradients here; None if they are coded on the host.
+
+        Args:
+            codec: which.
+            shards: [begin, end) of each server's.
+            seeds: of each one's encoder.
+        """
+
     def params(self, shards: Sequence[Array]) -> dict[str, Any]:
         """Bring parameters here from the shards' snapshots; on the current stream they are there.
 
@@ -150,6 +189,9 @@ class HostDevice:
 
     def settle(self, index: int) -> None:
         """Do nothing: what is written has been written."""
+
+    def coder(self, *arguments: Any) -> None:
+        """Say that the host's own coder will do."""
 
     def params(self, shards: Sequence[Array]) -> dict[str, Any]:
         """Raise: parameters are read where they are."""

@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from psframe.codecs import Codec
+from psframe.codecs.cuda import encoder_for
 from psframe.devices.base import Advance, Close
 from psframe.devices.behind import Behind, Job
+from psframe.devices.encoding import DeviceCoder
 from psframe.devices.intake import Accepted, Intake
 from psframe.devices.outgoing import Fetcher, Outgoing
 from psframe.devices.pinning import Pinning
@@ -152,6 +155,27 @@ class CudaDevice:
             fetcher = Fetcher(self.xp, self._layout, self._stream, self._pinning)
             self._fetchers[index] = fetcher
         return fetcher.start(grads, slot, judge=judge, pieces=pieces)
+
+    def coder(
+        self, codec: Codec, shards: Sequence[tuple[int, int]], seeds: Sequence[Sequence[int]]
+    ) -> DeviceCoder | None:
+        """Make the encoders of the shards on the side stream, which alone uses them."""
+        encoders = []
+        with self._stream:
+            for (begin, end), seed in zip(shards, seeds, strict=True):
+                encoder = encoder_for(self.xp, codec, self._layout, begin, end, seed)
+                if encoder is None:
+                    return None
+                encoders.append(encoder)
+        return DeviceCoder(
+            self.xp,
+            self._layout,
+            self._stream,
+            self._pinning,
+            codec=codec,
+            encoders=encoders,
+            shards=shards,
+        )
 
     # ---- parameters ----------------------------------------------------------------------
 

@@ -1,0 +1,33 @@
+"""Which codecs have an encoder that runs on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from psframe.codecs.base import Codec
+from psframe.codecs.cuda.base import DeviceEncoder
+from psframe.codecs.cuda.halves import HalfEncoder
+from psframe.codecs.halves import BFloat16, Float16
+from psframe.layout import Layout
+
+__all__ = ["encoder_for"]
+
+_ENCODERS: dict[type, Callable[..., DeviceEncoder]] = {
+    BFloat16: HalfEncoder,
+    Float16: HalfEncoder,
+}
+
+
+def encoder_for(
+    xp: Any, codec: Codec, layout: Layout, begin: int, end: int, seed: Sequence[int]
+) -> DeviceEncoder | None:
+    """Make an encoder on cupy's current device, as `Codec.encoder` does on the CPU.
+
+    Its state is zeroed on the current stream.
+
+    Returns:
+        The encoder; None if there is none for such a codec.
+    """
+    make = _ENCODERS.get(type(codec))
+    return None if make is None else make(xp, codec, layout, begin, end, seed)
