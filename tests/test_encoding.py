@@ -18,7 +18,7 @@ from fake_cupy import FakeCupy, ForeignArray, installed
 
 from psframe import codecs
 from psframe.client import Worker
-from psframe.codecs import BFloat16, Float16
+from psframe.codecs import QSGD, BFloat16, Float16
 from psframe.codecs.cuda import DeviceEncoder, encoder_for
 from psframe.codecs.cuda.base import GRADIENT_BAD
 from psframe.coders import choose_coder
@@ -30,6 +30,10 @@ from psframe.layout import Layout
 CODECS: dict[str, Any] = {
     "float16": Float16(),
     "bfloat16": BFloat16(),
+    "qsgd": QSGD(7),
+    "qsgd5": QSGD(5),
+    "qsgd127": QSGD(127),
+    "qsgd most": QSGD(2**15 - 1),
 }
 CODECS |= {
     f"{name}, no feedback": dataclasses.replace(codec, error_feedback=False)

@@ -14,11 +14,11 @@ from psframe.errors import MessageError
 from psframe.layout import Array, Layout
 from psframe.optim.checks import as_int
 
-__all__ = ["QSGD"]
+__all__ = ["BUCKET", "QSGD", "key_of"]
 
 # Elements that share a norm, as in the paper's experiments; their levels fill whole words of 8
 # bytes, whatever the number of bits.
-_BUCKET = 512
+BUCKET = 512
 _LEVELS_MAX = 2**15 - 1  # 16 bits an element; with more, float16 is better
 _MASK = 2**64 - 1
 
@@ -76,35 +76,40 @@ class QSGD(FeedbackCodec):
     def decoder(self, layout: Layout, begin: int, end: int) -> ShardDecoder:
         return _Decoder(self, layout, begin, end)
 
-    def _sections(self, layout: Layout, begin: int, end: int) -> tuple[int, int, int]:
+    def sections(self, layout: Layout, begin: int, end: int) -> tuple[int, int, int]:
         """Give a payload's buckets, the bytes of their norms, and all bytes."""
         check_shard(layout, begin, end)
-        buckets, last = divmod(end - begin, _BUCKET)
-        words = buckets * self.bits * (_BUCKET // 64) + -(-last * self.bits // 64)
+        buckets, last = divmod(end - begin, BUCKET)
+        words = buckets * self.bits * (BUCKET // 64) + -(-last * self.bits // 64)
         buckets += last > 0
         norms = -(-buckets * layout.dtype.itemsize // 8) * 8
         return buckets, norms, norms + 8 * words
 
-    def _kernel(self, function: Any, dtype: np.dtype[Any], signature: str) -> Any:
-        constants = (("LEVELS", self.levels), ("WIDTH", self.bits))
-        numbers = (
-            ("COUNT", dtype.type(self.levels)),
+    def constants(self, dtype: np.dtype[Any]) -> dict[str, Any]:
+        """Give what the loops need to know of it and of a dtype."""
+        return {
+            "LEVELS": self.levels,
+            "WIDTH": self.bits,
+            "COUNT": dtype.type(self.levels),
             # Of 32 random bits, what fits the mantissa and an int32.
-            ("UNIT", dtype.type(2.0**-24 if dtype.itemsize == 4 else 2.0**-31)),
-            ("UNUSED", np.uint32(8 if dtype.itemsize == 4 else 1)),
-            ("LARGEST", float(np.finfo(dtype).max)),
-        )
+            "UNIT": dtype.type(2.0**-24 if dtype.itemsize == 4 else 2.0**-31),
+            "UNUSED": np.uint32(8 if dtype.itemsize == 4 else 1),
+            "LARGEST": float(np.finfo(dtype).max),
+        }
+
+    def _kernel(self, function: Any, dtype: np.dtype[Any], signature: str) -> Any:
         helpers = (_norm, _draw, _round, _pack) if function is _quantise else ()
-        return compile_kernel(function, dtype, signature, constants + numbers, helpers)
+        constants = tuple(self.constants(dtype).items())
+        return compile_kernel(function, dtype, signature, constants, helpers)
 
 
 class _Encoder(ShardEncoder):
     def __init__(
         self, codec: QSGD, layout: Layout, begin: int, end: int, seed: Sequence[int]
     ) -> None:
-        self._buckets, self._norms, length = codec._sections(layout, begin, end)
+        self._buckets, self._norms, length = codec.sections(layout, begin, end)
         super().__init__(layout, begin, end, length, codec.error_feedback)
-        self._key, self._stride = _key_of(seed)
+        self._key, self._stride = key_of(seed)
         self._pushes = 0
         self._quantise = codec._kernel(
             _quantise, layout.dtype, "none <- read bool write u64 write write:u8"
@@ -127,7 +132,7 @@ class _Encoder(ShardEncoder):
 
 class _Decoder(ShardDecoder):
     def __init__(self, codec: QSGD, layout: Layout, begin: int, end: int) -> None:
-        self._buckets, self._norms, length = codec._sections(layout, begin, end)
+        self._buckets, self._norms, length = codec.sections(layout, begin, end)
         super().__init__(layout, begin, end, length)
         self._codec = codec
         self._restore = codec._kernel(_restore, layout.dtype, "bool <- read read:u8 write")
@@ -147,7 +152,7 @@ class _Decoder(ShardDecoder):
             )
 
 
-def _key_of(seed: Sequence[int]) -> tuple[int, int]:
+def key_of(seed: Sequence[int]) -> tuple[int, int]:
     """Make a key, and what a push adds to it, from integers >= 0."""
     key, stride = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64).tolist()
     return key, stride | 1
@@ -245,10 +250,10 @@ def _pack(codes: Array, words: Array) -> None:
 def _quantise(
     grad: Array, has_residual: bool, residual: Array, key: int, norms: Array, words: Array
 ) -> None:
-    x, y = np.zeros(_BUCKET, grad.dtype), np.empty(_BUCKET, np.float64)
-    codes = np.empty(_BUCKET, np.uint32)
-    for bucket in range(-(-grad.size // _BUCKET)):
-        g, r = grad[bucket * _BUCKET :][:_BUCKET], residual[bucket * _BUCKET :][:_BUCKET]
+    x, y = np.zeros(BUCKET, grad.dtype), np.empty(BUCKET, np.float64)
+    codes = np.empty(BUCKET, np.uint32)
+    for bucket in range(-(-grad.size // BUCKET)):
+        g, r = grad[bucket * BUCKET :][:BUCKET], residual[bucket * BUCKET :][:BUCKET]
         if has_residual:
             for i in range(g.size):
                 x[i] = g[i] + r[i]
@@ -267,7 +272,7 @@ def _quantise(
             _round(x, norm, sent, codes)
         else:
             codes[:] = LEVELS
-        _pack(codes[: g.size], words[bucket * WIDTH * (_BUCKET // 64) :])
+        _pack(codes[: g.size], words[bucket * WIDTH * (BUCKET // 64) :])
         if has_residual:
             for i in range(g.size):
                 r[i] = x[i]
@@ -276,9 +281,9 @@ def _quantise(
 def _restore(norms: Array, words: Array, out: Array) -> bool:
     """Write what the entries stand for; false if one is none, or something is behind the last."""
     wrong = False
-    for bucket in range(-(-out.size // _BUCKET)):
-        o = out[bucket * _BUCKET :][:_BUCKET]
-        mine = words[bucket * WIDTH * (_BUCKET // 64) :]
+    for bucket in range(-(-out.size // BUCKET)):
+        o = out[bucket * BUCKET :][:BUCKET]
+        mine = words[bucket * WIDTH * (BUCKET // 64) :]
         norm = norms[bucket]
         word, left, at = np.uint64(0), 0, 0
         for i in range(o.size):

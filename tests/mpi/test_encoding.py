@@ -19,6 +19,7 @@ RANK, SIZE = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 CODECS = [
     codecs.Float16(),
     codecs.BFloat16(error_feedback=False),
+    codecs.QSGD(127),
 ]
 by_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: type(codec).__name__)
 

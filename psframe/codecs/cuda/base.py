@@ -69,6 +69,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 #define SIGN ((B)1 << (8 * sizeof(T) - 1))
 #define INF ((B)(sizeof(T) == 4 ? 0x7f800000ull : 0x7ff0000000000000ull))
+#define QUIET_NAN ((B)(sizeof(T) == 4 ? 0x7fc00000ull : 0x7ff8000000000000ull))
 
 DEVICE B magnitude(T x) { return bits(x) & ~SIGN; }
 DEVICE int is_finite(T x) { return magnitude(x) < INF; }

@@ -8,7 +8,9 @@ from typing import Any
 from psframe.codecs.base import Codec
 from psframe.codecs.cuda.base import DeviceEncoder
 from psframe.codecs.cuda.halves import HalfEncoder
+from psframe.codecs.cuda.qsgd import QSGDEncoder
 from psframe.codecs.halves import BFloat16, Float16
+from psframe.codecs.qsgd import QSGD
 from psframe.layout import Layout
 
 __all__ = ["encoder_for"]
@@ -16,6 +18,7 @@ __all__ = ["encoder_for"]
 _ENCODERS: dict[type, Callable[..., DeviceEncoder]] = {
     BFloat16: HalfEncoder,
     Float16: HalfEncoder,
+    QSGD: QSGDEncoder,
 }
 
 
