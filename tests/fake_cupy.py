@@ -514,6 +514,10 @@ class FakeCupy(ModuleType):
         return array.__dlpack__(stream=self.cuda.get_current_stream())
 
     def asarray(self, array: Any) -> FakeArray:
+        if isinstance(array, np.ndarray):
+            made = self.empty(array.size, array.dtype)
+            made[...] = array.copy()
+            return made
         return array.array  # as with CUPY_CUDA_ARRAY_INTERFACE_SYNC=0: it does not wait
 
     def RawKernel(self, source: str, name: str) -> FakeKernel:

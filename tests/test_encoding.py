@@ -18,7 +18,7 @@ from fake_cupy import FakeCupy, ForeignArray, installed
 
 from psframe import codecs
 from psframe.client import Worker
-from psframe.codecs import QSGD, BFloat16, Float16
+from psframe.codecs import QSGD, BFloat16, Float16, Sign
 from psframe.codecs.cuda import DeviceEncoder, encoder_for
 from psframe.codecs.cuda.base import GRADIENT_BAD
 from psframe.coders import choose_coder
@@ -30,6 +30,8 @@ from psframe.layout import Layout
 CODECS: dict[str, Any] = {
     "float16": Float16(),
     "bfloat16": BFloat16(),
+    "sign": Sign(),
+    "fixed sign": Sign(0.5),
     "qsgd": QSGD(7),
     "qsgd5": QSGD(5),
     "qsgd127": QSGD(127),

@@ -21,7 +21,7 @@ from psframe.errors import MessageError
 from psframe.layout import Array, Layout
 from psframe.optim.checks import as_float
 
-__all__ = ["Sign"]
+__all__ = ["Sections", "Sign"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ class Sign(FeedbackCodec):
             as_float(self, "scale", least=0.0, above=True)
 
     def encoder(self, layout: Layout, begin: int, end: int, seed: Sequence[int]) -> ShardEncoder:
-        self._check_dtype(layout)
+        self.check_dtype(layout)
         return _Encoder(self, layout, begin, end)
 
     def decoder(self, layout: Layout, begin: int, end: int) -> ShardDecoder:
-        self._check_dtype(layout)
+        self.check_dtype(layout)
         return _Decoder(self, layout, begin, end)
 
-    def _check_dtype(self, layout: Layout) -> None:
+    def check_dtype(self, layout: Layout) -> None:
+        """Raise ValueError if the scale is nothing of use in the parameters' dtype."""
         with np.errstate(over="ignore", under="ignore"):
             given = 1.0 if self.scale is None else float(layout.dtype.type(self.scale))
         if not 0.0 < given < np.inf:
@@ -78,7 +79,7 @@ class Sign(FeedbackCodec):
             )
 
 
-class _Sections:
+class Sections:
     """Where in a payload the scales are, and the signs of each part, from a new byte on."""
 
     def __init__(self, codec: Sign, layout: Layout, begin: int, end: int) -> None:
@@ -97,7 +98,7 @@ class _Sections:
 
 class _Encoder(ShardEncoder):
     def __init__(self, codec: Sign, layout: Layout, begin: int, end: int) -> None:
-        self._sections = _Sections(codec, layout, begin, end)
+        self._sections = Sections(codec, layout, begin, end)
         super().__init__(layout, begin, end, self._sections.bytes, codec.error_feedback)
         self._scale = codec.scale
         dtype = layout.dtype
@@ -137,7 +138,7 @@ class _Encoder(ShardEncoder):
 
 class _Decoder(ShardDecoder):
     def __init__(self, codec: Sign, layout: Layout, begin: int, end: int) -> None:
-        self._sections = _Sections(codec, layout, begin, end)
+        self._sections = Sections(codec, layout, begin, end)
         super().__init__(layout, begin, end, self._sections.bytes)
         self._scale = None if codec.scale is None else layout.dtype.type(codec.scale)
         self._unpack = compile_kernel(_unpack, layout.dtype, "none <- read:u1 number write")

@@ -20,6 +20,7 @@ CODECS = [
     codecs.Float16(),
     codecs.BFloat16(error_feedback=False),
     codecs.QSGD(127),
+    codecs.Sign(),
 ]
 by_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: type(codec).__name__)
 

@@ -9,8 +9,10 @@ from psframe.codecs.base import Codec
 from psframe.codecs.cuda.base import DeviceEncoder
 from psframe.codecs.cuda.halves import HalfEncoder
 from psframe.codecs.cuda.qsgd import QSGDEncoder
+from psframe.codecs.cuda.signs import SignEncoder
 from psframe.codecs.halves import BFloat16, Float16
 from psframe.codecs.qsgd import QSGD
+from psframe.codecs.signs import Sign
 from psframe.layout import Layout
 
 __all__ = ["encoder_for"]
@@ -19,6 +21,7 @@ _ENCODERS: dict[type, Callable[..., DeviceEncoder]] = {
     BFloat16: HalfEncoder,
     Float16: HalfEncoder,
     QSGD: QSGDEncoder,
+    Sign: SignEncoder,
 }
 
 
