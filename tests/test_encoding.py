@@ -18,7 +18,7 @@ from fake_cupy import FakeCupy, ForeignArray, installed
 
 from psframe import codecs
 from psframe.client import Worker
-from psframe.codecs import QSGD, BFloat16, Float16, Sign
+from psframe.codecs import QSGD, BFloat16, Float16, Sign, TopK
 from psframe.codecs.cuda import DeviceEncoder, encoder_for
 from psframe.codecs.cuda.base import GRADIENT_BAD
 from psframe.coders import choose_coder
@@ -30,6 +30,9 @@ from psframe.layout import Layout
 CODECS: dict[str, Any] = {
     "float16": Float16(),
     "bfloat16": BFloat16(),
+    "top-k": TopK(0.1),
+    "top-k, all": TopK(1.0),
+    "top-k, momentum": TopK(0.05, momentum=0.9, warmup=4),
     "sign": Sign(),
     "fixed sign": Sign(0.5),
     "qsgd": QSGD(7),
@@ -151,6 +154,52 @@ def test_payloads_and_residuals_are_the_cpu_s(late: FakeCupy, codec: Any, dtype:
         for push in range(6):
             scale = dtype(0.0 if push == 3 else 1.0)
             assert ends.agree(scale * numbers(dtype, end - begin, push)) == 0
+
+
+@by_codec
+def test_vectors_of_many_blocks(late: FakeCupy, codec: Any) -> None:
+    """More than a million elements, so that sums of blocks are of several blocks themselves."""
+    size = (1 << 20) + 3000
+    ends = Ends(late, codec, layout_of(np.float32, w=(size,)), 0, size)
+    grad = numbers(np.float32, size, 1)
+    for _ in range(2):
+        assert ends.agree(grad) == 0
+
+
+def test_clipping_to_a_norm_that_is_exact(late: FakeCupy) -> None:
+    """Sums of small integers are the same in any order and precision."""
+    codec = TopK(0.05, momentum=0.9, clip_norm=3.0, warmup=4)
+    ends = Ends(late, codec, layout_of(np.float32), 0, SIZE)
+    rng = np.random.default_rng(0)
+    for push in range(6):
+        grad = np.zeros(SIZE) if push == 2 else rng.integers(-9, 10, SIZE)
+        if push == 3:
+            grad = np.eye(1, SIZE, 5)[0]  # below the limit
+        assert ends.agree(grad) == 0
+
+
+def test_clipping_agrees_with_the_cpu_s_to_its_norm(late: FakeCupy) -> None:
+    codec = TopK(0.05, clip_norm=3.0, error_feedback=False)
+    layout = layout_of(np.float32)
+    ends = Ends(late, codec, layout, 0, SIZE)
+    grad = numbers(np.float32, SIZE, 3)
+    grad[np.abs(grad) > 1e6] = 1.0
+    decoder, found = codec.decoder(layout, 0, SIZE), []
+    for payload in ends.encode(grad)[:2]:
+        out = np.empty(SIZE, np.float32)
+        decoder.decode(np.frombuffer(payload, np.uint8), out)
+        found.append(out)
+    np.testing.assert_array_equal(found[0] != 0, found[1] != 0)
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-6)
+    assert np.linalg.norm(found[1]) < 3.0
+
+
+def test_what_has_no_encoder(late: FakeCupy) -> None:
+    double, single = layout_of(np.float64), layout_of(np.float32)
+    clipped = TopK(0.1, clip_norm=1.0)
+    assert encoder_for(late, clipped, double, 0, SIZE, [1]) is None  # squares may overflow
+    assert encoder_for(late, clipped, single, 0, SIZE, [1]) is not None
+    assert encoder_for(late, codecs.PowerSGD(2), single, 0, SIZE, [1]) is None
 
 
 @by_dtype

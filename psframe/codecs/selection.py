@@ -11,13 +11,13 @@ from psframe.codecs.compiling import Signed, compile_kernel
 from psframe.codecs.shard import BLOCK
 from psframe.layout import Array
 
-__all__ = ["Selection"]
+__all__ = ["DIGIT_BITS", "Selection", "digits"]
 
 # Elements of a sample, and how many standard deviations more of it are taken than are wanted: too
 # few are found once in 30,000 times if the elements are in no order; then all is done again.
 _SAMPLE = 16384
 _DEVIATIONS = 4.0
-_DIGIT_BITS = 11  # 2048 counts of 8 bytes stay in the first cache
+DIGIT_BITS = 11  # 2048 counts of 8 bytes stay in the first cache
 
 
 class Selection:
@@ -42,12 +42,12 @@ class Selection:
         self._gather = compile_kernel(
             _gather, dtype, f"none <- read int write:{whole} write:u4 write:i8"
         )
-        digits = _digits(8 * dtype.itemsize - 1)
+        shifts = digits(8 * dtype.itemsize - 1)
         self._keep_largest = compile_kernel(
             _keep_largest,
             dtype,
             f"int <- write:{whole} write:u4 int int",
-            (("FIRST_SHIFT", digits[0]), ("COUNTS", 1 << _DIGIT_BITS)),
+            (("FIRST_SHIFT", shifts[0]), ("COUNTS", 1 << DIGIT_BITS)),
         )
 
     def select(self, x: Array, keep: int) -> Array:
@@ -88,13 +88,13 @@ class Selection:
         return int(np.partition(bits, -rank)[-rank]) - 1
 
 
-def _digits(bits: int) -> list[int]:
+def digits(bits: int) -> list[int]:
     """Give the shifts of the digits of an integer of so many bits, the highest first."""
-    return list(range(0, bits, _DIGIT_BITS))[::-1]
+    return list(range(0, bits, DIGIT_BITS))[::-1]
 
 
 # Bound when a loop is compiled.
-FIRST_SHIFT, COUNTS = 22, 1 << _DIGIT_BITS
+FIRST_SHIFT, COUNTS = 22, 1 << DIGIT_BITS
 
 
 def _gather(x: Array, threshold: int, magnitudes: Array, indices: Array, state: Array) -> None:
@@ -130,7 +130,7 @@ def _keep_largest(magnitudes: Array, indices: Array, count: int, keep: int) -> i
     found, wanted, shift, width = Signed(0), keep, FIRST_SHIFT, 0
     while shift >= 0:
         counts[:] = 0
-        above = Signed(shift + _DIGIT_BITS)
+        above = Signed(shift + DIGIT_BITS)
         for i in range(count):
             m = magnitudes[i]
             if width == 0 or (m >> above) == found:
@@ -139,8 +139,8 @@ def _keep_largest(magnitudes: Array, indices: Array, count: int, keep: int) -> i
         while counts[digit] < wanted:
             wanted -= counts[digit]
             digit -= 1
-        found = Signed((found << Signed(_DIGIT_BITS)) | Signed(digit))
-        shift -= _DIGIT_BITS
+        found = Signed((found << Signed(DIGIT_BITS)) | Signed(digit))
+        shift -= DIGIT_BITS
         width += 1
     kept = 0
     for i in range(count):

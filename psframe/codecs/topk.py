@@ -17,7 +17,7 @@ from psframe.layout import Array, Layout
 from psframe.optim.checks import as_float, as_int
 from psframe.packing import GradientSlot
 
-__all__ = ["TopK"]
+__all__ = ["TopK", "payload_bytes"]
 
 _COUNT_BYTES = 8
 _WARMUP_FRACTION = 0.25  # of the first push, as in the paper
@@ -109,7 +109,8 @@ def _check_size(layout: Layout, begin: int, end: int) -> int:
     return end - begin
 
 
-def _payload_bytes(count: int, dtype: np.dtype[Any]) -> int:
+def payload_bytes(count: int, dtype: np.dtype[Any]) -> int:
+    """Give the length of a payload of so many elements."""
     return _COUNT_BYTES + count * (4 + dtype.itemsize) if count else 0
 
 
@@ -117,7 +118,7 @@ class _Encoder(ShardEncoder):
     def __init__(self, codec: TopK, layout: Layout, begin: int, end: int) -> None:
         size, dtype = _check_size(layout, begin, end), layout.dtype
         most = codec.count(size, 0)
-        super().__init__(layout, begin, end, _payload_bytes(most, dtype), codec.error_feedback)
+        super().__init__(layout, begin, end, payload_bytes(most, dtype), codec.error_feedback)
         self._codec = codec
         self._pushes = 0
         self._velocity = np.zeros(size, dtype) if codec.momentum else self._nothing
@@ -160,7 +161,7 @@ class _Encoder(ShardEncoder):
             self._clear(chosen, residual)
             if has_velocity:
                 self._clear(chosen, velocity)
-        return _payload_bytes(count, self._dtype)
+        return payload_bytes(count, self._dtype)
 
     def _clip_scale(self, grad: Array) -> float:
         """Give the factor of the gradient; 1 if that is not finite, as its norm is NaN."""
@@ -176,7 +177,7 @@ class _Decoder(ShardDecoder):
         size, dtype = _check_size(layout, begin, end), layout.dtype
         # After the warm-up the fewest are sent, before it the most.
         self._least, self._most = codec.count(size, codec.warmup), codec.count(size, 0)
-        longest, shortest = (_payload_bytes(n, dtype) for n in (self._most, self._least))
+        longest, shortest = (payload_bytes(n, dtype) for n in (self._most, self._least))
         super().__init__(layout, begin, end, longest, shortest)
         self._scatter = compile_kernel(_scatter, dtype, "bool <- read:u4 read write")
 
@@ -186,10 +187,10 @@ class _Decoder(ShardDecoder):
             raise MessageError(
                 f"gradient payload: got {count} elements, expected {self._least} to {self._most}"
             )
-        if payload.size != _payload_bytes(count, self._dtype):
+        if payload.size != payload_bytes(count, self._dtype):
             raise MessageError(
                 f"gradient payload: got {payload.size} bytes of {count} elements, "
-                f"expected {_payload_bytes(count, self._dtype)}"
+                f"expected {payload_bytes(count, self._dtype)}"
             )
         _, values, indices = _sections(payload, count, self._dtype)
         if not self._scatter(indices, values, out):

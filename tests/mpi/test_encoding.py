@@ -21,6 +21,7 @@ CODECS = [
     codecs.BFloat16(error_feedback=False),
     codecs.QSGD(127),
     codecs.Sign(),
+    codecs.TopK(0.05, momentum=0.5, warmup=5),
 ]
 by_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: type(codec).__name__)
 

@@ -10,9 +10,11 @@ from psframe.codecs.cuda.base import DeviceEncoder
 from psframe.codecs.cuda.halves import HalfEncoder
 from psframe.codecs.cuda.qsgd import QSGDEncoder
 from psframe.codecs.cuda.signs import SignEncoder
+from psframe.codecs.cuda.topk import TopKEncoder
 from psframe.codecs.halves import BFloat16, Float16
 from psframe.codecs.qsgd import QSGD
 from psframe.codecs.signs import Sign
+from psframe.codecs.topk import TopK
 from psframe.layout import Layout
 
 __all__ = ["encoder_for"]
@@ -22,6 +24,7 @@ _ENCODERS: dict[type, Callable[..., DeviceEncoder]] = {
     Float16: HalfEncoder,
     QSGD: QSGDEncoder,
     Sign: SignEncoder,
+    TopK: TopKEncoder,
 }
 
 
@@ -35,5 +38,7 @@ def encoder_for(
     Returns:
         The encoder; None if there is none for such a codec.
     """
+    if isinstance(codec, TopK) and not TopKEncoder.codes(codec, layout, begin, end):
+        return None
     make = _ENCODERS.get(type(codec))
     return None if make is None else make(xp, codec, layout, begin, end, seed)
