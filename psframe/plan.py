@@ -303,7 +303,8 @@ class Plan:
     def leaves_devices(self) -> dict[str, bool]:
         """Whether gradients and parameters may be given to MPI on a worker's GPU.
 
-        Codecs read them on the host, as does what measures a part of a gradient.
+        What codecs make of them leaves from the host, and what measures a part of a gradient reads
+        it there.
         """
         measures = self.judges and self.measured is not None
         return {

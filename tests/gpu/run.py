@@ -60,7 +60,7 @@ def parts(place: Place) -> list[Part]:
     elsewhere += ["tests/test_models.py", "tests/test_local.py"]
     few = [*plain, "tests/test_models.py", "-k", _MEMCHECK]
     ranks = [*_PYTEST, "--confcutdir", "tests/mpi", "tests/mpi/test_devices_gpu.py"]
-    ranks += ["tests/mpi/test_gpu_direct_gpu.py"]
+    ranks += ["tests/mpi/test_gpu_direct_gpu.py", "tests/mpi/test_encoding_gpu.py"]
     sanitizer = find_sanitizer(place.environ)
     checked = [
         sanitizer,
