@@ -1,7 +1,8 @@
 """Encoders on a GPU: the CPU's payloads and residuals, and what is ordered by what.
 
 Their kernels run as C, thread by thread, on the streams of `fake_cupy`, which do nothing until
-somebody waits for them or, `eager`, as soon as they may.
+somebody waits for them or, `eager`, as soon as they may. Each order has been broken once by hand,
+and a test here failed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import numpy as np
 import pytest
 from fake_cupy import FakeCupy, ForeignArray, installed
 
-from psframe import codecs
 from psframe.client import Worker
-from psframe.codecs import QSGD, BFloat16, Float16, Sign, TopK
+from psframe.codecs import QSGD, BFloat16, Float16, PowerSGD, Sign, TopK
 from psframe.codecs.cuda import DeviceEncoder, encoder_for
 from psframe.codecs.cuda.base import GRADIENT_BAD
 from psframe.coders import choose_coder
@@ -194,12 +194,92 @@ def test_clipping_agrees_with_the_cpu_s_to_its_norm(late: FakeCupy) -> None:
     assert np.linalg.norm(found[1]) < 3.0
 
 
+LOW_RANK = {"low": PowerSGD(1), "rank 2": PowerSGD(2), "rank 7": PowerSGD(7)}
+
+
+@by_dtype
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("codec", LOW_RANK.values(), ids=LOW_RANK)
+def test_powersgd_is_the_cpu_s_but_for_rounding(
+    late: FakeCupy, codec: Any, feedback: bool, dtype: Any
+) -> None:
+    """And what the residual lacks is what is decoded, to the bit."""
+    codec = dataclasses.replace(codec, error_feedback=feedback)
+    shapes = {"a": (300, 520), "b": (7,), "c": (40, 3, 5), "d": (3, 400), "e": (0, 4)}
+    layout, rng = layout_of(dtype, **shapes), np.random.default_rng(0)
+    for begin, end in ((0, layout.size), (300 * 520, layout.size), (9, 50_000), (8, 8)):
+        ends = Ends(late, codec, layout, begin, end)
+        decoder, before = codec.decoder(layout, begin, end), np.zeros(end - begin, dtype)
+        for _ in range(5):
+            grad = rng.standard_normal(end - begin).astype(dtype)
+            grad[: 300 * 13] *= 8  # directions that stand out
+            payloads, decoded = ends.encode(grad), []
+            assert payloads[2] == 0
+            for payload in payloads[:2]:
+                out = np.empty(end - begin, dtype)
+                decoder.decode(np.frombuffer(payload, np.uint8), out)
+                decoded.append(out)
+            size = np.linalg.norm(decoded[0])
+            tolerance = 2e-3 if dtype == np.float32 else 1e-9
+            assert np.linalg.norm(decoded[0] - decoded[1]) <= tolerance * size
+            if feedback:
+                whole = np.add(before, grad)
+                np.testing.assert_array_equal(ends.residuals()[1], whole - decoded[1])
+                before = ends.residuals()[1].copy()
+
+
+@by_dtype
+@pytest.mark.parametrize("feedback", [True, False])
+def test_powersgd_and_what_is_not_finite(late: FakeCupy, dtype: Any, feedback: bool) -> None:
+    codec = PowerSGD(2, error_feedback=feedback)
+    layout, rng = layout_of(dtype, w=(60, 50), b=(9,)), np.random.default_rng(0)
+    ends, decoder = Ends(late, codec, layout, 0, layout.size), codec.decoder(layout, 0, layout.size)
+    for special in (None, np.nan, None, np.inf, None):
+        grad, starts = rng.standard_normal(layout.size).astype(dtype), ends.device._starts  # type: ignore[attr-defined]
+        if special is not None:
+            grad[70] = special
+        payload, verdict = ends.encode(grad)[1:]
+        assert verdict == (0 if special is None else 3)
+        assert (ends.device._starts is starts) == (special is not None)  # type: ignore[attr-defined]
+        out = np.empty(layout.size, dtype)
+        decoder.decode(np.frombuffer(payload, np.uint8), out)
+        assert np.isfinite(out).all() == (special is None)
+        host, device = ends.residuals()
+        if feedback:
+            np.testing.assert_allclose(host, device, atol=1e-4)
+
+
+@by_dtype
+def test_powersgd_of_what_has_no_direction_and_of_what_is_too_large(
+    late: FakeCupy, dtype: Any
+) -> None:
+    """A column that is lost begins anew; a product above the dtype's range stays where it is."""
+    layout = layout_of(dtype, w=(60, 50), b=(9,))
+    ends = Ends(late, PowerSGD(2), layout, 0, layout.size)
+    decoder, out = PowerSGD(2).decoder(layout, 0, layout.size), np.empty(layout.size, dtype)
+    ends.encode(np.zeros(layout.size))
+    starts = ends.device._starts.memory.reshape(2, 50)  # type: ignore[attr-defined]
+    assert np.isfinite(starts).all()
+    assert (np.abs(starts) > 0).any(axis=1).all()
+    line = np.outer(np.arange(60.0), np.arange(50.0))  # of rank 1
+    for _ in range(2):
+        payload = ends.encode(np.append(line, np.ones(9)))[1]
+        decoder.decode(np.frombuffer(payload, np.uint8), out)
+    np.testing.assert_allclose(out[:3000], line.reshape(-1), rtol=1e-4, atol=1e-3)
+    huge = np.full(layout.size, np.finfo(dtype).max / 2)
+    payload, verdict = ends.encode(huge)[1:]
+    decoder.decode(np.frombuffer(payload, np.uint8), out)
+    assert verdict == 0
+    assert (out[:3000] == 0).all()
+    assert (ends.residuals()[1][:3000] > np.finfo(dtype).max / 4).all()
+
+
 def test_what_has_no_encoder(late: FakeCupy) -> None:
     double, single = layout_of(np.float64), layout_of(np.float32)
     clipped = TopK(0.1, clip_norm=1.0)
     assert encoder_for(late, clipped, double, 0, SIZE, [1]) is None  # squares may overflow
     assert encoder_for(late, clipped, single, 0, SIZE, [1]) is not None
-    assert encoder_for(late, codecs.PowerSGD(2), single, 0, SIZE, [1]) is None
+    assert encoder_for(late, PowerSGD(257), single, 0, SIZE, [1]) is None  # no block keeps as many
 
 
 @by_dtype
@@ -457,7 +537,7 @@ def test_the_time_of_the_device_is_what_coding_costs(
     [
         (Float16(), True, False, "a server reads them in this node's memory"),
         (Float16(), False, True, "their norm is needed"),
-        (codecs.PowerSGD(2), False, False, "this codec has no encoder for GPUs"),
+        (PowerSGD(300), False, False, "this codec has no encoder for GPUs"),
     ],
 )
 def test_what_is_coded_on_the_host(

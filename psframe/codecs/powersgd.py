@@ -22,7 +22,7 @@ from psframe.codecs.shard import (
 from psframe.layout import Array, Layout
 from psframe.optim.checks import as_int
 
-__all__ = ["PowerSGD"]
+__all__ = ["Piece", "PowerSGD", "pieces_of", "unit_rows"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PowerSGD(FeedbackCodec):
         return _Decoder(self, layout, begin, end)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A tensor, or part of one: [begin, end) of the shard, and where it is in a payload.
 
     rows and columns are those of the matrix, 0 if it travels as it is; [at, stop) are elements.
@@ -90,9 +90,10 @@ class _Piece(NamedTuple):
         )
 
 
-def _pieces(codec: PowerSGD, layout: Layout, begin: int, end: int) -> list[_Piece]:
+def pieces_of(codec: PowerSGD, layout: Layout, begin: int, end: int) -> list[Piece]:
+    """List the pieces of a shard, and where each is in a payload."""
     check_shard(layout, begin, end)
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     at = 0
     for first, last, shape in parts_of(layout, begin, end):
         size = last - first
@@ -100,9 +101,9 @@ def _pieces(codec: PowerSGD, layout: Layout, begin: int, end: int) -> list[_Piec
         columns = size // rows
         thin = codec.rank * (rows + columns)
         if thin < size:
-            pieces.append(_Piece(first, last, rows, columns, at, at + thin))
+            pieces.append(Piece(first, last, rows, columns, at, at + thin))
         else:
-            pieces.append(_Piece(first, last, 0, 0, at, at + size))
+            pieces.append(Piece(first, last, 0, 0, at, at + size))
         at = pieces[-1].stop
     return pieces
 
@@ -111,13 +112,13 @@ class _Encoder(ShardEncoder):
     def __init__(
         self, codec: PowerSGD, layout: Layout, begin: int, end: int, seed: Sequence[int]
     ) -> None:
-        self._pieces, self._rank = _pieces(codec, layout, begin, end), codec.rank
+        self._pieces, self._rank = pieces_of(codec, layout, begin, end), codec.rank
         elements = self._pieces[-1].stop if self._pieces else 0
         dtype = layout.dtype
         super().__init__(layout, begin, end, elements * dtype.itemsize, codec.error_feedback)
         self._rng = np.random.default_rng(list(seed))
         self._starts = [
-            _unit_rows(self._rng.standard_normal((codec.rank, piece.columns)), dtype)
+            unit_rows(self._rng.standard_normal((codec.rank, piece.columns)), dtype)
             for piece in self._pieces
             if piece.rows
         ]
@@ -166,14 +167,14 @@ class _Encoder(ShardEncoder):
         norms = np.abs(q).max(axis=1)
         lost = ~(norms > 0)
         if not lost.any():
-            return _unit_rows(q.astype(np.float64), self._dtype)
+            return unit_rows(q.astype(np.float64), self._dtype)
         q = np.where(lost[:, None], self._rng.standard_normal(q.shape), q.astype(np.float64))
-        return _unit_rows(q, self._dtype)
+        return unit_rows(q, self._dtype)
 
 
 class _Decoder(ShardDecoder):
     def __init__(self, codec: PowerSGD, layout: Layout, begin: int, end: int) -> None:
-        self._pieces, self._rank = _pieces(codec, layout, begin, end), codec.rank
+        self._pieces, self._rank = pieces_of(codec, layout, begin, end), codec.rank
         elements = self._pieces[-1].stop if self._pieces else 0
         super().__init__(layout, begin, end, elements * layout.dtype.itemsize)
         self._multiply = compile_kernel(
@@ -191,7 +192,7 @@ class _Decoder(ShardDecoder):
                 part[:] = elements[piece.at : piece.stop]
 
 
-def _unit_rows(rows: Array, dtype: np.dtype[Any]) -> Array:
+def unit_rows(rows: Array, dtype: np.dtype[Any]) -> Array:
     """Scale each row, none of which is 0, so that its product with any finite one is finite."""
     rows = rows / np.abs(rows).max(axis=1, keepdims=True)
     norms = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))

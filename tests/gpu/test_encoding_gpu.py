@@ -1,4 +1,4 @@
-"""Encoders on a real GPU: the payloads and residuals of the CPU, to the bit.
+"""Encoders on a real GPU: the payloads of the CPU, to the bit where their sums have one order.
 
 The same kernels run as C in `test_encoding`; here NVRTC compiles them, and threads are real ones.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psframe.codecs import QSGD, BFloat16, Float16, Sign, TopK
+from psframe.codecs import QSGD, BFloat16, Float16, PowerSGD, Sign, TopK
 from psframe.coding import PushCoder, push_seed
 from psframe.devices import CudaDevice
 from psframe.layout import Layout
@@ -99,4 +99,36 @@ def test_payloads_are_the_cpu_s(
         assert seconds > 0.0
         for here, there in zip(coded, expected, strict=True):
             assert here.data.tobytes() == there.data.tobytes()
+    device.close()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "codec",
+    [PowerSGD(1), PowerSGD(6), TopK(0.01, clip_norm=3.0, error_feedback=False)],
+    ids=["rank 1", "rank 6", "clipped top-k"],
+)
+def test_what_is_the_cpu_s_but_for_rounding(cupy: Any, codec: Any, dtype: Any) -> None:
+    layout = Layout.of({"w": np.zeros((700, 1100), dtype), "b": np.zeros(1003, dtype)})
+    device, size = CudaDevice(0, layout), layout.size
+    coder = device.coder(codec, [(0, size)], [push_seed(7, 0, 0)])
+    if coder is None:
+        device.close()
+        assert isinstance(codec, TopK)
+        assert dtype == np.float64
+        return
+    on_host, slot = (
+        PushCoder(codec, layout, 1, 7, 0, 2),
+        GradientSlot(layout, np.zeros(size, dtype)),
+    )
+    decoder, rng = codec.decoder(layout, 0, size), np.random.default_rng(0)
+    for push in range(5):
+        flat = rng.standard_normal(size).astype(dtype)
+        (coded,), finite, _ = coder.encode(push % 2, layout.views(cupy.asarray(flat)), slot)
+        assert finite
+        found, expected = np.empty(size, dtype), flat.copy()
+        decoder.decode(coded.data, found)
+        on_host.encode(0, expected)
+        tolerance = 1e-4 if dtype == np.float32 else 1e-11
+        assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
     device.close()

@@ -99,6 +99,20 @@ def test_the_bits_are_the_cpu_s(
     same(on_gpu, train("cpu", mode, n, codec=codec))
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("servers", [1, 2])
+def test_powersgd_is_the_cpu_s_but_for_rounding(cupy: FakeCupy, servers: int) -> None:
+    if servers == SIZE:
+        pytest.skip("a worker more is needed")
+    options = {"codec": codecs.PowerSGD(2), "servers": servers}
+    on_gpu, on_cpu = (train(device, Async(), 300, **options) for device in ("cuda", "cpu"))
+    if RANK == 0:
+        for name, array in on_gpu.params.items():
+            np.testing.assert_allclose(array, on_cpu.params[name], rtol=1e-4, atol=1e-5)
+        assert on_gpu.ledger == on_cpu.ledger
+        assert on_gpu.traffic == on_cpu.traffic
+
+
 @pytest.mark.mpi(min_size=3)
 @by_codec
 def test_several_servers(cupy: FakeCupy, codec: Any) -> None:

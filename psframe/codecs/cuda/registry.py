@@ -8,10 +8,12 @@ from typing import Any
 from psframe.codecs.base import Codec
 from psframe.codecs.cuda.base import DeviceEncoder
 from psframe.codecs.cuda.halves import HalfEncoder
+from psframe.codecs.cuda.powersgd import RANK_MAX, PowerSGDEncoder
 from psframe.codecs.cuda.qsgd import QSGDEncoder
 from psframe.codecs.cuda.signs import SignEncoder
 from psframe.codecs.cuda.topk import TopKEncoder
 from psframe.codecs.halves import BFloat16, Float16
+from psframe.codecs.powersgd import PowerSGD
 from psframe.codecs.qsgd import QSGD
 from psframe.codecs.signs import Sign
 from psframe.codecs.topk import TopK
@@ -22,6 +24,7 @@ __all__ = ["encoder_for"]
 _ENCODERS: dict[type, Callable[..., DeviceEncoder]] = {
     BFloat16: HalfEncoder,
     Float16: HalfEncoder,
+    PowerSGD: PowerSGDEncoder,
     QSGD: QSGDEncoder,
     Sign: SignEncoder,
     TopK: TopKEncoder,
@@ -39,6 +42,8 @@ def encoder_for(
         The encoder; None if there is none for such a codec.
     """
     if isinstance(codec, TopK) and not TopKEncoder.codes(codec, layout, begin, end):
+        return None
+    if isinstance(codec, PowerSGD) and codec.rank > RANK_MAX:
         return None
     make = _ENCODERS.get(type(codec))
     return None if make is None else make(xp, codec, layout, begin, end, seed)
