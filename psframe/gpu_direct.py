@@ -130,8 +130,8 @@ def explain(decision: Decision, *, gradients: bool, parameters: bool) -> str:
 
     Args:
         decision: of the ranks.
-        gradients, parameters: whether these would be given to MPI on a worker's GPU; codecs, and
-            what measures a part of a gradient, read them on the host.
+        gradients, parameters: whether these would be given to MPI on a worker's GPU; codecs take
+            or leave them on the host, and what measures a part of a gradient reads it there.
     """
     if not decision.direct:
         return f"what is on GPUs goes to MPI through the host: {decision.why}"

@@ -156,6 +156,16 @@ def test_payloads_and_residuals_are_the_cpu_s(late: FakeCupy, codec: Any, dtype:
             assert ends.agree(scale * numbers(dtype, end - begin, push)) == 0
 
 
+@by_dtype
+@by_codec
+def test_lengths_around_those_of_blocks(late: FakeCupy, codec: Any, dtype: Any) -> None:
+    for around in (2, 8, 64, 512, 1024, 4096, 8192):
+        for size in (around - 1, around, around + 1):
+            ends = Ends(late, codec, layout_of(dtype, w=(size,)), 0, size)
+            for push in range(2):
+                assert ends.agree(numbers(dtype, size, size + push)) == 0
+
+
 @by_codec
 def test_vectors_of_many_blocks(late: FakeCupy, codec: Any) -> None:
     """More than a million elements, so that sums of blocks are of several blocks themselves."""

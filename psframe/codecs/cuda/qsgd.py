@@ -14,7 +14,7 @@ from psframe.layout import Layout
 __all__ = ["QSGDEncoder"]
 
 _BODIES = """\
-/* Of squares that were lost, or of what is nothing but zeros or not finite. */
+/* Of squares that were lost, or of what is not finite. */
 DEVICE T rare_norm(const T *x) {
     double largest = 0.0, total = 0.0;
     for (int i = 0; i < BUCKET; ++i) {
@@ -22,7 +22,6 @@ DEVICE T rare_norm(const T *x) {
         if (!is_finite(x[i])) return from_bits(QUIET_NAN);
         if (a > largest) largest = a;
     }
-    if (largest == 0.0) return (T)0;
     for (int i = 0; i < BUCKET; ++i) {
         const double part = widen(x[i]) / largest;
         total += part * part;
@@ -64,8 +63,11 @@ KERNEL void quantise(const T *grad, const T *old, T *fresh, int has, u64 key, T 
     __shared__ double y[BUCKET];
     __shared__ u32 codes[BUCKET];
     __shared__ T both[2];
+    __shared__ int some;
     const i64 bucket = blockIdx.x, begin = bucket * BUCKET;
     const int count = size - begin < BUCKET ? (int)(size - begin) : BUCKET;
+    if (threadIdx.x == 0) some = 0;
+    __syncthreads();
     for (int i = threadIdx.x; i < BUCKET; i += blockDim.x) {
         T v = 0;
         if (i < count) {
@@ -73,6 +75,7 @@ KERNEL void quantise(const T *grad, const T *old, T *fresh, int has, u64 key, T 
             v = has ? add(g, old[begin + i]) : g;
             judge(g, v, verdict);
         }
+        if (magnitude(v)) some = 1;
         x[i] = v;
         y[i] = widen(v) * widen(v);
     }
@@ -82,7 +85,7 @@ KERNEL void quantise(const T *grad, const T *old, T *fresh, int has, u64 key, T 
         __syncthreads();
     }
     if (threadIdx.x == 0) {
-        both[0] = norm_of(y[0], x);
+        both[0] = some ? norm_of(y[0], x) : (T)0;
         both[1] = has ? sent_of(both[0], count) : both[0];
         norms[bucket] = both[1];
         /* Words of 8 bytes follow the norms. */
