@@ -485,13 +485,14 @@ def test_another_library_s_kernels_come_first(cupy: FakeCupy, protocol: str) -> 
     job.check([flat, flat])
 
 
-def test_arrays_that_are_on_the_host_or_need_a_cast(cupy: FakeCupy) -> None:
-    job = Job(Float16(), SMALL)
-    flats = [numbers(np.float32, SMALL.size, step) for step in range(3)]
+@pytest.mark.parametrize("layout", [SMALL, LAYOUT], ids=["bounced", "registered"])
+def test_arrays_that_are_on_the_host_or_need_a_cast(cupy: FakeCupy, layout: Layout) -> None:
+    job = Job(Float16(), layout)
+    flats = [numbers(np.float32, layout.size, step) for step in range(3)]
     for step, flat in enumerate(flats):
-        grads = pushed(cupy, SMALL, flat)
+        grads = pushed(cupy, layout, flat)
         if step == 1:
-            grads["b"] = SMALL.views(flat)["b"].astype(np.float64)
+            grads["b"] = layout.views(flat)["b"].astype(np.float64)
         if step == 2:
             grads["w"] = grads["w"].astype(np.float64)
         job.worker.push(grads).wait()
