@@ -81,6 +81,36 @@ def test_cupy_is_asked_how_many_gpus_there_are(
     assert choose_device("auto", 3) == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("raise ValueError('numpy.dtype size changed')", "ValueError: numpy.dtype size changed"),
+        ("raise OSError('libnvrtc.so: cannot open')", "OSError: libnvrtc.so: cannot open"),
+        ("raise ImportError('\\n====\\nbroken:\\n  no _core\\n====\\n')", "broken: no _core"),
+        ("", "AttributeError: module 'cupy' has no attribute 'is_available'"),
+    ],
+)
+def test_cupy_that_is_broken_is_no_gpu_and_says_why(
+    text: str,
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "cupy.py").write_text(text, encoding="ascii")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with caplog.at_level(logging.WARNING, "psframe"):
+        assert choose_device("auto", 0) == choose_device("auto", 1) == "cpu"
+    (line,) = caplog.messages
+    assert why in line
+    with pytest.raises(ValueError, match=r"'cuda' needs a GPU .* there is none") as raised:
+        choose_device("cuda", 0)
+    assert why in str(raised.value)
+    assert "\n" not in str(raised.value)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+
+
 # ---- sharing --------------------------------------------------------------------------------
 
 

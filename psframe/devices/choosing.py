@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,10 @@ from psframe.devices.direct import DirectDevice, Door
 from psframe.layout import Layout
 
 __all__ = ["choose_device", "make_device", "pick_gpu", "use_gpu", "visible_gpus"]
+
+_REASON_CHARS_MAX = 300
+
+_log = logging.getLogger("psframe")
 
 
 def choose_device(device: str, worker: int, visible: int | None = None) -> str:
@@ -31,6 +37,8 @@ def choose_device(device: str, worker: int, visible: int | None = None) -> str:
         return "cpu"
     count = visible_gpus() if visible is None else visible
     if device == "auto" and not count:
+        if visible is None:
+            _warn(_why_unusable())
         return "cpu"
     ordinal = pick_gpu("device", device, worker, "device='cpu' or 'auto'", count)
     return f"cuda:{ordinal}"
@@ -51,9 +59,11 @@ def pick_gpu(what: str, device: str, index: int, remedy: str, visible: int | Non
     """
     count = visible_gpus() if visible is None else visible
     if not count:
+        why = _why_unusable()
         raise ValueError(
             f"{what}: {device!r} needs a GPU that CuPy can use, and there is none;"
             f" take {remedy}, or install psframe[cuda12] or psframe[cuda13]"
+            + (f"; the CuPy that is installed fails with {why}" if why else "")
         )
     number = device.partition(":")[2]
     ordinal = int(number) if number else index % count
@@ -99,9 +109,35 @@ def use_gpu(name: str) -> None:
 
 
 def visible_gpus() -> int:
-    """Count the GPUs that CuPy can use; none without CuPy."""
+    """Count the GPUs that CuPy can use; none without CuPy, or with one that is broken."""
     try:
         import cupy
-    except ImportError:
+
+        return int(cupy.cuda.runtime.getDeviceCount()) if cupy.is_available() else 0
+    except Exception:  # whatever it is: `_why_unusable` says it to whom it matters
         return 0
-    return int(cupy.cuda.runtime.getDeviceCount()) if cupy.is_available() else 0
+
+
+def _why_unusable() -> str:
+    """Say how CuPy fails; "" if it does not, or is not installed.
+
+    One for another NumPy raises ValueError, one without its libraries ImportError or OSError.
+    """
+    try:
+        import cupy
+
+        cupy.is_available()
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            return ""
+        lines = (line.strip() for line in str(error).splitlines())
+        what = " ".join(line for line in lines if line.strip("="))  # it frames what it says
+        return f"{type(error).__name__}: {what[-_REASON_CHARS_MAX:]}"
+    return ""
+
+
+@functools.cache
+def _warn(why: str) -> None:
+    """Log once that no GPU is used because CuPy fails, if it does."""
+    if why:
+        _log.warning("no GPU is looked for: the CuPy that is installed fails with %s", why)
