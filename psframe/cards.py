@@ -260,12 +260,18 @@ class Cards:
 
     def _too_much(self, shape: Shape) -> str:
         """Say why nothing is to be lent on this rank's GPU, as all find who are on it; or ""."""
-        mine = (0, 0) if self._own is None else memory_of(self._own.gpu)
+        mine, why = (0, 0), ""
+        if self._own is not None:
+            try:
+                mine = memory_of(self._own.gpu)
+            except RuntimeError as error:  # CuPy's for CUDA's; where it computes, all hear of it
+                why = str(error)
         told = self._mesh.all_gather(_MEMORY.pack(*mine), "the GPUs' memory")
         places = self._on_my_gpu()
-        if not places:
-            return ""
         memory = [_MEMORY.unpack(told[rank]) for rank in places]
+        memory = [one for one in memory if one[0]]  # of those who know
+        if why or not memory:
+            return why
         lenders = [rank for rank in places if self._has_partner(rank)]
         return too_much_to_lend(
             self._sum(lenders, shape), memory[0][0], min(free for _, free in memory)

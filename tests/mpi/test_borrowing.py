@@ -341,6 +341,36 @@ def test_a_pair_of_which_one_cannot_open_goes_through_the_host(
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_card_that_does_not_tell_its_memory_is_an_error_only_where_it_computes(
+    cupy: Any, opens: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask makes a CUDA context, which there is no memory for, or which is another process's."""
+    busy = "cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable"
+
+    def fail(*_: object, **__: object) -> Any:
+        raise RuntimeError(busy)
+
+    if SIZE - 1 == RANK:
+        ipc_of(cupy).memGetInfo = fail  # type: ignore[method-assign]
+        if not opens:
+            monkeypatch.setattr(cards, "make_device", fail)
+    with caplog.at_level(logging.INFO, "psframe"):
+        if opens:
+            compare(run("cuda", BSP()), run("cpu", BSP()), BSP())
+        else:
+            own = SIZE - 1 == RANK
+            error = RuntimeError if own else psframe.WorkerFailed
+            with pytest.raises(error, match="DevicesUnavailable"):
+                run("cuda", BSP())
+    assert ipc_of(cupy).open_now == {}
+    assert ipc_of(cupy).lent == (SIZE - 1 != RANK)
+    lines = [line for line in caplog.messages if "CUDA IPC" in line]
+    assert len(lines) == (RANK == 0)
+    assert all(busy in line and f", {SERVERS} do not open" in line for line in lines)
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
     ("what", "said"),
     [("total", "more than a quarter of its 16 MiB"), ("free", "of which 3 MiB are free")],
