@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,11 @@ _MARK = "psframe-answer: "
 # A process that a dead file system holds does not die of SIGKILL; it is left behind.
 _DEATH_BOUND_S = 2.0
 _REASON_CHARS_MAX = 400
+# Of what a process writes the last is kept; one that writes for ever must not take all memory.
+_KEPT_BYTES = 1 << 20
+_PIECE_BYTES = 64 << 10
+# How often to look whether a process has ended whose output stays open: it has left behind another.
+_LOOK_S = 0.05
 
 # The first use of a GPU compiles a kernel, and wakes a driver that nobody keeps awake.
 POINTER_BOUND_S = 90.0
@@ -80,20 +88,13 @@ def ask(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
             env=None if environ is None else dict(environ),
             close_fds=False,  # MPICH's launcher is spoken to through an inherited descriptor
         )
     except OSError as error:
         raise Unknown(f"{command[0]} could not be started: {error.strerror}") from error
-    ended = True
     try:
-        out, err = process.communicate(json.dumps(given), timeout_s)
-    except subprocess.TimeoutExpired as error:
-        ended = False  # perhaps it has answered, and hangs at its end
-        out, err = _text(error.output), _text(error.stderr)
+        out, err, ended = _hear(process, json.dumps(given).encode(), timeout_s)
     finally:
         _end(process)
     marked = [line for line in out.splitlines() if line.startswith(_MARK)]
@@ -102,16 +103,67 @@ def ask(
         raise Unknown(f"{how}: {_last_words(err or out)}")
     try:
         return json.loads(marked[-1][len(_MARK) :])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unknown(f"the answer is no JSON: {error}") from error
 
 
-def _text(output: bytes | str | None) -> str:
-    """Read what had come before a bound; communicate gives bytes then."""
-    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
+def _hear(
+    process: subprocess.Popen[bytes], given: bytes, timeout_s: float
+) -> tuple[str, str, bool]:
+    """Give a process its input until it has ended, or its time is over.
+
+    Returns:
+        The last of what it has written, to stdout and to stderr, and whether it has ended.
+    """
+    assert process.stdin is not None, "a pipe"
+    assert process.stdout is not None, "a pipe"
+    assert process.stderr is not None, "a pipe"
+    deadline = time.monotonic() + timeout_s
+    heard = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    out, err = heard.values()
+    with selectors.DefaultSelector() as pipes:
+        pipes.register(process.stdin.fileno(), selectors.EVENT_WRITE)
+        for number in heard:
+            pipes.register(number, selectors.EVENT_READ)
+        unread = set(heard)
+        while unread and (left_s := deadline - time.monotonic()) > 0:
+            ready = pipes.select(min(left_s, _LOOK_S))
+            if not ready and process.poll() is not None:
+                break  # perhaps another has its output, and would hold this one up
+            for number in (key.fd for key, _ in ready):
+                if number in heard:
+                    if not _read_some(number, heard[number]):
+                        pipes.unregister(number)
+                        unread.discard(number)
+                else:
+                    given = _write_some(number, given)
+                    if not given:
+                        pipes.unregister(number)
+                        process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, deadline - time.monotonic()))
+    ended = process.poll() is not None
+    return out.decode("utf-8", "replace"), err.decode("utf-8", "replace"), ended
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _write_some(number: int, given: bytes) -> bytes:
+    """Write as much as a pipe takes at least; give the rest, none if nobody reads it."""
+    try:
+        return given[os.write(number, given[: select.PIPE_BUF]) :]
+    except BrokenPipeError:
+        return b""
+
+
+def _read_some(number: int, heard: bytearray) -> bool:
+    """Read what is there; False at the end."""
+    piece = os.read(number, _PIECE_BYTES)
+    heard += piece
+    if len(heard) > 2 * _KEPT_BYTES:
+        del heard[:-_KEPT_BYTES]
+    return bool(piece)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,43 @@ def test_who_hangs_after_the_answer_has_answered() -> None:
     # A bound in which a process starts on a busy machine; it is waited for to the end.
     code = "answer(7); import signal; signal.pause()"
     assert asked(code, timeout_s=3.0) == 7
+
+
+def test_of_what_a_process_writes_for_long_the_last_is_kept() -> None:
+    flood = "import os\nfor _ in range(1024): os.write(1, bytes(65536))\n"
+    assert asked(f"{flood}answer(7)") == 7
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unknown, match="ended with status 0"):
+            asked(flood)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_who_is_left_behind_with_its_output_does_not_hold_an_answer_up(tmp_path: Path) -> None:
+    left = tmp_path / "pid"
+    fork = f"""
+import os, pathlib, signal
+child = os.fork()
+if not child:
+    signal.pause()
+pathlib.Path({str(left)!r}).write_text(str(child))
+"""
+    try:
+        assert asked(f"{fork}answer(7)") == 7
+        os.kill(int(left.read_text()), signal.SIGKILL)
+        with pytest.raises(Unknown, match="ended with status 3"):
+            asked(f"{fork}os._exit(3)", timeout_s=10.0)
+    finally:
+        os.kill(int(left.read_text()), signal.SIGKILL)
+
+
+def test_more_is_given_than_a_pipe_takes_at_once() -> None:
+    given = ["x" * (1 << 20)]
+    assert asked("import sys, json; answer(len(json.load(sys.stdin)[0]))", given=given) == 1 << 20
+    with pytest.raises(Unknown, match="ended with status 0"):
+        asked("pass", given=given)
 
 
 def test_a_program_that_is_not_there_is_told() -> None:
