@@ -203,6 +203,39 @@ def test_what_cuda_does_not_close_is_told_to_the_owners(
     own.close_file()
 
 
+class Gathered:
+    """The ranks of a run: two servers, of which the first could not open what the worker lends."""
+
+    rank, names = 2, (0, 1, 2)
+
+    def all_gather(self, data: bytes, what: str) -> list[bytes]:
+        other = bytearray(len(data))
+        if what == "who has opened it":
+            return [bytes([0, 0, said]) + bytes(other[3:]) for said in (1, 2)] + [data]
+        return [bytes(other), bytes(other), data]
+
+
+def test_what_cuda_does_not_close_of_a_pair_that_does_not_use_it_ends_no_run(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = [Stuck("cudaErrorIllegalAddress"), Stuck()]
+    ones = iter(opened)
+    monkeypatch.setattr(borrowing, "_open", lambda *_: next(ones))
+    segments = {rank: Segment.create(1, 10, np.float32) for rank in (0, 1)}
+    ids = [identify("cuda:0")] * 3
+    own = Segment.create(1, 10, np.float32)
+    mine = borrowing.lend_and_open(
+        Gathered(), own, segments, gpu="cuda:0", ids=ids, shape=lambda _: (1, 10), dtype=np.float32
+    )
+    assert [one.tries for one in opened] == [1, 0]
+    assert (set(mine.opened), mine.partners, set(mine.theirs)) == ({1}, {1}, {1})
+    assert "cudaErrorIllegalAddress" in caplog.text
+    mine.close()
+    assert card_words(own)[2] == 2, "the owners keep it"
+    for segment in (own, *segments.values()):
+        segment.close_file()
+
+
 def test_what_one_rank_has_lent_is_closed_alone() -> None:
     opened = {3: Stuck(), 4: Stuck()}
     mine = Borrowing(opened=dict(opened))  # type: ignore[arg-type]

@@ -163,17 +163,16 @@ def lend_and_open(
     )
     everyone = mesh.all_gather(told, "who has opened it")
     both = {r for r in wanted if told[r] == everyone[r][mesh.rank] == _OPEN_TO}
-    for rank in opened.keys() - both:
-        opened.pop(rank).close()
+    theirs = {rank: segments[rank] for rank in both}
+    mine = Borrowing(lent, opened, frozenset(both), own, theirs)
+    for rank in sorted(opened.keys() - both):
+        mine.drop(rank)
     if mesh.rank == 0:
         _announce(everyone)
     if _failed(everyone):  # before what others have opened, and do not use, is freed
         mesh.all_gather(b"\0", "the GPU memory that nobody uses")
-    lenders = _lenders(offers, everyone)
-    if not both:
-        return Borrowing(lenders=lenders)
-    theirs = {rank: segments[rank] for rank in both}
-    return Borrowing(lent, opened, frozenset(both), own, theirs, lenders=lenders)
+    mine.lenders = _lenders(offers, everyone)
+    return mine if both else Borrowing(lenders=mine.lenders)
 
 
 def _lend(
