@@ -2,8 +2,8 @@
 
 Its stream does nothing before somebody synchronises: launches, products and copies wait in a queue,
 so that memory which is reused too early is seen. Threads of a block take turns at each barrier, up
-and down in turn. New memory is full of NaN, and what lies around it is checked. Blocks are smaller
-than on a GPU, so that small arrays have many.
+and down in turn, and so do blocks begin. New memory is full of NaN, and what lies around it is
+checked. Blocks are smaller than on a GPU, so that small arrays have many.
 """
 
 from __future__ import annotations
@@ -72,12 +72,14 @@ static void resume(void) {
 }
 
 static void run_together(void) {
+    static int downwards; /* every other block begins so */
     const int threads = blockDim.x;
+    downwards = !downwards;
     memset(done, 0, sizeof done);
     for (int round = 0, left = threads; left; ++round) {
         const int before = left;
         for (int i = 0; i < threads; ++i) {
-            current = round % 2 ? threads - 1 - i : i;
+            current = round % 2 == downwards ? threads - 1 - i : i;
             threadIdx.x = current;
             resume();
             left -= done[current];
