@@ -163,7 +163,8 @@ def find_place(python: str, environ: Mapping[str, str] = os.environ) -> Place | 
             reasons.append(f"{candidate}: {found}")
         else:
             return _place(path, found, environ)
-    return "; ".join(reasons) or f"{python} is no interpreter"
+    said = "; ".join(reasons) or f"{python} is no interpreter"
+    return f"{said} (PYTHON=... names another one)"
 
 
 def _look(python: str, environ: Mapping[str, str]) -> dict[str, Any] | str:

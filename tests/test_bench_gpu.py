@@ -243,7 +243,8 @@ def test_an_interpreter_that_is_not_there(
     scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scripts.on_gpu, "ROOT", tmp_path)
-    assert scripts.on_gpu.find_place("no-such-python") == "no-such-python is no interpreter"
+    reason = scripts.on_gpu.find_place("no-such-python")
+    assert reason == "no-such-python is no interpreter (PYTHON=... names another one)"
 
 
 def test_a_command_is_ended_with_its_children(scripts: Any) -> None:
