@@ -4,6 +4,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _HERE in item.path.parents and item.get_closest_marker("mpi") is None:
             item.add_marker(pytest.mark.mpi)
+
+
+@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
+def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A stand-in of CuPy with one GPU, whose streams work as late as they may, or at once."""
+    from fake_cupy import FakeCupy, installed
+
+    with installed(FakeCupy(gpus=1)) as fake:
+        fake.cuda.eager = request.param
+        yield fake
+    assert fake.cuda.runtime.registered == {}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

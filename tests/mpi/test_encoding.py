@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy, installed
+from fake_cupy import FakeCupy
 from mpi4py import MPI
 
 import psframe
@@ -31,14 +30,6 @@ def start(n: int) -> dict[str, Any]:
         "w": np.linspace(-1.0, 1.0, 30 * n, dtype=np.float32).reshape(n, 30),
         "b": np.linspace(0.5, 2.0, 70, dtype=np.float32),
     }
-
-
-@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def cupy(request: pytest.FixtureRequest) -> Iterator[FakeCupy]:
-    with installed(FakeCupy(gpus=1)) as fake:
-        fake.cuda.eager = request.param
-        yield fake
-    assert fake.cuda.runtime.registered == {}
 
 
 def train(device: str, mode: Any, n: int, **options: Any) -> psframe.Result:

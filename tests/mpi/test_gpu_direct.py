@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from aware_mpi import AwareMesh
-from fake_cupy import FakeCupy, installed
+from fake_cupy import FakeCupy
 from mpi4py import MPI
 
 import psframe
@@ -63,14 +62,6 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
     for module in (mpi, transfers):
         monkeypatch.setattr(module, "PIECE_BYTES", 256 << 10)
     return made
-
-
-@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def cupy(request: pytest.FixtureRequest) -> Iterator[FakeCupy]:
-    with installed(FakeCupy(gpus=1)) as fake:
-        fake.cuda.eager = request.param
-        yield fake
-    assert fake.cuda.runtime.registered == {}
 
 
 def computed(params: Any, worker: int, step: int) -> dict[str, Any]:
