@@ -14,10 +14,16 @@ _failed = pytest.StashKey[bool]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder ``mpi``, so that none is left out of ``-m mpi``."""
+    """Mark every test of this folder ``mpi``, so that none is left out of ``-m mpi``.
+
+    And ``stand_in`` those that have a stand-in of CuPy.
+    """
     for item in items:
-        if _HERE in item.path.parents and item.get_closest_marker("mpi") is None:
-            item.add_marker(pytest.mark.mpi)
+        if _HERE in item.path.parents:
+            if item.get_closest_marker("mpi") is None:
+                item.add_marker(pytest.mark.mpi)
+            if "cupy" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.stand_in)
 
 
 @pytest.fixture(params=[False, True], ids=["lazy", "eager"])
