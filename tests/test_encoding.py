@@ -284,6 +284,25 @@ def test_powersgd_of_what_has_no_direction_and_of_what_is_too_large(
     assert (ends.residuals()[1][:3000] > np.finfo(dtype).max / 4).all()
 
 
+@by_dtype
+def test_powersgd_of_what_overflows_when_it_is_decoded(late: FakeCupy, dtype: Any) -> None:
+    """Without a residual that has it the gradient is refused; and no residual becomes infinite."""
+    layout = layout_of(dtype, w=(60, 50), b=(9,))
+    grad = np.zeros(layout.size, dtype)
+    grad[:3000] = np.finfo(dtype).max / 2
+    ends = Ends(late, PowerSGD(2, error_feedback=False), layout, 0, layout.size)
+    assert ends.encode(grad)[2] == 1
+    assert ends.encode(np.ones(layout.size))[2] == 0
+    ends = Ends(late, PowerSGD(2), layout, 0, layout.size)
+    decoder, out = PowerSGD(2).decoder(layout, 0, layout.size), np.empty(layout.size, dtype)
+    for part in (8.5, 9.0, 10.0, 12.0, 16.0):  # of rank 1; Q is about 55 of these
+        grad[:3000] = np.finfo(dtype).max / dtype(part * 55)
+        payload, verdict = ends.encode(grad)[1:]
+        decoder.decode(np.frombuffer(payload, np.uint8), out)
+        assert (verdict, np.isfinite(out).all()) == (0, True)
+        assert np.isfinite(ends.residuals()[1]).all()
+
+
 def test_what_has_no_encoder(late: FakeCupy) -> None:
     double, single = layout_of(np.float64), layout_of(np.float32)
     clipped = TopK(0.1, clip_norm=1.0)

@@ -92,14 +92,14 @@ class PowerSGDEncoder(DeviceEncoder):
         self._launch("add_all", blocks, grad, old, fresh, has, bad, count, verdict, size)
         x = fresh if feedback else grad
         if self._count:
-            self._factorise(x, out, has)
+            self._factorise(x, out, has, verdict)
         pieces = int(self._table.data.ptr), np.int32(self._pieces)
         self._launch("leave", self._chunks, x, fresh, has, out, *pieces)
         every = np.int64(self._elements)
         self._launch("spoil", blocks_for(self._elements), out, verdict, every)
         return self.bytes_max
 
-    def _factorise(self, x: int, out: int, has: np.int32) -> None:
+    def _factorise(self, x: int, out: int, has: np.int32, verdict: int) -> None:
         """Queue P and Q of all matrices, and the directions of the next push."""
         arrays = self._starts, self._next, self._raw, self._basis, self._partial, self._matrices
         starts, following, raw, basis, partial, matrices = (int(a.data.ptr) for a in arrays)
@@ -110,4 +110,4 @@ class PowerSGDEncoder(DeviceEncoder):
         self._launch("orthonormalise", self._count, raw, basis, out, matrices)
         self._launch("multiply_slabs", self._tiles, x, out, partial, matrices, count)
         self._launch("sum_slabs", lines, partial, out, bad, matrices)
-        self._launch("begin_next", lines, out, bad, has, following, key, matrices)
+        self._launch("begin_next", lines, out, bad, has, following, key, matrices, verdict)

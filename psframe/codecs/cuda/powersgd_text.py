@@ -190,19 +190,22 @@ KERNEL void sum_slabs(const T *partial, T *elements, int *bad, const i64 *matric
         for (i64 slab = 0; slab < slabs; ++slab)
             sum = add(sum, partial[m[PART] + (slab * RANK + r) * columns + c]);
         q[c] = sum;
-        if (!is_finite(sum)) atomicOr(bad + matrix, 1);
+        /* Elements of P are 1 at most: what is decoded from it and Q is finite then, too. */
+        if (!is_finite(mul(sum, (T)(2 * RANK)))) atomicOr(bad + matrix, 1);
     }
 }
 
-/* A block a line: what is above the range of T is not sent, and the next push begins with Q's rows,
-   or anew where there are none. */
-KERNEL void begin_next(T *elements, const int *bad, int has, T *next, u64 key,
-                       const i64 *matrices) {
+/* A block a line: what is above the range of T is not sent (without a residual, where it would be
+   lost, the gradient is refused), and the next push begins with Q's rows, or anew where there are
+   none. */
+KERNEL void begin_next(T *elements, const int *bad, int has, T *next, u64 key, const i64 *matrices,
+                       int *verdict) {
     __shared__ double y[THREADS];
     const int matrix = blockIdx.x / RANK, r = blockIdx.x % RANK, lost = bad[matrix];
     const i64 *m = matrices + FIELDS * matrix;
     const i64 columns = m[COLUMNS];
     T *q = elements + m[AT] + m[ROWS] * RANK + r * columns, *to = next + m[START] + r * columns;
+    if (lost && !has && threadIdx.x == 0) atomicOr(verdict, 1);
     if (lost) {
         for (i64 c = threadIdx.x; c < columns; c += blockDim.x)
             q[c] = has ? (T)0 : from_bits(QUIET_NAN);

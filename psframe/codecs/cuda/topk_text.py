@@ -194,7 +194,7 @@ KERNEL void take(T *x, T *velocity, int has, const T *scale, const Found *found,
         const B m = magnitude(part[i]);
         if (m > least || (m == least && ties < wanted)) {
             const u64 at = place + (ties < wanted ? ties : wanted);
-            values[at] = mul(part[i], has ? (T)1 : *scale);
+            values[at] = is_finite(part[i]) ? mul(part[i], has ? (T)1 : *scale) : part[i];
             indices[at] = (u32)(begin + i);
             if (has) x[begin + i] = 0;
             if (velocity) velocity[begin + i] = 0;
