@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -59,6 +60,17 @@ def _folder_of_launchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         if not _under_launcher:
             patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("launchers")))
         yield
+
+
+@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
+def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A stand-in of CuPy with two GPUs, whose streams work as late as they may, or at once."""
+    from fake_cupy import FakeCupy, installed
+
+    with installed(FakeCupy()) as fake:
+        fake.cuda.eager = request.param
+        yield fake
+    assert fake.cuda.runtime.registered == {}, "something stays registered"
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy, ForeignArray, installed
+from fake_cupy import FakeCupy, ForeignArray
 from scripted import Script
 
 from psframe.client import Worker
@@ -27,14 +27,6 @@ N = 300_000  # 1.2 MB of float32: registered, and five pieces
 LAYOUT = Layout.of({"w": np.zeros((N - 3,), np.float32), "b": np.zeros(3, np.float32)})
 SMALL = Layout.of({"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)})
 DOUBLE = Layout.of({"w": np.zeros(1000)})
-
-
-@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def cupy(request: pytest.FixtureRequest) -> Iterator[FakeCupy]:
-    with installed(FakeCupy()) as fake:
-        fake.cuda.eager = request.param
-        yield fake
-    assert fake.cuda.runtime.registered == {}, "something stays registered"
 
 
 @pytest.fixture

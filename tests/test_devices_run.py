@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy, installed
+from fake_cupy import FakeCupy
 
 import psframe
 from psframe import BSP, SSP, Async, optim
@@ -19,14 +18,6 @@ START = {
     "b": np.linspace(0.5, 2.0, 70, dtype=np.float32),
 }
 MODES = pytest.mark.parametrize("mode", [Async(), SSP(1), BSP()], ids=repr)
-
-
-@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def cupy(request: pytest.FixtureRequest) -> Iterator[FakeCupy]:
-    with installed(FakeCupy()) as fake:
-        fake.cuda.eager = request.param
-        yield fake
-    assert fake.cuda.runtime.registered == {}
 
 
 def gradients(params: Any, worker: int, step: int) -> dict[str, Any]:

@@ -60,14 +60,6 @@ SIZE = layout_of(np.float32).size
 SHARDS = [(0, SIZE), (16, 16), (527, 528), (0, 512), (512, SIZE), (16, 1040)]
 
 
-@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
-def cupy(request: pytest.FixtureRequest) -> Iterator[FakeCupy]:
-    with installed(FakeCupy()) as fake:
-        fake.cuda.eager = request.param
-        yield fake
-    assert fake.cuda.runtime.registered == {}, "something stays registered"
-
-
 @pytest.fixture
 def late() -> Iterator[FakeCupy]:
     with installed(FakeCupy()) as fake:

@@ -21,31 +21,7 @@ pytestmark = pytest.mark.gpu
 
 N = 4_000_000  # 16 MB: its copies take as long as thirty kernels
 LAYOUT = Layout.of({"w": np.zeros((N - 3,), np.float32), "b": np.zeros(3, np.float32)})
-SPIN = r"""
-extern "C" __global__ void spin(long long cycles) {
-    const long long begin = clock64();
-    while (clock64() - begin < cycles) { }
-}
-"""
 CYCLES = 20_000_000  # 10 to 20 ms
-
-
-@pytest.fixture
-def cupy() -> Any:
-    return pytest.importorskip("cupy")
-
-
-@pytest.fixture
-def slow(cupy: Any) -> Callable[[Any], None]:
-    """Keep a stream busy for a while."""
-    kernel = cupy.RawKernel(SPIN, "spin")
-
-    def spin(stream: Any) -> None:
-        with stream:
-            kernel((1,), (1,), (np.int64(CYCLES),))
-
-    spin(cupy.cuda.get_current_stream())
-    return spin
 
 
 @pytest.fixture

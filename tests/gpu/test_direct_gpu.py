@@ -25,13 +25,6 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 N = 4_000_000
 LAYOUT = Layout.of({"w": np.zeros((N - 3,), np.float32), "b": np.zeros(3, np.float32)})
-SPIN = r"""
-extern "C" __global__ void spin(long long cycles) {
-    const long long begin = clock64();
-    while (clock64() - begin < cycles) { }
-}
-"""
-CYCLES = 20_000_000  # 10 to 20 ms
 # Reads slot 0 of what another process has lent, each time it is told to, and says what is there.
 TOLD = """
 import sys
@@ -68,23 +61,6 @@ class Hatch:
         self.empty = empty
 
 
-@pytest.fixture
-def cupy() -> Any:
-    return pytest.importorskip("cupy")
-
-
-@pytest.fixture
-def spin(cupy: Any) -> Callable[[], None]:
-    """Keep the current stream busy for a while."""
-    kernel = cupy.RawKernel(SPIN, "spin")
-
-    def run() -> None:
-        kernel((1,), (1,), (np.int64(CYCLES),))
-
-    run()
-    return run
-
-
 def slot_of(layout: Layout) -> GradientSlot:
     return GradientSlot(layout, np.full(layout.size, np.nan, layout.dtype))
 
@@ -96,12 +72,12 @@ def read(cupy: Any, array: Any) -> Any:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_gradient_is_whole_when_mpi_is_told_of_it(cupy: Any, spin: Any, own: bool) -> None:
+def test_a_gradient_is_whole_when_mpi_is_told_of_it(cupy: Any, slow: Any, own: bool) -> None:
     hatch, slot = Hatch(near=[(100, 5000)]), slot_of(LAYOUT)
     device = DirectDevice(0, LAYOUT, hatch, gradients=True, parameters=True)
     grads = device.staging(0, slot.arrays) if own else None
     for step in range(4):
-        spin()
+        slow()
         given = grads
         if given is None:
             given = {name: cupy.empty(v.shape, np.float32) for name, v in slot.arrays.items()}
@@ -120,7 +96,7 @@ def test_a_gradient_is_whole_when_mpi_is_told_of_it(cupy: Any, spin: Any, own: b
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_gradient_is_whole_when_a_process_that_has_opened_it_is_told(
-    cupy: Any, spin: Any, own: bool
+    cupy: Any, slow: Any, own: bool
 ) -> None:
     """Though the kernels that make it are late; a process is told sooner than they are done."""
     lent, hatch, slot = Lent("cuda:0", 2, N, np.float32), Hatch(), slot_of(LAYOUT)
@@ -137,7 +113,7 @@ def test_a_gradient_is_whole_when_a_process_that_has_opened_it_is_told(
         for step in range(4):
             given = {name: cupy.empty(v.shape, np.float32) for name, v in slot.arrays.items()}
             given = staging if own else given
-            spin()
+            slow()
             for array in given.values():
                 array[...] = step + 1
             assert device.fetch(0, given, slot, False, None) == (True, 0.0)
@@ -181,7 +157,7 @@ def test_what_is_not_finite_or_partly_on_the_host_leaves_from_the_host(cupy: Any
     device.close()
 
 
-def test_parameters_that_have_landed_are_there_for_the_current_stream(cupy: Any, spin: Any) -> None:
+def test_parameters_that_have_landed_are_there_for_the_current_stream(cupy: Any, slow: Any) -> None:
     hatch, half = Hatch(), N // 2
     device = DirectDevice(0, LAYOUT, hatch, gradients=False, parameters=True)
     landings = [(hatch.empty(half), hatch.empty(N - half)) for _ in range(2)]
@@ -193,7 +169,7 @@ def test_parameters_that_have_landed_are_there_for_the_current_stream(cupy: Any,
             for landing in landings[step % 2]:
                 landing[...] = step
         arriving.synchronize()
-        spin()  # the parameters before are still read behind it
+        slow()  # the parameters before are still read behind it
         params = device.params(landings[step % 2])
         results.append(params["w"] * 1.0)
     for step, result in enumerate(results):

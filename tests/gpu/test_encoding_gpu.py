@@ -31,30 +31,6 @@ CODECS: dict[str, Any] = {
     "qsgd": QSGD(127),
     "qsgd5, no feedback": QSGD(5, error_feedback=False),
 }
-SPIN = r"""
-extern "C" __global__ void spin(long long cycles) {
-    const long long begin = clock64();
-    while (clock64() - begin < cycles) { }
-}
-"""
-CYCLES = 20_000_000  # 10 to 20 ms
-
-
-@pytest.fixture
-def cupy() -> Any:
-    return pytest.importorskip("cupy")
-
-
-@pytest.fixture
-def slow(cupy: Any) -> Callable[[], None]:
-    """Keep the current stream busy for a while."""
-    kernel = cupy.RawKernel(SPIN, "spin")
-
-    def spin() -> None:
-        kernel((1,), (1,), (np.int64(CYCLES),))
-
-    spin()
-    return spin
 
 
 def numbers(dtype: Any, size: int, seed: int) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fake_cupy import FakeCupy
 from mpi4py import MPI
+from on_stand_ins import push_by_turns
 
 import psframe
 from psframe import BSP, SSP, Async, optim
@@ -30,14 +31,7 @@ def train(device: str, mode: Any, shared: bool, **options: Any) -> psframe.Resul
         for step in range(6):
             slope = np.float32(0.25 * worker.index + 0.125 * step)
             grads = {name: params[name] * np.float32(0.5) + slope for name in params}
-            if step % 2:
-                for name, array in worker.gradients().items():
-                    array[...] = grads[name]
-                pending = worker.push(None)
-            else:
-                pending = worker.push(grads)
-                for array in grads.values():
-                    array[...] = np.zeros(array.shape, np.float32)
+            pending = push_by_turns(worker, grads, step)
             if step == 3:
                 params = worker.pull()
                 assert pending.wait().applied

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fake_cupy import FakeCupy
 from mpi4py import MPI
+from on_stand_ins import push_by_turns
 
 import psframe
 from psframe import BSP, SSP, Async, codecs, optim
@@ -42,14 +43,7 @@ def train(device: str, mode: Any, n: int, **options: Any) -> psframe.Result:
             grads = {name: params[name] * np.float32(0.5) + slope for name in params}
             if step == 4:
                 grads["b"][3:4] = np.full(1, np.nan, np.float32)
-            if step % 2:
-                for name, array in worker.gradients().items():
-                    array[...] = grads[name]
-                pending = worker.push(None)
-            else:
-                pending = worker.push(grads)
-                for array in grads.values():
-                    array[...] = np.zeros(array.shape, np.float32)
+            pending = push_by_turns(worker, grads, step)
             params = worker.pull()
             assert pending.wait().applied == (step != 4)
 
