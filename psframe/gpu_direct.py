@@ -137,7 +137,7 @@ def explain(decision: Decision, *, gradients: bool, parameters: bool) -> str:
         return f"what is on GPUs goes to MPI through the host: {decision.why}"
     direct = {"gradients": gradients, "parameters": parameters}
     host = [what for what, is_direct in direct.items() if not is_direct]
-    but = f"; but workers' {' and '.join(host)} go through the host, where they are read"
+    but = f"; but not workers' {' and '.join(host)}: they are coded, or read on the host, first"
     return f"MPI is given what is on GPUs as it is: {decision.why}{but if host else ''}"
 
 

@@ -16,6 +16,12 @@ from psframe.layout import Layout
 __all__ = ["choose_device", "make_device", "pick_gpu", "use_gpu", "visible_gpus"]
 
 _REASON_CHARS_MAX = 300
+_ABSENT = "CuPy is not installed"
+# By what is wrong with CuPy, nothing if it only sees no GPU.
+_ADVICE = {
+    _ABSENT: ", or install psframe[cuda12] or psframe[cuda13]",
+    "": "; CuPy is installed and sees none (nvidia-smi, CUDA_VISIBLE_DEVICES)",
+}
 
 _log = logging.getLogger("psframe")
 
@@ -61,9 +67,8 @@ def pick_gpu(what: str, device: str, index: int, remedy: str, visible: int | Non
     if not count:
         why = _why_unusable()
         raise ValueError(
-            f"{what}: {device!r} needs a GPU that CuPy can use, and there is none;"
-            f" take {remedy}, or install psframe[cuda12] or psframe[cuda13]"
-            + (f"; the CuPy that is installed fails with {why}" if why else "")
+            f"{what}: {device!r} needs a GPU that CuPy can use, and there is none; take {remedy}"
+            + _ADVICE.get(why, f"; the CuPy that is installed fails with {why}")
         )
     number = device.partition(":")[2]
     ordinal = int(number) if number else index % count
@@ -119,7 +124,7 @@ def visible_gpus() -> int:
 
 
 def _why_unusable() -> str:
-    """Say how CuPy fails; "" if it does not, or is not installed.
+    """Say how CuPy fails; "" if it does not, `_ABSENT` if it is not installed.
 
     One for another NumPy raises ValueError, one without its libraries ImportError or OSError.
     """
@@ -129,7 +134,7 @@ def _why_unusable() -> str:
         cupy.is_available()
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
-            return ""
+            return _ABSENT
         lines = (line.strip() for line in str(error).splitlines())
         what = " ".join(line for line in lines if line.strip("="))  # it frames what it says
         return f"{type(error).__name__}: {what[-_REASON_CHARS_MAX:]}"
@@ -139,5 +144,5 @@ def _why_unusable() -> str:
 @functools.cache
 def _warn(why: str) -> None:
     """Log once that no GPU is used because CuPy fails, if it does."""
-    if why:
+    if why not in _ADVICE:
         _log.warning("no GPU is looked for: the CuPy that is installed fails with %s", why)

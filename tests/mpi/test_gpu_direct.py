@@ -261,7 +261,7 @@ def test_what_takes_the_host_s_way(
             assert ends.used()[0] == {sent}
     lines = [line for line in caplog.messages if "what is on GPUs" in line]
     assert len(lines) == (RANK == 0 and "gpu_direct" not in options)
-    assert all("through the host, where they are read" in line for line in lines)
+    assert all("are coded, or read on the host, first" in line for line in lines)
 
 
 @pytest.mark.mpi(min_size=2)
