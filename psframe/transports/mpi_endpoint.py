@@ -19,12 +19,14 @@ from psframe.events import RELEASE_HOLD, Answer, FromWorker, Lease, Push
 from psframe.layout import Array, Layout
 from psframe.transports.borrowing import card_words
 from psframe.transports.in_order import InOrder
+from psframe.transports.letters import Letters, can_write
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers, piece_elements
 from psframe.transports.mpi_post import Post, close, copy_inline
 from psframe.transports.shared_memory import first_apart
 from psframe.transports.streams import STORES_IN_ORDER, Progress
 from psframe.wire import (
+    HEADER_BYTES,
     Delivery,
     Limits,
     Link,
@@ -37,6 +39,7 @@ __all__ = ["MpiEndpoint"]
 
 _INLINE, _RANGE, _ANSWERS = Delivery.INLINE, Delivery.RANGE, (Answer, Lease)
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
+_UNANSWERED = -1  # in place of a request
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 # A gradient of more is announced before it is written, and applied behind the worker; of less, the
 # copying takes no longer than what it takes to follow it. Following costs more where the server has
@@ -87,6 +90,19 @@ class MpiEndpoint:
             bells=neighbours.bells(),
             on_ring=self._patience.rung,
         )
+        self._letters: Letters | None = None
+        if own is not None and self.in_place[0] and can_write(self.servers, self.index):
+            self._letters = Letters(
+                own,
+                neighbours.segments[0],
+                self.index,
+                crowded=neighbours.crowded,
+                bell=neighbours.bells().get(0),
+                on_ring=self._patience.rung,
+            )
+        # The request whose answer tells that the server has taken all that has gone through MPI;
+        # None if it has.
+        self._mailed: int | None = None
         # By server, whether what travels is an array, and not in shared memory or inside a message.
         item, inline = layout.dtype.itemsize, self._post.inline_bytes_max
         self._alone = [
@@ -122,6 +138,7 @@ class MpiEndpoint:
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send a message, and the gradient with it unless the server reads it in place."""
+        self._mailed = getattr(message, "seq", _UNANSWERED)
         if not isinstance(message, Push) or (self.in_place[server] and not message.arriving):
             self._post.send(server, message)
             return
@@ -172,6 +189,12 @@ class MpiEndpoint:
 
     def start(self, seq: int, slot: int, version: int, arriving: bool) -> None:
         """Send a plain push_pull; see `Direct`."""
+        n_bytes = self._slots[slot].nbytes if arriving else 0
+        letters = self._letters
+        if letters is not None and self._mailed is None:
+            write_plain_push(letters.push, self.index, seq, slot, version, n_bytes)
+            letters.send()
+            return
         post = self._post
         header = post.header(0)
         if header is None:
@@ -180,13 +203,15 @@ class MpiEndpoint:
                 0, Push(index, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
             )
             return
-        n_bytes = self._slots[slot].nbytes if arriving else 0
+        self._mailed = seq
         write_plain_push(header, self.index, seq, slot, version, n_bytes)
         post.start(0)
 
     def finish(self, seq: int) -> tuple[int, int, int] | None:
         """Wait for its answer; see `Direct`."""
-        post, patience = self._post, self._patience
+        post, patience, letters = self._post, self._patience, self._letters
+        if letters is not None and letters.awaited:
+            return self._finish_letter(letters, seq)
         taken = post.take()  # before all else: it is soon there
         patience.reset()
         while not self._answers:
@@ -194,6 +219,7 @@ class MpiEndpoint:
                 source, n_bytes, buffer = taken
                 answer = read_plain_answer(buffer, n_bytes, seq, self._limits[source])
                 if answer is not None:
+                    self._mailed = None
                     return answer
                 other = self._read(*taken)
                 if other is not None:
@@ -202,6 +228,24 @@ class MpiEndpoint:
             elif not self._transfers.progress():
                 patience.wait(busy=self._unfinished)
             taken = post.take(once=patience.asleep)
+        return None
+
+    def _finish_letter(self, letters: Letters, seq: int) -> tuple[int, int, int] | None:
+        post, patience = self._post, self._patience
+        patience.reset()
+        while not self._answers:
+            if letters.take(once=patience.asleep):
+                answer = read_plain_answer(letters.answer, HEADER_BYTES, seq, self._limits[0])
+                if answer is not None:
+                    return answer
+                other = self._read(0, HEADER_BYTES, letters.answer)
+            else:
+                taken = post.take(once=True)
+                other = None if taken is None else self._read(*taken)
+                if taken is None and not self._transfers.progress():
+                    patience.wait(busy=self._unfinished)
+            if other is not None:
+                self._answers.append(other)
         return None
 
     @property
@@ -319,14 +363,19 @@ class MpiEndpoint:
 
     def _take(self) -> tuple[int, Answer | Lease] | None:
         """Take a message; give it if it is whole and the next in order."""
+        letters = self._letters
+        if letters is not None and letters.awaited and letters.take(once=True):
+            return self._read(0, HEADER_BYTES, letters.answer)
         taken = self._post.take(once=self._patience.asleep)
         return None if taken is None else self._read(*taken)
 
     def _read(
-        self, source: int, n_bytes: int, buffer: bytearray
+        self, source: int, n_bytes: int, buffer: bytearray | memoryview
     ) -> tuple[int, Answer | Lease] | None:
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         assert isinstance(answer, _ANSWERS), "the limits of the link allow no other"
+        if answer.seq == self._mailed and source == 0:
+            self._mailed = None
         inbox = self._inbox
         if delivery in _SENT and isinstance(answer, Answer):
             land = self._land(source, answer)

@@ -21,6 +21,7 @@ from psframe.errors import MessageError
 from psframe.events import (
     ALL_REQUESTS,
     NO_BUFFER,
+    RELEASE_HOLD,
     Answer,
     Arrived,
     Joined,
@@ -39,6 +40,7 @@ from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
 from psframe.transports.borrowing import card_words
 from psframe.transports.frames import Frames
 from psframe.transports.in_order import InOrder
+from psframe.transports.letters import Desk, can_write
 from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers, WrongLength
 from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
@@ -51,6 +53,7 @@ from psframe.wire import (
     Link,
     decode,
     encode,
+    encode_into,
     payload_limit,
     read_plain_push,
     write_plain_answer,
@@ -65,6 +68,8 @@ _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 _PAUSE_S = 200e-6
 _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 _NONE, _ANSWERS = Reason.NONE, (Answer, Lease)
+# Pushes of so many bytes that are handled here before the caller may look up, and of more.
+_SMALL_BYTES, _ANSWERS_MAX = 1 << 20, 8
 _ANSWERED = object()  # what is taken in place of an event that has been handled
 
 # Of a leader: (worker, seq, slot, version read, arriving) -> see `Leader.push_pull`.
@@ -130,6 +135,7 @@ class MpiServerPort:
             bells=neighbours.bells(),
             on_ring=self._patience.rung,
         )
+        self._desk = self._make_desk()
         self._limits = [self._make_limits(rank, layout) for rank in range(mesh.size)]
         self.push_pull: PushPull | None = None
         self._transfers = Transfers(mesh.watch)
@@ -138,6 +144,8 @@ class MpiServerPort:
         self._distrusted: set[int] = set()
         self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot, oldest first
         self._turn = False
+        small = self._elements * self._dtype.itemsize <= _SMALL_BYTES
+        self._answers_max = _ANSWERS_MAX if small else 1
         self._progress: dict[tuple[int, int], Progress] = {}
         # Ranks that others have replaced, of whom nothing comes through any more; and the others.
         self._replaced: set[int] = set()
@@ -152,10 +160,10 @@ class MpiServerPort:
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one.
 
-        None also when a push has been handled here.
+        None also when pushes have been handled here.
         """
         events, patience = self._events, self._patience
-        deadline = 0.0
+        deadline, left = 0.0, self._answers_max
         while not events:
             # By turns, or those who pull in a loop would hold a gradient up, or it them.
             self._turn = not self._turn
@@ -164,7 +172,12 @@ class MpiServerPort:
             event = self._take()
             if event is not None:
                 patience.reset()
-                return None if event is _ANSWERED else event  # type: ignore[return-value]
+                if event is not _ANSWERED:
+                    return event  # type: ignore[return-value]
+                left -= 1
+                if left > 0:
+                    continue
+                return None
             if self._progress_transfers() or (self._streams and self._follow()):
                 patience.reset()
             elif patience.wait(busy=bool(self._streams) or self._unfinished):
@@ -196,6 +209,11 @@ class MpiServerPort:
                 link.send(encode(answer))
             return
         if isinstance(answer, Lease) or answer.buffer == NO_BUFFER or self._shared[worker]:
+            desk = self._desk
+            if desk is not None and isinstance(answer, Answer) and desk.expects(worker, answer.seq):
+                encode_into(answer, desk.answers[worker])
+                desk.send(worker)
+                return
             self._post.send(rank, answer)
             return
         array = self._sent(answer)
@@ -320,15 +338,23 @@ class MpiServerPort:
 
         _ANSWERED if it has been handled at once.
         """
-        source = 0
+        source, desk = 0, self._desk
+        if desk is not None:
+            worker = desk.take()
+            if worker >= 0:
+                desk.busy = True
+                return self._take_letter(desk, worker)
         if self._links:
             linked = self._take_from_links()
             if linked is not None:
                 return linked
         try:
-            taken = self._post.take(once=self._patience.asleep)
+            once = self._patience.asleep or (desk is not None and desk.busy)
+            taken = self._post.take(once=once)
             if taken is None:
                 return None
+            if desk is not None:
+                desk.busy = False
             source, n_bytes, buffer = taken
             if self._replaced and source in self._replaced:
                 self._turn_away(source)
@@ -365,6 +391,28 @@ class MpiServerPort:
         self._inbox.add(source, event)  # type: ignore[arg-type]  # the limits of the link allow it
         return None
 
+    def _take_letter(self, desk: Desk, worker: int) -> object:
+        """Give the event of a letter; _ANSWERED if it has been handled at once."""
+        source = self._neighbours.servers + worker
+        if self._replaced and source in self._replaced:
+            self._turn_away(source)
+            return None
+        plain = read_plain_push(desk.pushes[worker], HEADER_BYTES, self._limits[source])
+        if plain is None:
+            self._distrust(source, MessageError("a letter in shared memory is no plain push_pull"))
+            return None
+        _, seq, slot, version, arriving = plain
+        desk.expect(worker, seq)
+        if self.push_pull is not None and self._answer(source, *plain):
+            return _ANSWERED
+        if arriving:
+            self._open(source, worker, slot)
+        push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
+        if not self._inbox.held:
+            return push
+        self._inbox.add(source, push)
+        return None
+
     def _answer(
         self, source: int, worker: int, seq: int, slot: int, version: int, arriving: bool
     ) -> bool:
@@ -385,6 +433,11 @@ class MpiServerPort:
         if arriving:
             del self._streams[worker, slot]
         staleness, index, version = out
+        desk = self._desk
+        if desk is not None and desk.expects(worker, seq):
+            write_plain_answer(desk.answers[worker], worker, seq, staleness, index, version)
+            desk.send(worker)
+            return True
         buffer = self._post.header(source)
         if buffer is None:
             self.to_worker(
@@ -554,6 +607,25 @@ class MpiServerPort:
         if self._decoder is None or self._shared[worker]:
             return None
         return self._decoder.bytes_max
+
+    def _make_desk(self) -> Desk | None:
+        neighbours = self._neighbours
+        bells = neighbours.bells()
+        near = {
+            worker: neighbours.segments[neighbours.servers + worker]
+            for worker, shares in enumerate(self._shared)
+            if shares and can_write(neighbours.servers, worker)
+        }
+        if not near or neighbours.own is None:
+            return None
+        return Desk(
+            neighbours.own,
+            near,
+            bells={worker: bells[1 + worker] for worker in near if 1 + worker in bells},
+            alone=all(self._shared),
+            crowded=neighbours.crowded,
+            on_ring=self._patience.rung,
+        )
 
     def _make_limits(self, rank: int, layout: Layout) -> Limits:
         servers, leads = self._neighbours.servers, self._mesh.rank == 0

@@ -390,7 +390,7 @@ class _Nobody(_Peer):
         return False
 
 
-def copy_inline(target: Array, buffer: bytearray, n_bytes: int) -> None:
+def copy_inline(target: Array, buffer: bytearray | memoryview, n_bytes: int) -> None:
     """Copy the array inside a message to where it belongs."""
     target.view(np.uint8)[:] = np.frombuffer(buffer, np.uint8, n_bytes, HEADER_BYTES)
 

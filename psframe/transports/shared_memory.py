@@ -94,11 +94,11 @@ class Segment:
         offset = _PAGE + index * _stride(self._size, self._dtype)
         return np.frombuffer(self._mapping, self._dtype, self._size, offset)
 
-    def words(self, index: int) -> memoryview:
-        """64 bytes of the first page, a cache line; `index` is 0 to 31, and they are 0 at first."""
-        begin = _LINE * (1 + index)
-        assert begin + _LINE <= _PAGE, "beyond the first page"
-        return memoryview(self._mapping)[begin : begin + _LINE]
+    def words(self, index: int, lines: int = 1) -> memoryview:
+        """64 bytes of the first page, a cache line, or some; `index` is 0 to 62. 0 at first."""
+        begin, end = _LINE * (1 + index), _LINE * (1 + index + lines)
+        assert end <= _PAGE, "beyond the first page"
+        return memoryview(self._mapping)[begin:end]
 
     def close_file(self) -> None:
         """Close the maker's file once everyone has opened it; the mapping stays."""

@@ -1,0 +1,191 @@
+"""Plain push_pulls and their answers in memory that a worker and the only server share.
+
+A letter is a header of `wire` in the worker's first page, and a number which tells that it is
+there: who writes it stores that last, and another one each time. The numbers of all workers' pushes
+lie side by side in the server's memory, so that one look tells whether any has come. On x86 plain
+stores are seen in their order (Intel SDM vol. 3, 9.2); elsewhere there are no letters.
+
+All else goes through MPI, which knows nothing of letters. So a worker writes one only when the
+server has taken all that it has sent otherwise, and sends nothing more until it is answered: what
+it sends is handled in its order. The answer to a letter is a letter, whatever it says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from itertools import chain
+
+from psframe.transports.bell import Bell
+from psframe.transports.shared_memory import Segment
+from psframe.transports.streams import STORES_IN_ORDER
+from psframe.wire import HEADER_BYTES
+
+__all__ = ["Desk", "Letters", "can_write"]
+
+# In a worker's first page: its push, and the answer with its number behind it; in the server's, the
+# numbers of the pushes.
+_PUSH_LINE, _ANSWER_LINE, _LETTER_LINES = 40, 42, 2
+_BOARD_LINE, _BOARD_LINES = 40, 16
+_WORKERS_MAX = 8 * _BOARD_LINES
+_NUMBER = slice(HEADER_BYTES, HEADER_BYTES + 8)
+
+# Looks in one go, of some 50 ns each; where ranks exceed cores a yield follows each. Then other
+# messages are looked for, as they are after so many letters one after the other.
+_LOOKS, _LOOKS_CROWDED, _ONCE = range(40), range(10), range(1)
+_IN_A_ROW = 32
+
+
+def can_write(servers: int, worker: int) -> bool:
+    """Say whether a worker that shares memory with server 0 may write letters."""
+    return STORES_IN_ORDER and servers == 1 and worker < _WORKERS_MAX
+
+
+class Letters:
+    """A worker's end.
+
+    Args:
+        own, server: the memory of the worker, and of the server.
+        worker: which.
+        crowded: whether the node has more ranks than cores.
+        bell: where the server sleeps, if it sleeps at one.
+        on_ring: called when it has been woken.
+
+    Attributes:
+        push, answer: HEADER_BYTES, to be written before `send`, and to be read after `take`.
+        awaited: whether a push has been sent whose answer has not been taken.
+    """
+
+    def __init__(
+        self,
+        own: Segment,
+        server: Segment,
+        worker: int,
+        *,
+        crowded: bool,
+        bell: Bell | None,
+        on_ring: Callable[[], None],
+    ) -> None:
+        self.push = own.words(_PUSH_LINE, _LETTER_LINES)[:HEADER_BYTES]
+        answer = own.words(_ANSWER_LINE, _LETTER_LINES)
+        self.answer = answer[:HEADER_BYTES]
+        self.awaited = False
+        self._came = answer[_NUMBER].cast("q")
+        self._board = server.words(_BOARD_LINE, _BOARD_LINES).cast("q")
+        self._worker = worker
+        self._number = 0
+        self._looks = _LOOKS_CROWDED if crowded else _LOOKS
+        self._crowded = crowded
+        self._bell = bell
+        self._on_ring = on_ring
+
+    def send(self) -> None:
+        """Send what has been written to `push`."""
+        self.awaited = True
+        self._number = self._board[self._worker] = self._number + 1
+        bell = self._bell
+        if bell is not None and bell.words[0]:
+            bell.ring()
+            self._on_ring()
+
+    def take(self, *, once: bool = False) -> bool:
+        """Wait a little for the awaited answer, or look `once`; True if it is in `answer` now.
+
+        It is good until the next `send`.
+        """
+        came, number, crowded = self._came, self._number, self._crowded
+        for _ in _ONCE if once else self._looks:
+            if came[0] == number:
+                self.awaited = False
+                return True
+            if crowded:
+                os.sched_yield()
+        return False
+
+
+class Desk:
+    """The server's end.
+
+    Args:
+        own: the server's memory.
+        segments: by worker, the memory of those who may write letters; at least one.
+        bells: by worker, where they sleep, if they sleep at one.
+        alone: whether nobody else sends what is in a hurry.
+        crowded, on_ring: as for `Letters`.
+
+    Attributes:
+        pushes, answers: by worker, HEADER_BYTES: what `take` has found, and what `send` sends.
+        busy: whether letters are what comes, so that it pays to wait for one; the caller's.
+    """
+
+    def __init__(
+        self,
+        own: Segment,
+        segments: Mapping[int, Segment],
+        *,
+        bells: Mapping[int, Bell],
+        alone: bool,
+        crowded: bool,
+        on_ring: Callable[[], None],
+    ) -> None:
+        top = max(segments) + 1
+        self.pushes: dict[int, memoryview] = {}
+        self.answers: dict[int, memoryview] = {}
+        self._numbers: dict[int, memoryview[int]] = {}
+        for worker, segment in segments.items():
+            self.pushes[worker] = segment.words(_PUSH_LINE, _LETTER_LINES)[:HEADER_BYTES]
+            answer = segment.words(_ANSWER_LINE, _LETTER_LINES)
+            self.answers[worker] = answer[:HEADER_BYTES]
+            self._numbers[worker] = answer[_NUMBER].cast("q")
+        self.busy = False
+        self._board = own.words(_BOARD_LINE, _BOARD_LINES).cast("q")[:top]
+        self._taken = memoryview(bytearray(8 * top)).cast("q")
+        self._asked: dict[int, int] = {}  # by worker, the request whose answer will be a letter
+        self._bells = bells
+        self._on_ring = on_ring
+        self._looks = _LOOKS_CROWDED if crowded else _LOOKS
+        self._crowded = crowded
+        self._in_a_row_max = _IN_A_ROW if alone else 1
+        self._in_a_row = 0
+        self._first = 0  # whose turn it is
+
+    def take(self) -> int:
+        """Give a worker whose push has come, each in turn; -1 if it is other messages' turn."""
+        if self._in_a_row < self._in_a_row_max:
+            board, taken, crowded = self._board, self._taken, self._crowded
+            for _ in self._looks if self.busy else _ONCE:
+                if board != taken:
+                    self._in_a_row += 1
+                    return self._pick()
+                if crowded:
+                    os.sched_yield()
+        self._in_a_row = 0
+        return -1
+
+    def _pick(self) -> int:
+        board, taken, first = self._board, self._taken, self._first
+        for worker in chain(range(first, len(board)), range(first)):
+            number = board[worker]
+            if number != taken[worker]:
+                taken[worker] = number
+                if worker in self.pushes:
+                    self._first = worker + 1
+                    return worker
+        return -1
+
+    def expect(self, worker: int, seq: int) -> None:
+        """Note that the answer to this request will be a letter."""
+        self._asked[worker] = seq
+
+    def expects(self, worker: int, seq: int) -> bool:
+        """Whether the answer to this request is to be a letter."""
+        return self._asked.get(worker) == seq
+
+    def send(self, worker: int) -> None:
+        """Send what has been written to the worker's answer."""
+        del self._asked[worker]
+        self._numbers[worker][0] = self._taken[worker]
+        bell = self._bells.get(worker)
+        if bell is not None and bell.words[0]:
+            bell.ring()
+            self._on_ring()
