@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from psframe.transports.letters import can_write
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "tests" / "mpi" / "failing_job.py"
 VENVS = [name for name in (".venv", ".venv-mpich") if (ROOT / name / "bin" / "mpirun").exists()]
@@ -350,6 +352,30 @@ def test_who_sends_what_is_no_payload_counts_as_lost(venv: str, elements: int) -
     done = finished(venv, "-n", "4", program=[program, str(elements)])
     assert "lost (2,), version 6" in done.stdout, done.stderr
     assert f"got {2 * elements - 2} bytes, expected {2 * elements}" in done.stderr
+
+
+@pytest.mark.skipif(not can_write(1, 0), reason="this machine has no letters")
+@pytest.mark.parametrize("venv", VENVS)
+def test_who_writes_a_letter_without_sense_counts_as_lost(venv: str) -> None:
+    """Its first push went through MPI, and of the others each has three."""
+    program = ROOT / "tests" / "mpi" / "lying_letter_job.py"
+    done = finished(venv, "-n", "4", program=[program, "push"])
+    assert "lost (2,), version 7" in done.stdout, done.stderr
+    assert "a letter in shared memory is no plain push_pull" in done.stderr
+
+
+@pytest.mark.skipif(not can_write(1, 0), reason="this machine has no letters")
+@pytest.mark.parametrize("venv", VENVS)
+def test_a_server_that_writes_a_letter_without_sense_ends_the_run(venv: str) -> None:
+    program = ROOT / "tests" / "mpi" / "lying_letter_job.py"
+    done = finished(venv, "-n", "3", program=[program, "answer"])
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert [line.split(":")[:2] for line in told] == [
+        ["rank 0", " WorkerFailed"],
+        ["rank 1", " MessageError"],
+        ["rank 2", " WorkerFailed"],
+    ], done.stderr
+    assert all("an answer to no request: 1234" in line for line in told), told
 
 
 @pytest.mark.parametrize(("more", "said"), [(-64, "359936 bytes"), (64, "more bytes")])

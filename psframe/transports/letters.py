@@ -5,9 +5,10 @@ there: who writes it stores that last, and another one each time. The numbers of
 lie side by side in the server's memory, so that one look tells whether any has come. On x86 plain
 stores are seen in their order (Intel SDM vol. 3, 9.2); elsewhere there are no letters.
 
-All else goes through MPI, which knows nothing of letters. So a worker writes one only when the
-server has taken all that it has sent otherwise, and sends nothing more until it is answered: what
-it sends is handled in its order. The answer to a letter is a letter, whatever it says.
+All else goes through MPI, which knows nothing of letters. So that all is handled in its order, a
+worker writes one only when the server has taken what it had sent otherwise, and who takes a message
+looks for a letter first, which was sent before it. The answer to a letter is a letter, whatever it
+says.
 """
 
 from __future__ import annotations
@@ -172,6 +173,13 @@ class Desk:
                     self._first = worker + 1
                     return worker
         return -1
+
+    def take_from(self, worker: int) -> bool:
+        """Take a push from this worker, if there is one: true if it is in `pushes`."""
+        if worker not in self.pushes or self._board[worker] == self._taken[worker]:
+            return False
+        self._taken[worker] = self._board[worker]
+        return True
 
     def expect(self, worker: int, seq: int) -> None:
         """Note that the answer to this request will be a letter."""

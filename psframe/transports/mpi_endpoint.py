@@ -39,7 +39,7 @@ __all__ = ["MpiEndpoint"]
 
 _INLINE, _RANGE, _ANSWERS = Delivery.INLINE, Delivery.RANGE, (Answer, Lease)
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
-_UNANSWERED = -1  # in place of a request
+_NO_REQUEST = -2  # no answer has this number
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 # A gradient of more is announced before it is written, and applied behind the worker; of less, the
 # copying takes no longer than what it takes to follow it. Following costs more where the server has
@@ -100,7 +100,7 @@ class MpiEndpoint:
                 bell=neighbours.bells().get(0),
                 on_ring=self._patience.rung,
             )
-        # The request whose answer tells that the server has taken all that has gone through MPI;
+        # The request whose answer will tell that the server has taken all that went through MPI;
         # None if it has.
         self._mailed: int | None = None
         # By server, whether what travels is an array, and not in shared memory or inside a message.
@@ -138,7 +138,7 @@ class MpiEndpoint:
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send a message, and the gradient with it unless the server reads it in place."""
-        self._mailed = getattr(message, "seq", _UNANSWERED)
+        self._mailed = getattr(message, "seq", _NO_REQUEST)
         if not isinstance(message, Push) or (self.in_place[server] and not message.arriving):
             self._post.send(server, message)
             return
@@ -231,21 +231,20 @@ class MpiEndpoint:
         return None
 
     def _finish_letter(self, letters: Letters, seq: int) -> tuple[int, int, int] | None:
-        post, patience = self._post, self._patience
+        answers, patience = self._answers, self._patience
         patience.reset()
-        while not self._answers:
+        while not answers:
             if letters.take(once=patience.asleep):
                 answer = read_plain_answer(letters.answer, HEADER_BYTES, seq, self._limits[0])
                 if answer is not None:
                     return answer
-                other = self._read(0, HEADER_BYTES, letters.answer)
+                item = self._read(0, HEADER_BYTES, letters.answer)
             else:
-                taken = post.take(once=True)
-                other = None if taken is None else self._read(*taken)
-                if taken is None and not self._transfers.progress():
+                item = self._take()
+                if item is None and not self._transfers.progress():
                     patience.wait(busy=self._unfinished)
-            if other is not None:
-                self._answers.append(other)
+            if item is not None:
+                answers.appendleft(item)
         return None
 
     @property
@@ -364,17 +363,27 @@ class MpiEndpoint:
     def _take(self) -> tuple[int, Answer | Lease] | None:
         """Take a message; give it if it is whole and the next in order."""
         letters = self._letters
-        if letters is not None and letters.awaited and letters.take(once=True):
-            return self._read(0, HEADER_BYTES, letters.answer)
-        taken = self._post.take(once=self._patience.asleep)
-        return None if taken is None else self._read(*taken)
+        if letters is None or not letters.awaited:
+            taken = self._post.take(once=self._patience.asleep)
+            return None if taken is None else self._read(*taken)
+        item = None
+        if not letters.take(once=True):
+            taken = self._post.take(once=True)
+            if taken is None:
+                return None
+            item = self._read(*taken)
+            if not letters.take(once=True):
+                return item
+        if item is not None:  # the letter was sent before it
+            self._answers.append(item)
+        return self._read(0, HEADER_BYTES, letters.answer)
 
     def _read(
         self, source: int, n_bytes: int, buffer: bytearray | memoryview
     ) -> tuple[int, Answer | Lease] | None:
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         assert isinstance(answer, _ANSWERS), "the limits of the link allow no other"
-        if answer.seq == self._mailed and source == 0:
+        if answer.seq == self._mailed:
             self._mailed = None
         inbox = self._inbox
         if delivery in _SENT and isinstance(answer, Answer):

@@ -353,14 +353,18 @@ class MpiServerPort:
             taken = self._post.take(once=once)
             if taken is None:
                 return None
-            if desk is not None:
-                desk.busy = False
             source, n_bytes, buffer = taken
             if self._replaced and source in self._replaced:
                 self._turn_away(source)
                 return None
+            if desk is not None:
+                desk.busy = False
+                if desk.take_from(source - self._neighbours.servers):  # it was sent before
+                    earlier = self._take_letter(desk, source - self._neighbours.servers)
+                    if earlier is not None and earlier is not _ANSWERED:
+                        self._events.append(earlier)  # type: ignore[arg-type]
             limits = self._limits[source]
-            if self.push_pull is not None:
+            if self.push_pull is not None and not self._events:
                 plain = read_plain_push(buffer, n_bytes, limits)
                 if plain is not None and self._answer(source, *plain):
                     return _ANSWERED
@@ -386,7 +390,7 @@ class MpiServerPort:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
             else:
                 self._open(source, event.worker, event.slot)
-        if not self._inbox.held:
+        if not self._inbox.held and not self._events:
             return event
         self._inbox.add(source, event)  # type: ignore[arg-type]  # the limits of the link allow it
         return None
