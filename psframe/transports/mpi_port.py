@@ -1,8 +1,8 @@
 """The server's end of the MPI transport.
 
-Between processes of one node arrays stay in shared memory and messages are doorbells; between
-nodes an array goes inside its message if it is small, and in transfers of its own behind the
-message if it is not.
+Between processes of one node arrays stay in shared memory, and the most common messages, too (see
+`letters`); between nodes an array goes inside its message if it is small, and in transfers of its
+own behind the message if it is not.
 """
 
 from __future__ import annotations
