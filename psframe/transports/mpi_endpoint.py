@@ -44,7 +44,7 @@ _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 # A gradient of more is announced before it is written, and applied behind the worker; of less, the
 # copying takes no longer than what it takes to follow it. Following costs more where the server has
 # no core of its own, or is on another node.
-_STREAM_BYTES, _STREAM_FAR_BYTES = 32 << 10, 256 << 10
+_STREAM_BYTES, _STREAM_FAR_BYTES = 64 << 10, 256 << 10
 
 
 class MpiEndpoint:
