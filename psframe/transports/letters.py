@@ -1,21 +1,20 @@
 """Plain push_pulls and their answers in memory that a worker and the only server share.
 
 A letter is a header of `wire` in the worker's first page, and a number which tells that it is
-there: who writes it stores that last, and another one each time. The numbers of all workers' pushes
+there: who writes it changes that last. The numbers of all workers' pushes
 lie side by side in the server's memory, so that one look tells whether any has come. On x86 plain
 stores are seen in their order (Intel SDM vol. 3, 9.2); elsewhere there are no letters.
 
 All else goes through MPI, which knows nothing of letters. So that all is handled in its order, a
-worker writes one only when the server has taken what it had sent otherwise, and who takes a message
-looks for a letter first, which was sent before it. The answer to a letter is a letter, whatever it
-says.
+worker writes one only when the server has taken what it had sent otherwise, which the answer to a
+push_pull tells, and who takes a message looks for a letter first, which was sent before it. The
+answer to a letter is a letter, whatever it says.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from itertools import chain
 
 from psframe.transports.bell import Bell
 from psframe.transports.shared_memory import Segment
@@ -34,7 +33,7 @@ _NUMBER = slice(HEADER_BYTES, HEADER_BYTES + 8)
 # Looks in one go, of some 50 ns each; where ranks exceed cores a yield follows each. Then other
 # messages are looked for, as they are after so many letters one after the other.
 _LOOKS, _LOOKS_CROWDED, _ONCE = range(40), range(10), range(1)
-_IN_A_ROW = 32
+_IN_A_ROW = 8
 
 
 def can_write(servers: int, worker: int) -> bool:
@@ -74,7 +73,7 @@ class Letters:
         self._came = answer[_NUMBER].cast("q")
         self._board = server.words(_BOARD_LINE, _BOARD_LINES).cast("q")
         self._worker = worker
-        self._number = 0
+        self._before = 0  # the number of the answer that was last
         self._looks = _LOOKS_CROWDED if crowded else _LOOKS
         self._crowded = crowded
         self._bell = bell
@@ -83,7 +82,8 @@ class Letters:
     def send(self) -> None:
         """Send what has been written to `push`."""
         self.awaited = True
-        self._number = self._board[self._worker] = self._number + 1
+        self._before = self._came[0]
+        self._board[self._worker] += 1
         bell = self._bell
         if bell is not None and bell.words[0]:
             bell.ring()
@@ -94,9 +94,9 @@ class Letters:
 
         It is good until the next `send`.
         """
-        came, number, crowded = self._came, self._number, self._crowded
+        came, before, crowded = self._came, self._before, self._crowded
         for _ in _ONCE if once else self._looks:
-            if came[0] == number:
+            if came[0] != before:
                 self.awaited = False
                 return True
             if crowded:
@@ -111,12 +111,13 @@ class Desk:
         own: the server's memory.
         segments: by worker, the memory of those who may write letters; at least one.
         bells: by worker, where they sleep, if they sleep at one.
-        alone: whether nobody else sends what is in a hurry.
+        alone: whether all workers have letters.
         crowded, on_ring: as for `Letters`.
 
     Attributes:
         pushes, answers: by worker, HEADER_BYTES: what `take` has found, and what `send` sends.
         busy: whether letters are what comes, so that it pays to wait for one; the caller's.
+        alone: as given; the caller's.
     """
 
     def __init__(
@@ -146,39 +147,42 @@ class Desk:
         self._on_ring = on_ring
         self._looks = _LOOKS_CROWDED if crowded else _LOOKS
         self._crowded = crowded
-        self._in_a_row_max = _IN_A_ROW if alone else 1
+        self.alone = alone
         self._in_a_row = 0
-        self._first = 0  # whose turn it is
+        self._next = 0  # whose turn it is
 
     def take(self) -> int:
         """Give a worker whose push has come, each in turn; -1 if it is other messages' turn."""
-        if self._in_a_row < self._in_a_row_max:
+        if self._in_a_row < (_IN_A_ROW if self.alone else 1):
             board, taken, crowded = self._board, self._taken, self._crowded
             for _ in self._looks if self.busy else _ONCE:
                 if board != taken:
                     self._in_a_row += 1
                     return self._pick()
-                if crowded:
+                if crowded and self.busy:
                     os.sched_yield()
         self._in_a_row = 0
         return -1
 
     def _pick(self) -> int:
-        board, taken, first = self._board, self._taken, self._first
-        for worker in chain(range(first, len(board)), range(first)):
-            number = board[worker]
-            if number != taken[worker]:
-                taken[worker] = number
-                if worker in self.pushes:
-                    self._first = worker + 1
-                    return worker
+        worker, workers = self._next, len(self._board)
+        for _ in range(workers):
+            if self.take_from(worker):
+                self._next = (worker + 1) % workers
+                return worker
+            worker = (worker + 1) % workers
+        for worker in set(range(workers)) - self.pushes.keys():  # nobody's numbers
+            self._taken[worker] = self._board[worker]
         return -1
 
     def take_from(self, worker: int) -> bool:
         """Take a push from this worker, if there is one: true if it is in `pushes`."""
-        if worker not in self.pushes or self._board[worker] == self._taken[worker]:
+        if worker not in self.pushes:
             return False
-        self._taken[worker] = self._board[worker]
+        number, taken = self._board[worker], self._taken
+        if number == taken[worker]:
+            return False
+        taken[worker] = number
         return True
 
     def expect(self, worker: int, seq: int) -> None:
@@ -192,7 +196,7 @@ class Desk:
     def send(self, worker: int) -> None:
         """Send what has been written to the worker's answer."""
         del self._asked[worker]
-        self._numbers[worker][0] = self._taken[worker]
+        self._numbers[worker][0] += 1
         bell = self._bells.get(worker)
         if bell is not None and bell.words[0]:
             bell.ring()

@@ -39,7 +39,6 @@ __all__ = ["MpiEndpoint"]
 
 _INLINE, _RANGE, _ANSWERS = Delivery.INLINE, Delivery.RANGE, (Answer, Lease)
 _IN_PLACE = frozenset({Delivery.IN_PLACE})
-_NO_REQUEST = -2  # no answer has this number
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 # A gradient of more is announced before it is written, and applied behind the worker; of less, the
 # copying takes no longer than what it takes to follow it. Following costs more where the server has
@@ -100,9 +99,7 @@ class MpiEndpoint:
                 bell=neighbours.bells().get(0),
                 on_ring=self._patience.rung,
             )
-        # The request whose answer will tell that the server has taken all that went through MPI;
-        # None if it has.
-        self._mailed: int | None = None
+        self._mailed = False  # whether the server may have still to take what went through MPI
         # By server, whether what travels is an array, and not in shared memory or inside a message.
         item, inline = layout.dtype.itemsize, self._post.inline_bytes_max
         self._alone = [
@@ -138,7 +135,7 @@ class MpiEndpoint:
 
     def send(self, server: int, message: FromWorker) -> None:
         """Send a message, and the gradient with it unless the server reads it in place."""
-        self._mailed = getattr(message, "seq", _NO_REQUEST)
+        self._mailed = True
         if not isinstance(message, Push) or (self.in_place[server] and not message.arriving):
             self._post.send(server, message)
             return
@@ -191,7 +188,7 @@ class MpiEndpoint:
         """Send a plain push_pull; see `Direct`."""
         n_bytes = self._slots[slot].nbytes if arriving else 0
         letters = self._letters
-        if letters is not None and self._mailed is None:
+        if letters is not None and not self._mailed:
             write_plain_push(letters.push, self.index, seq, slot, version, n_bytes)
             letters.send()
             return
@@ -203,7 +200,6 @@ class MpiEndpoint:
                 0, Push(index, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
             )
             return
-        self._mailed = seq
         write_plain_push(header, self.index, seq, slot, version, n_bytes)
         post.start(0)
 
@@ -219,7 +215,7 @@ class MpiEndpoint:
                 source, n_bytes, buffer = taken
                 answer = read_plain_answer(buffer, n_bytes, seq, self._limits[source])
                 if answer is not None:
-                    self._mailed = None
+                    self._mailed = False
                     return answer
                 other = self._read(*taken)
                 if other is not None:
@@ -361,7 +357,7 @@ class MpiEndpoint:
         self._slot_sends[slot] -= 1
 
     def _take(self) -> tuple[int, Answer | Lease] | None:
-        """Take a message; give it if it is whole and the next in order."""
+        """Take a message or the awaited letter; give it if it is whole and the next in order."""
         letters = self._letters
         if letters is None or not letters.awaited:
             taken = self._post.take(once=self._patience.asleep)
@@ -381,10 +377,9 @@ class MpiEndpoint:
     def _read(
         self, source: int, n_bytes: int, buffer: bytearray | memoryview
     ) -> tuple[int, Answer | Lease] | None:
+        """Read a message or a letter; give it if it is whole and the next in order."""
         answer, delivery, payload_bytes = decode(buffer, n_bytes, self._limits[source])
         assert isinstance(answer, _ANSWERS), "the limits of the link allow no other"
-        if answer.seq == self._mailed:
-            self._mailed = None
         inbox = self._inbox
         if delivery in _SENT and isinstance(answer, Answer):
             land = self._land(source, answer)

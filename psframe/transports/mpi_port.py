@@ -68,8 +68,6 @@ _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
 _PAUSE_S = 200e-6
 _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 _NONE, _ANSWERS = Reason.NONE, (Answer, Lease)
-# Pushes of so many bytes that are handled here before the caller may look up, and of more.
-_SMALL_BYTES, _ANSWERS_MAX = 1 << 20, 8
 _ANSWERED = object()  # what is taken in place of an event that has been handled
 
 # Of a leader: (worker, seq, slot, version read, arriving) -> see `Leader.push_pull`.
@@ -144,8 +142,6 @@ class MpiServerPort:
         self._distrusted: set[int] = set()
         self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot, oldest first
         self._turn = False
-        small = self._elements * self._dtype.itemsize <= _SMALL_BYTES
-        self._answers_max = _ANSWERS_MAX if small else 1
         self._progress: dict[tuple[int, int], Progress] = {}
         # Ranks that others have replaced, of whom nothing comes through any more; and the others.
         self._replaced: set[int] = set()
@@ -160,10 +156,10 @@ class MpiServerPort:
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one.
 
-        None also when pushes have been handled here.
+        None also when a push has been handled here.
         """
         events, patience = self._events, self._patience
-        deadline, left = 0.0, self._answers_max
+        deadline = 0.0
         while not events:
             # By turns, or those who pull in a loop would hold a gradient up, or it them.
             self._turn = not self._turn
@@ -172,12 +168,7 @@ class MpiServerPort:
             event = self._take()
             if event is not None:
                 patience.reset()
-                if event is not _ANSWERED:
-                    return event  # type: ignore[return-value]
-                left -= 1
-                if left > 0:
-                    continue
-                return None
+                return None if event is _ANSWERED else event  # type: ignore[return-value]
             if self._progress_transfers() or (self._streams and self._follow()):
                 patience.reset()
             elif patience.wait(busy=bool(self._streams) or self._unfinished):
@@ -297,6 +288,8 @@ class MpiServerPort:
         self._links[rank] = link
         self._neighbours.segments[rank] = segment
         self._shared[worker] = True
+        if self._desk is not None:
+            self._desk.alone = False
         self._gradients[worker] = [None] * SLOTS
         if self._borrowed.pop(worker, None) is not None:
             # Its pushes were dropped when it was lost, and between events no copy is under way.
@@ -358,11 +351,7 @@ class MpiServerPort:
                 self._turn_away(source)
                 return None
             if desk is not None:
-                desk.busy = False
-                if desk.take_from(source - self._neighbours.servers):  # it was sent before
-                    earlier = self._take_letter(desk, source - self._neighbours.servers)
-                    if earlier is not None and earlier is not _ANSWERED:
-                        self._events.append(earlier)  # type: ignore[arg-type]
+                self._take_earlier(desk, source - self._neighbours.servers)
             limits = self._limits[source]
             if self.push_pull is not None and not self._events:
                 plain = read_plain_push(buffer, n_bytes, limits)
@@ -372,6 +361,12 @@ class MpiServerPort:
         except MessageError as error:
             self._distrust(error.source if isinstance(error, TooLong) else source, error)
             return None
+        return self._deliver(source, event, delivery, buffer, payload_bytes)
+
+    def _deliver(
+        self, source: int, event: Any, delivery: Delivery, buffer: bytearray, payload_bytes: int
+    ) -> object:
+        """Have the array of a message come where it belongs; give the event if it is the next."""
         if delivery is not _IN_PLACE and isinstance(event, Push):
             if self._decoder is not None:
                 payload = self._payload(event, payload_bytes)
@@ -392,8 +387,16 @@ class MpiServerPort:
                 self._open(source, event.worker, event.slot)
         if not self._inbox.held and not self._events:
             return event
-        self._inbox.add(source, event)  # type: ignore[arg-type]  # the limits of the link allow it
+        self._inbox.add(source, event)
         return None
+
+    def _take_earlier(self, desk: Desk, worker: int) -> None:
+        """Take the letter that the sender of a message has sent before it, if there is one."""
+        desk.busy = False
+        if desk.take_from(worker):
+            event: Any = self._take_letter(desk, worker)
+            if event is not None and event is not _ANSWERED:
+                self._events.append(event)
 
     def _take_letter(self, desk: Desk, worker: int) -> object:
         """Give the event of a letter; _ANSWERED if it has been handled at once."""
@@ -407,8 +410,12 @@ class MpiServerPort:
             return None
         _, seq, slot, version, arriving = plain
         desk.expect(worker, seq)
-        if self.push_pull is not None and self._answer(source, *plain):
-            return _ANSWERED
+        try:
+            if self.push_pull is not None and self._answer(source, *plain):
+                return _ANSWERED
+        except MessageError as error:
+            self._distrust(source, error)
+            return None
         if arriving:
             self._open(source, worker, slot)
         push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
@@ -626,7 +633,7 @@ class MpiServerPort:
             neighbours.own,
             near,
             bells={worker: bells[1 + worker] for worker in near if 1 + worker in bells},
-            alone=all(self._shared),
+            alone=len(near) == self.workers,
             crowded=neighbours.crowded,
             on_ring=self._patience.rung,
         )
