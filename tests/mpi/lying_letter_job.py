@@ -1,4 +1,4 @@
-"""A job with a letter that makes no sense: python lying_letter_job.py push|answer."""
+"""A job with a letter that makes no sense: python lying_letter_job.py push|stream|answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from mpi4py import MPI
 
 import psframe
 from psframe.transports.letters import Desk, Letters
+from psframe.transports.streams import Progress
 
 WORLD = MPI.COMM_WORLD
 SEQ = slice(16, 24)  # of a header
+SIZE = 200_000 if sys.argv[1] == "stream" else 100
 
 if sys.argv[1] == "push" and WORLD.rank == WORLD.size - 1:
     send = Letters.send
@@ -21,6 +23,18 @@ if sys.argv[1] == "push" and WORLD.rank == WORLD.size - 1:
         send(end)
 
     Letters.send = lie  # type: ignore[method-assign]
+elif sys.argv[1] == "stream" and WORLD.rank == WORLD.size - 1:
+    honest, opened = Progress.open, []
+
+    def misjudge(progress: Progress) -> None:
+        """Say of the third that all is there, and neither that it is finite nor that it is not."""
+        honest(progress)
+        opened.append(progress)
+        if len(opened) == 3:
+            Progress.advance = Progress.close = lambda *said: None  # type: ignore[method-assign]
+            progress.words[:2] = SIZE, 7
+
+    Progress.open = misjudge  # type: ignore[method-assign]
 elif sys.argv[1] == "answer":
     answer = Desk.send
 
@@ -34,13 +48,13 @@ elif sys.argv[1] == "answer":
 
 def work(worker: psframe.Worker) -> None:
     params = worker.pull()
-    for _ in range(3):
+    for _ in range(4):
         params = worker.push_pull({"w": params["w"]})
 
 
 try:
     result = psframe.run(
-        work, {"w": np.ones(100, np.float32)}, optimizer=psframe.optim.SGD(0.05), device="cpu"
+        work, {"w": np.ones(SIZE, np.float32)}, optimizer=psframe.optim.SGD(0.05), device="cpu"
     )
 except psframe.PsframeError as error:  # raised again it would end the others, who have it to tell
     message = str(error).partition("\n")[0]

@@ -226,8 +226,18 @@ def test_an_answer_comes_also_if_nobody_waited_for_it(
 def test_who_has_no_letters_is_served_beside_those_who_have(
     written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And in its turn: the server looks at MPI after each letter."""
+    made: list[bool] = []
+    init = Desk.__init__
+
+    def noted(desk: Desk, *arguments: Any, alone: bool, **more: Any) -> None:
+        made.append(alone)
+        init(desk, *arguments, alone=alone, **more)
+
+    monkeypatch.setattr(Desk, "__init__", noted)
     monkeypatch.setattr(letters, "_WORKERS_MAX", 1)
     result = pushes(SMALL)
     if RANK == 0:
         assert result.version == STEPS * (SIZE - 1)
+        assert made == [False]
     assert len(written) == (STEPS - 2 if RANK < 2 else 0)
