@@ -380,8 +380,7 @@ class DecidingServer(MarkingServer):
 
     def _apply_pending(self) -> None:
         """Make an update with what has been gathered, so that what counts as applied is."""
-        failed = self.failure is not None and not self.failure[1].interrupted
-        if not self.store.pending or failed or self.diverged:
+        if not self.store.pending or self._broken:
             return
         good = self.store.step()
         if self._followers:

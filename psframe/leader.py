@@ -116,11 +116,7 @@ class Leader(DecidingServer):
         if not (self.stopped and self._n_gone == self.workers):
             return False
         # Nobody waits for the checkpoints of a run that has failed.
-        return not (self._unfinished or self._unsaved) or self._has_failed
-
-    @property
-    def _has_failed(self) -> bool:
-        return not self._followers and (self.failure is not None or self.diverged)
+        return not (self._unfinished or self._unsaved) or (self._broken and not self._followers)
 
     # ---- events --------------------------------------------------------------------------
 

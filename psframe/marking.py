@@ -110,6 +110,12 @@ class MarkingServer(WorkServer):
         self._max_updates: int | None = None
         self._set_due()
 
+    @property
+    def _broken(self) -> bool:
+        """Whether the run has failed or diverged, and was not just interrupted."""
+        failed = self.failure is not None and not self.failure[1].interrupted
+        return failed or self.diverged
+
     # ---- when ------------------------------------------------------------------------------
 
     @property

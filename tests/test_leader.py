@@ -789,6 +789,17 @@ def test_a_run_that_fails_or_diverges_does_not_mark_its_end() -> None:
         assert not marks(out)
 
 
+def test_a_run_that_is_interrupted_waits_for_its_mark() -> None:
+    desk = Desk(2, marks=Marks(at_interrupt=True))
+    desk.push(0)
+    out = [*desk.hears(Leave(0, Failure("KeyboardInterrupt", "SIGTERM", "")))]
+    out += desk.hears(Leave(1, Failure("KeyboardInterrupt", "SIGTERM", "")))
+    assert marks(out) == [(0, 1)]
+    assert not desk.leader.finished
+    desk.hears(Saved(0))
+    assert desk.leader.finished
+
+
 def drawn(number: int) -> tuple[int, int, int, int]:
     return number, 1, 0, 0
 
