@@ -300,18 +300,31 @@ class _ClusterRun:
         watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         if not (plan.trace or plan.spans):  # somebody wants to hear of each push
             port.push_pull = leader.push_pull
-        with self._replacements(plan, leader, port, neighbours) as replacements:
+        with self.interrupts.held():  # the others wait for this rank
+            with self._replacements(plan, leader, port, neighbours) as replacements:
 
-            def look() -> None:
-                watch.tick()
+                def look() -> None:
+                    watch.tick()
+                    if replacements is not None:
+                        replacements.tick()
+
+                grace = Grace(leader, self.interrupts, look)
+                serve_first(grace, port, self.host, plan)
+                cards.close()
                 if replacements is not None:
-                    replacements.tick()
+                    replacements.leave()
+            return self._conclude(plan, leader, port, cards, watch, grace)
 
-            grace = Grace(leader, self.interrupts, look)
-            serve_first(grace, port, self.host, plan)
-            cards.close()
-            if replacements is not None:
-                replacements.leave()
+    def _conclude(
+        self,
+        plan: Plan,
+        leader: Leader,
+        port: MpiServerPort,
+        cards: Cards,
+        watch: Watch,
+        grace: Grace,
+    ) -> tuple[Result, BaseException | None]:
+        """Tell every rank how the run has ended."""
         port.push_pull = None  # a circle: it would hold the run's memory
         summary = _summarise(leader, cards.of_workers, watch, grace)
         error = self._outcome(summary, plan)
@@ -325,18 +338,16 @@ class _ClusterRun:
             return json.dumps(counted_out).encode()
 
         try:
-            with self.interrupts.held():  # the others wait for it
-                port.close()
-                params, traffic = self._collect(plan, leader, bound_s)
-                summary["traffic"] = vars(traffic)
-                told = json.dumps(summary).encode()
-                self.absent = tell_end(self.mesh, told, last_word, bound_s)
+            port.close()
+            params, traffic = self._collect(plan, leader, bound_s)
+            summary["traffic"] = vars(traffic)
+            told = json.dumps(summary).encode()
+            self.absent = tell_end(self.mesh, told, last_word, bound_s)
         except RankLost as lost:
             raise lost from error
         error = error or self._late_interrupt()
-        if error is None:
-            with self.interrupts.held():  # it is complete, whatever comes now
-                self.host.verdict("completed", updates=summary["version"])
+        if error is None:  # it is complete, whatever comes now
+            self.host.verdict("completed", updates=summary["version"])
         self._count_out(counted_out, watch)
         return make_result(plan, summary, params, self.host.path), error
 

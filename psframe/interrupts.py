@@ -17,7 +17,7 @@ __all__ = ["Interrupts", "interrupting", "noting_requests"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _REQUESTS = (signal.SIGUSR1, signal.SIGUSR2)
-
+_HERE = "this one"
 
 # The first request that came where no `Interrupts` was entered, inside of `noting_requests`.
 _noted: list[str] = []
@@ -74,7 +74,8 @@ class Interrupts:
     The verdict is written at once, because Open MPI leaves a rank 0.3 s between SIGTERM and
     SIGKILL. Then KeyboardInterrupt is raised where the program is; while the signals are `held`
     it waits for the next `check`, so that no state machine is left in the middle of a step. A
-    second signal does not wait.
+    second signal does not wait; what other ranks tell of, before or after it came here, is the
+    same signal.
 
     Args:
         verdict: called with the reason at the first signal.
@@ -93,6 +94,9 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
         self._held = False
         self._delicate: Collection[str] = ()
+        # Who was the first to be interrupted: threads and handlers agree by `setdefault`.
+        self._first: dict[str, object] = {}
+        self._came = False  # a signal, here
         self.pass_on: Callable[[int], None] = _nothing
         self.pending = ""
         self.asked = ""
@@ -144,10 +148,14 @@ class Interrupts:
             self._held, self._delicate = True, ()
 
     def take(self, number: int) -> None:
-        """Take a signal that has come to another rank; one that interrupts waits for `check`."""
+        """Take a signal that has come to another rank; the first that interrupts waits for `check`.
+
+        It comes to every rank, as a rule, and at another moment to each.
+        """
+        teller = object()
         if number in _REQUESTS:
             self._ask(number, None)
-        elif not self.pending:
+        elif self._first.setdefault("rank", teller) is teller:
             self.pending = signal.Signals(number).name
             self._verdict(f"{self.pending} received")
 
@@ -164,6 +172,9 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self._verdict(f"{name} received")
+        again, self._came = self._came, True
+        if self._first.setdefault("rank", _HERE) is not _HERE and not again:
+            return  # another rank has told of it
         if not self.pending and (self._held or self._is_delicate(frame)):
             self.pending = name
             self.pass_on(number)

@@ -6,6 +6,7 @@ own and waits for it with a bound.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -422,16 +423,25 @@ def test_a_server_that_makes_no_sense_ends_the_run(venv: str, lie: str, said: st
 
 
 @pytest.mark.parametrize("venv", VENVS)
-@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)], ids=len)
+@pytest.mark.parametrize(
+    ("numbers", "apart_s"),
+    [((signal.SIGTERM,), 0.0), ((signal.SIGUSR1, signal.SIGTERM), 0.0), ((signal.SIGTERM,), 0.1)],
+    ids=["one", "two", "apart"],
+)
 def test_signals_to_all_ranks_leave_a_checkpoint_and_no_stack(
-    start: Callable[..., Job], venv: str, numbers: tuple[signal.Signals, ...]
+    start: Callable[..., Job], venv: str, numbers: tuple[signal.Signals, ...], apart_s: float
 ) -> None:
-    """As of a scheduler that tells the ranks themselves, perhaps twice; the launcher waits."""
+    """As of a scheduler that tells the ranks themselves, perhaps twice; the launcher waits.
+
+    Where it takes a while from one to the next, rank 0 hears of it from another first.
+    """
     job = start(venv, "signals")
     job.wait_until_in_place()
     for number in numbers:
-        for pid in job.pids():
-            os.kill(pid, number)
+        for rank in (1, 2, 0):
+            with contextlib.suppress(ProcessLookupError):  # the job was quicker
+                os.kill(job.pid(rank), number)
+            time.sleep(apart_s)
     assert job.end()["state"] == "interrupted"
     ends = [line for line in job.text.splitlines() if "ends the job" in line]
     assert not ends, job.text

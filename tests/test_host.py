@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -209,6 +210,27 @@ def test_a_signal_is_passed_on_where_it_does_not_raise() -> None:
     for one in passed:
         first.take(one)
     assert (first.asked, first.pending, said) == ("SIGUSR1", "SIGTERM", ["SIGTERM received"])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("here 1 2".split())))
+def test_a_signal_to_all_ranks_interrupts_once(order: tuple[str, ...]) -> None:
+    """However late it comes to each; and then again, for somebody has lost patience."""
+    said: list[str] = []
+    interrupted = 0
+    with Interrupts(said.append) as interrupts, interrupts.held():
+        for where in order:
+            if where == "here":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                interrupts.take(signal.SIGTERM)
+            try:
+                interrupts.check()
+            except KeyboardInterrupt:
+                interrupted += 1
+        assert (interrupted, said[0]) == (1, "SIGTERM received")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
 
 
 def test_what_is_held_is_raised_where_it_is_released() -> None:
