@@ -124,6 +124,22 @@ def test_a_letter_is_found_that_came_before_a_message() -> None:
     assert not desk.take_from(-1)
 
 
+@pytest.mark.parametrize("number", [2**63 - 1, -(2**63), -1])
+def test_numbers_that_others_have_spoilt_cost_nobody_else_anything(number: int) -> None:
+    """Neither end computes with what it reads there."""
+    desk, ends = office([0, 1])
+    for turn in range(2):
+        desk._numbers[0][0] = number  # as worker 0 can, and then the board
+        desk._board[0] = number
+        assert desk.take() == 0  # what it finds is judged by who takes it
+        for worker, end in ends.items():
+            write(end, turn)
+            assert desk.take() == worker
+            desk.expect(worker, turn)
+            answer(desk, worker, turn)
+            assert end.take(once=True)
+
+
 def test_who_has_letters() -> None:
     assert not can_write(2, 0)
     most = letters._WORKERS_MAX

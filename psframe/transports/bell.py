@@ -59,6 +59,13 @@ class Bell:
         self._call(_NUMBER, self._address, _WAIT, 1, ctypes.byref(bound), None, 0)
         self.words[0] = 0
 
+    def wake(self) -> bool:
+        """Ring if its process sleeps, or is about to; say whether it does."""
+        if not self.words[0]:
+            return False
+        self.ring()
+        return True
+
     def ring(self) -> None:
         """Wake the process that sleeps here."""
         self.words[0] = 0

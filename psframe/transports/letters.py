@@ -1,9 +1,9 @@
 """Plain push_pulls and their answers in memory that a worker and the only server share.
 
 A letter is a header of `wire` in the worker's first page, and a number which tells that it is
-there: who writes it changes that last. The numbers of all workers' pushes
-lie side by side in the server's memory, so that one look tells whether any has come. On x86 plain
-stores are seen in their order (Intel SDM vol. 3, 9.2); elsewhere there are no letters.
+there: who writes it changes that last. The numbers of all workers' pushes lie side by side in the
+server's memory, so that one look tells whether any has come. On x86 plain stores are seen in their
+order (Intel SDM vol. 3, 9.2); elsewhere there are no letters.
 
 All else goes through MPI, which knows nothing of letters. So that all is handled in its order, a
 worker writes one only when the server has taken what it had sent otherwise, which the answer to a
@@ -73,6 +73,7 @@ class Letters:
         self._came = answer[_NUMBER].cast("q")
         self._board = server.words(_BOARD_LINE, _BOARD_LINES).cast("q")
         self._worker = worker
+        self._sent = 0  # pushes
         self._before = 0  # the number of the answer that was last
         self._looks = _LOOKS_CROWDED if crowded else _LOOKS
         self._crowded = crowded
@@ -83,10 +84,8 @@ class Letters:
         """Send what has been written to `push`."""
         self.awaited = True
         self._before = self._came[0]
-        self._board[self._worker] += 1
-        bell = self._bell
-        if bell is not None and bell.words[0]:
-            bell.ring()
+        self._sent = self._board[self._worker] = self._sent + 1
+        if self._bell is not None and self._bell.wake():
             self._on_ring()
 
     def take(self, *, once: bool = False) -> bool:
@@ -142,6 +141,7 @@ class Desk:
         self.busy = False
         self._board = own.words(_BOARD_LINE, _BOARD_LINES).cast("q")[:top]
         self._taken = memoryview(bytearray(8 * top)).cast("q")
+        self._sent = 0  # answers
         self._asked: dict[int, int] = {}  # by worker, the request whose answer will be a letter
         self._bells = bells
         self._on_ring = on_ring
@@ -196,8 +196,7 @@ class Desk:
     def send(self, worker: int) -> None:
         """Send what has been written to the worker's answer."""
         del self._asked[worker]
-        self._numbers[worker][0] += 1
+        self._sent = self._numbers[worker][0] = self._sent + 1
         bell = self._bells.get(worker)
-        if bell is not None and bell.words[0]:
-            bell.ring()
+        if bell is not None and bell.wake():
             self._on_ring()

@@ -620,19 +620,19 @@ class MpiServerPort:
         return self._decoder.bytes_max
 
     def _make_desk(self) -> Desk | None:
-        neighbours = self._neighbours
-        bells = neighbours.bells()
-        near = {
-            worker: neighbours.segments[neighbours.servers + worker]
+        neighbours, servers = self._neighbours, self._neighbours.servers
+        near = [
+            worker
             for worker, shares in enumerate(self._shared)
-            if shares and can_write(neighbours.servers, worker)
-        }
+            if shares and can_write(servers, worker)
+        ]
         if not near or neighbours.own is None:
             return None
+        bells = neighbours.bells()
         return Desk(
             neighbours.own,
-            near,
-            bells={worker: bells[1 + worker] for worker in near if 1 + worker in bells},
+            {worker: neighbours.segments[servers + worker] for worker in near},
+            bells={worker: bells[servers + worker] for worker in near if servers + worker in bells},
             alone=len(near) == self.workers,
             crowded=neighbours.crowded,
             on_ring=self._patience.rung,

@@ -338,10 +338,8 @@ class _Peer:
             self._ring()
 
     def _ring(self) -> None:
-        if self._bell is not None and self._bell.words[0]:
-            self._bell.ring()
-            if self._on_ring is not None:
-                self._on_ring()
+        if self._bell is not None and self._bell.wake() and self._on_ring is not None:
+            self._on_ring()
 
     def send(self, message: bytes) -> None:
         """Send a message, or queue it behind those that wait."""
