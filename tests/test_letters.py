@@ -102,6 +102,20 @@ def test_other_messages_have_their_turn(alone: bool, in_a_row: int) -> None:
         assert desk.take() == -1  # nothing there: what follows is counted anew
 
 
+def test_other_messages_are_looked_for_before_the_next_letter_is_waited_for() -> None:
+    """Whoever was answered has first to compute, or at least to look at the answer."""
+    desk, ends = office([0])
+    desk.busy = True
+    looks = iter(range(1000))
+    desk._looks = looks  # type: ignore[assignment]
+    write(ends[0], 1)
+    assert desk.take() == 0
+    assert desk.take() == -1
+    assert next(looks) == 0
+    assert desk.take() == -1
+    assert next(looks, None) is None
+
+
 def test_a_number_that_nobody_may_write_is_passed_over() -> None:
     desk, ends = office([0, 2])
     desk._board[1] = 77

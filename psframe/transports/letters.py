@@ -30,9 +30,10 @@ _BOARD_LINE, _BOARD_LINES = 40, 16
 _WORKERS_MAX = 8 * _BOARD_LINES
 _NUMBER = slice(HEADER_BYTES, HEADER_BYTES + 8)
 
-# Looks in one go, of some 50 ns each; where ranks exceed cores a yield follows each. Then other
-# messages are looked for, as they are after so many letters one after the other.
-_LOOKS, _LOOKS_CROWDED, _ONCE = range(40), range(10), range(1)
+# Looks in one go, of some 100 ns each, a little longer than an answer takes; where ranks exceed
+# cores each follows a yield. Then other messages are looked for, as they are after so many letters
+# one after the other.
+_LOOKS, _LOOKS_CROWDED, _NONE = range(200), range(10), range(0)
 _IN_A_ROW = 8
 
 
@@ -94,13 +95,16 @@ class Letters:
         It is good until the next `send`.
         """
         came, before, crowded = self._came, self._before, self._crowded
-        for _ in _ONCE if once else self._looks:
-            if came[0] != before:
-                self.awaited = False
-                return True
-            if crowded:
-                os.sched_yield()
-        return False
+        if came[0] == before:
+            for _ in _NONE if once else self._looks:
+                if crowded:
+                    os.sched_yield()
+                if came[0] != before:
+                    break
+            else:
+                return False
+        self.awaited = False
+        return True
 
 
 class Desk:
@@ -155,12 +159,17 @@ class Desk:
         """Give a worker whose push has come, each in turn; -1 if it is other messages' turn."""
         if self._in_a_row < (_IN_A_ROW if self.alone else 1):
             board, taken, crowded = self._board, self._taken, self._crowded
-            for _ in self._looks if self.busy else _ONCE:
-                if board != taken:
-                    self._in_a_row += 1
-                    return self._pick()
-                if crowded and self.busy:
-                    os.sched_yield()
+            if board != taken:
+                self._in_a_row += 1
+                return self._pick()
+            # Who has got an answer needs a while for the next: first a look at other messages.
+            if self.busy and (crowded or not self._in_a_row):
+                for _ in self._looks:
+                    if crowded:
+                        os.sched_yield()
+                    if board != taken:
+                        self._in_a_row += 1
+                        return self._pick()
         self._in_a_row = 0
         return -1
 
