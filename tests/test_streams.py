@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from psframe.errors import MessageError
+from psframe.events import Arrived
 from psframe.layout import Layout
 from psframe.optim import SGD, Adam, Average, Grouped
 from psframe.optim.base import Optimizer
-from psframe.store import HeapBuffers, Store
-from psframe.transports.streams import STREAM_BYTES, Progress
+from psframe.server import SLOTS
+from psframe.store import STEP, HeapBuffers, Store
+from psframe.transports import streams
+from psframe.transports.shared_memory import Segment
+from psframe.transports.streams import STREAM_BYTES, BadStream, Progress, Streams
 
 SIZE = 1000
 
@@ -53,6 +57,84 @@ def test_a_verdict_that_cannot_be_is_an_error(finite: int, norm: float) -> None:
     server.words[2:3].view(np.float64)[0] = norm
     with pytest.raises(MessageError, match="is said to be"):
         server.verdict()
+
+
+# ---- many -----------------------------------------------------------------------------------
+
+
+def streams_of(workers: int, size: int = SIZE) -> tuple[Streams, dict[int, Progress]]:
+    """A server's end, and those of workers with memory of their own; the last of them has none."""
+    segments = {1 + worker: Segment.create(SLOTS, size, "f4") for worker in range(workers - 1)}
+    streams = Streams(size, 1, segments)
+    return streams, {rank - 1: Progress(s.words(0), size) for rank, s in segments.items()}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(streams.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_oldest_is_followed_to_its_end(clock: list[float]) -> None:
+    size = 2 * STEP + 1
+    server, workers = streams_of(3, size)
+    for worker in (1, 0):
+        workers[worker].open()
+        server.begin(worker, 0)
+        workers[worker].close(True, 2.0)
+    seen = [server.follow() for _ in range(6)]
+    assert seen == [
+        Arrived(worker, 0, end, end == size, True, 2.0 if end == size else 0.0)
+        for worker in (1, 0)
+        for end in (STEP, 2 * STEP, size)
+    ]
+    assert not server.writing
+    assert server.follow() is None
+
+
+def test_a_younger_one_is_followed_where_the_older_has_paused(clock: list[float]) -> None:
+    server, workers = streams_of(3)
+    for worker in (0, 1):
+        workers[worker].open()
+        server.begin(worker, 0)
+    workers[1].advance(100)
+    assert server.follow() is None
+    clock[0] = 1.0
+    assert server.follow() == Arrived(1, 0, 100, False, True, 0.0)
+
+
+def test_what_the_machine_has_followed_itself_is_over(clock: list[float]) -> None:
+    server, workers = streams_of(2)
+    workers[0].open()
+    server.begin(0, 0)
+    workers[0].close(True, 1.0)
+    there = server.progress(0, 0)
+    assert there is not None
+    there.verdict()
+    assert server.follow() is None
+    assert not server.writing
+
+
+def test_bad_words_are_their_worker_s(clock: list[float]) -> None:
+    server, workers = streams_of(3)
+    for worker in (0, 1):
+        workers[worker].open()
+        server.begin(worker, 0)
+    clock[0] = 1.0
+    workers[1].words[0] = SIZE + 1
+    with pytest.raises(BadStream, match=f"has {SIZE + 1} elements") as caught:
+        server.follow()
+    assert caught.value.worker == 1
+    server.forget(1)
+    workers[0].close(True, 1.0)
+    assert server.follow() == Arrived(0, 0, SIZE, True, True, 1.0)
+
+
+def test_who_shares_no_memory_has_no_words() -> None:
+    server, _ = streams_of(2)
+    assert server.progress(0, 1) is server.progress(0, 1) is not None
+    assert server.progress(1, 0) is None
 
 
 RULES = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from psframe.events import (
 )
 from psframe.layout import Array, Layout
 from psframe.server import ServerMemory
-from psframe.store import STEP, Buffers, HeapBuffers, buffer_count
+from psframe.store import Buffers, HeapBuffers, buffer_count
 from psframe.transports.borrowing import card_words
 from psframe.transports.frames import Frames
 from psframe.transports.in_order import InOrder
@@ -45,7 +45,7 @@ from psframe.transports.meeting import LANDING, SLOTS, Neighbours
 from psframe.transports.mpi import Mesh, Patience, Transfers, WrongLength
 from psframe.transports.mpi_post import Post, TooLong, close, copy_inline
 from psframe.transports.shared_memory import Segment, SegmentBuffers
-from psframe.transports.streams import Progress
+from psframe.transports.streams import BadStream, Streams
 from psframe.wire import (
     HEADER_BYTES,
     Delivery,
@@ -64,8 +64,6 @@ __all__ = ["MpiServerPort"]
 _IN_PLACE = Delivery.IN_PLACE
 _SHARED = frozenset({Delivery.IN_PLACE})
 _SENT = frozenset({Delivery.INLINE, Delivery.RANGE})
-# Who adds nothing for so long, several pieces' time, has paused.
-_PAUSE_S = 200e-6
 _WRITTEN = frozenset({Delivery.IN_PLACE, Delivery.STREAMED})
 _NONE, _ANSWERS = Reason.NONE, (Answer, Lease)
 _ANSWERED = object()  # what is taken in place of an event that has been handled
@@ -74,18 +72,6 @@ _ANSWERED = object()  # what is taken in place of an event that has been handled
 PushPull = Callable[[int, int, int, int, bool], "tuple[int, int, int] | list[Output] | None"]
 
 _log = logging.getLogger("psframe")
-
-
-@dataclass(slots=True)
-class _Stream:
-    """A gradient that is being written into shared memory, and how much of it has been seen."""
-
-    rank: int
-    worker: int
-    slot: int
-    progress: Progress
-    since: float  # when something was added last
-    seen: int = 0
 
 
 class MpiServerPort:
@@ -140,9 +126,8 @@ class MpiServerPort:
         self._inbox: InOrder[ToServer] = InOrder()
         self._events = self._inbox.ready
         self._distrusted: set[int] = set()
-        self._streams: dict[tuple[int, int], _Stream] = {}  # by worker and slot, oldest first
+        self._streams = Streams(self._elements, neighbours.servers, neighbours.segments)
         self._turn = False
-        self._progress: dict[tuple[int, int], Progress] = {}
         # Ranks that others have replaced, of whom nothing comes through any more; and the others.
         self._replaced: set[int] = set()
         self._links: dict[int, Frames] = {}
@@ -151,27 +136,27 @@ class MpiServerPort:
     def memory(self) -> ServerMemory:
         """Where the machine finds gradients and landing areas."""
         gradient = self._gradient_anywhere if self._borrowed else self._gradient
-        return ServerMemory(gradient, self._landing, self._shared, self._progress_of)
+        return ServerMemory(gradient, self._landing, self._shared, self._streams.progress)
 
     def receive(self, timeout_s: float) -> ToServer | None:
         """Take the next event; None after `timeout_s` seconds without one.
 
         None also when a push has been handled here.
         """
-        events, patience = self._events, self._patience
+        events, patience, writing = self._events, self._patience, self._streams.writing
         deadline = 0.0
         while not events:
             # By turns, or those who pull in a loop would hold a gradient up, or it them.
             self._turn = not self._turn
-            if self._streams and self._turn and self._follow():
+            if writing and self._turn and self._follow():
                 break
             event = self._take()
             if event is not None:
                 patience.reset()
                 return None if event is _ANSWERED else event  # type: ignore[return-value]
-            if self._progress_transfers() or (self._streams and self._follow()):
+            if self._progress_transfers() or (writing and self._follow()):
                 patience.reset()
-            elif patience.wait(busy=bool(self._streams) or self._unfinished):
+            elif patience.wait(busy=bool(writing) or self._unfinished):
                 now = time.monotonic()
                 if not deadline:
                     deadline = now + timeout_s
@@ -283,7 +268,7 @@ class MpiServerPort:
             link: its messages. This end stays the caller's, who closes it.
         """
         rank = self._neighbours.servers + worker
-        self._forget_streams(rank)
+        self._streams.forget(worker)
         self._replaced.add(rank)
         self._links[rank] = link
         self._neighbours.segments[rank] = segment
@@ -294,8 +279,6 @@ class MpiServerPort:
         if self._borrowed.pop(worker, None) is not None:
             # Its pushes were dropped when it was lost, and between events no copy is under way.
             self._drop(rank)
-        for slot in range(SLOTS):
-            self._progress.pop((worker, slot), None)
         self._limits[rank] = replace(self._limits[rank], deliveries=_SHARED)
         self._events.append(Joined(worker))
 
@@ -384,7 +367,7 @@ class MpiServerPort:
             elif delivery is Delivery.INLINE:
                 copy_inline(self._gradient(event.worker, event.slot), buffer, payload_bytes)
             else:
-                self._open(source, event.worker, event.slot)
+                self._streams.begin(event.worker, event.slot)
         if not self._inbox.held and not self._events:
             return event
         self._inbox.add(source, event)
@@ -417,7 +400,7 @@ class MpiServerPort:
             self._distrust(source, error)
             return None
         if arriving:
-            self._open(source, worker, slot)
+            self._streams.begin(worker, slot)
         push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
         if not self._inbox.held:
             return push
@@ -432,7 +415,7 @@ class MpiServerPort:
         if self._inbox.held:
             return False
         if arriving:
-            self._open(source, worker, slot)
+            self._streams.begin(worker, slot)
         out = self.push_pull(worker, seq, slot, version, arriving)
         if out is None:
             return False
@@ -442,7 +425,7 @@ class MpiServerPort:
                 self.to_worker(one)
             return True
         if arriving:
-            del self._streams[worker, slot]
+            self._streams.end(worker, slot)
         staleness, index, version = out
         desk = self._desk
         if desk is not None and desk.expects(worker, seq):
@@ -515,58 +498,22 @@ class MpiServerPort:
         return True
 
     def _follow(self) -> bool:
-        """Tell the machine what has been added to the oldest gradient that is being written.
-
-        A younger one is told of only if the older has paused: the machine applies one at a time,
-        and what is whole first is applied first, in place of what it has begun.
-        """
-        now = time.monotonic()
-        for where, stream in tuple(self._streams.items()):
-            if not stream.progress.open_here:  # the machine has followed it to its end
-                del self._streams[where]
-                continue
-            try:
-                there = stream.progress.read(stream.seen)
-                if there == stream.seen:
-                    if now - stream.since < _PAUSE_S:
-                        return False
-                    continue
-                end = min(there, stream.seen + STEP)
-                whole = end == self._elements
-                finite, norm = stream.progress.verdict() if whole else (True, 0.0)
-            except MessageError as error:
-                self._distrust(stream.rank, error)
-                return True
-            stream.seen, stream.since = end, now
-            self._events.append(Arrived(stream.worker, stream.slot, end, whole, finite, norm))
-            if whole:
-                del self._streams[where]
+        """Whether something was added to a gradient that is being written; then it is an event."""
+        try:
+            arrived = self._streams.follow()
+        except BadStream as error:
+            self._distrust(self._neighbours.servers + error.worker, error)
             return True
-        return False
-
-    def _open(self, source: int, worker: int, slot: int) -> None:
-        """Note a gradient that is being written."""
-        progress = self._progress_of(worker, slot)
-        assert progress is not None, "only who shares memory may stream"
-        progress.open_here = True
-        where = worker, slot
-        self._streams.pop(where, None)  # the youngest stands last
-        self._streams[where] = _Stream(source, worker, slot, progress, time.monotonic())
-
-    def _progress_of(self, worker: int, slot: int) -> Progress | None:
-        """Where the worker says how far it is, if it shares memory with this server."""
-        progress = self._progress.get((worker, slot))
-        if progress is None and self._shared[worker]:
-            words = self._neighbours.segments[self._neighbours.servers + worker].words(slot)
-            progress = self._progress[worker, slot] = Progress(words, self._elements)
-        return progress
+        if arrived is not None:
+            self._events.append(arrived)
+        return arrived is not None
 
     def _distrust(self, source: int, error: MessageError) -> None:
         """Believe a worker no more that sends what is no message; a server's is fatal."""
         worker = source - self._neighbours.servers
         if worker < 0:
             raise error
-        self._forget_streams(source)
+        self._streams.forget(worker)
         if source not in self._distrusted:
             self._distrusted.add(source)
             # Not in the next run either: of this one it may have messages under way.
@@ -577,13 +524,10 @@ class MpiServerPort:
         """Have a worker's rank count as lost: what was under way to it and from it is dropped."""
         if source in self._replaced:
             return  # it was lost before
-        self._forget_streams(source)
+        worker = source - self._neighbours.servers
+        self._streams.forget(worker)
         self._inbox.drop(source)
-        self._events.append(Lost(source - self._neighbours.servers))
-
-    def _forget_streams(self, source: int) -> None:
-        for where in [w for w, stream in self._streams.items() if stream.rank == source]:
-            del self._streams[where]
+        self._events.append(Lost(worker))
 
     def _gradient(self, worker: int, slot: int) -> Any:
         array = self._gradients[worker][slot]
