@@ -31,6 +31,7 @@ _END_S = 10.0
 
 _LOOK = """
 import importlib.metadata, json, pathlib, platform, sys
+from psframe import run  # with all that a run needs
 from psframe.doctor.gpus import gpus
 found = gpus()
 versions = ["Python " + platform.python_version()]

@@ -6,10 +6,10 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from psframe.output import prepare_output
 from psframe.starting import INTERRUPTED
+from psframe.version import installed_version
 
 __all__ = ["COMMANDS", "main"]
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_HELP.format(commands="\n".join(lines)))
         return 0 if arguments else 2
     if name in ("version", "--version"):
-        print(f"psframe {_version()}")
+        print(f"psframe {installed_version()}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -67,10 +67,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while it was imported; a command's main has its own
         return INTERRUPTED
     return status
-
-
-def _version() -> str:
-    try:
-        return version("psframe")
-    except PackageNotFoundError:
-        return "of a checkout that is not installed"

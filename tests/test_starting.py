@@ -64,7 +64,7 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
 
 
 def test_other_programs_are_left_alone(tmp_path: Path) -> None:
-    done = start(tmp_path, "SIGTERM", "-c", "import psframe")
+    done = start(tmp_path, "SIGTERM", "-c", "import psframe; psframe.run")
     assert done.returncode == -signal.SIGTERM
 
 

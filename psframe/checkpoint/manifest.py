@@ -22,7 +22,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,6 @@ __all__ = [
     "Manifest",
     "NewerFormat",
     "check_layout",
-    "installed_version",
 ]
 
 # A hundred bytes a tensor and 400 a shard: tens of thousands of both.
@@ -153,14 +151,6 @@ class Manifest:
         _check_shards(shards, layout)
         size, sha256 = _parse_state(fields["state"], f"{MANIFEST}: state")
         return cls(version, layout, shards, size, sha256, fields["psframe"], fields["time_s"])
-
-
-def installed_version() -> str:
-    """Tell which psframe this is."""
-    try:
-        return version("psframe")
-    except PackageNotFoundError:
-        return "of a checkout that is not installed"
 
 
 def _check_shards(shards: Sequence[Shard], layout: Layout) -> None:

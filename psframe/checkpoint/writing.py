@@ -31,7 +31,6 @@ from psframe.checkpoint.manifest import (
     MANIFEST_BYTES_MAX,
     STATE_BYTES_MAX,
     Manifest,
-    installed_version,
 )
 from psframe.checkpoint.names import (
     MANIFEST,
@@ -44,6 +43,7 @@ from psframe.checkpoint.names import (
 from psframe.checkpoint.shard import Shard, check_arrays, header_of, offsets_of
 from psframe.errors import CheckpointError
 from psframe.layout import Array, Layout
+from psframe.version import installed_version
 
 __all__ = ["commit", "write_shard"]
 
