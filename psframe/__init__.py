@@ -1,12 +1,13 @@
 """psframe: a parameter server for MPI clusters, in Python.
 
-What it exports is imported when it is first asked for (PEP 562): a program that needs an error's
-class does not wait for all the rest.
+What it exports, and its modules, are imported when they are first asked for (PEP 562): a program
+that needs an error's class does not wait for all the rest.
 """
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import psframe.starting  # noqa: F401 - what a training imports takes a second, in which signals may come
@@ -77,7 +78,6 @@ __all__ = [
     "stale",
 ]
 
-_SUBPACKAGES = ("codecs", "local", "optim", "stale")
 _MODULES = {
     "psframe.batches": "Buffered Rennala Ringleader",
     "psframe.client": "Worker",
@@ -97,13 +97,19 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"psframe.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'psframe' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return value
+if not TYPE_CHECKING:  # to a type checker it would say that there is everything
+
+    def __getattr__(name: str) -> Any:
+        home = _HOME.get(name)
+        if home is None and (name.startswith("_") or find_spec(f"psframe.{name}") is None):
+            raise AttributeError(f"module 'psframe' has no attribute {name!r}")
+        try:
+            module = import_module(home or f"psframe.{name}")
+        except AttributeError as error:  # which whoever asks would take for an answer
+            raise ImportError(f"psframe.{name} cannot be imported: {error}") from error
+        value = module if home is None else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

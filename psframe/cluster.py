@@ -313,7 +313,8 @@ class _ClusterRun:
                 cards.close()
                 if replacements is not None:
                     replacements.leave()
-            return self._conclude(plan, leader, port, cards, watch, grace)
+            result, error = self._conclude(plan, leader, port, cards, watch, grace)
+        return result, error or self._late_interrupt()
 
     def _conclude(
         self,

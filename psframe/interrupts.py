@@ -173,12 +173,14 @@ class Interrupts:
         name = signal.Signals(number).name
         self._verdict(f"{name} received")
         again, self._came = self._came, True
-        if self._first.setdefault("rank", _HERE) is not _HERE and not again:
-            return  # another rank has told of it
-        if not self.pending and (self._held or self._is_delicate(frame)):
-            self.pending = name
-            self.pass_on(number)
-            return
+        told = self._first.setdefault("rank", _HERE) is not _HERE and not again
+        if self._held or self._is_delicate(frame):
+            if told:
+                return  # by another rank
+            if not self.pending:
+                self.pending = name
+                self.pass_on(number)
+                return
         raise KeyboardInterrupt(name)
 
     def _is_delicate(self, frame: FrameType | None) -> bool:

@@ -233,6 +233,14 @@ def test_a_signal_to_all_ranks_interrupts_once(order: tuple[str, ...]) -> None:
             interrupts.check()
 
 
+def test_a_signal_that_another_rank_told_of_first_is_not_lost_where_none_is_held() -> None:
+    """As while a run is set up, where the next check may be far."""
+    with Interrupts(lambda reason: None) as interrupts:
+        interrupts.take(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_what_is_held_is_raised_where_it_is_released() -> None:
     with Interrupts(lambda reason: None) as interrupts, interrupts.held():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -65,8 +65,8 @@ def test_a_verdict_that_cannot_be_is_an_error(finite: int, norm: float) -> None:
 def streams_of(workers: int, size: int = SIZE) -> tuple[Streams, dict[int, Progress]]:
     """A server's end, and those of workers with memory of their own; the last of them has none."""
     segments = {1 + worker: Segment.create(SLOTS, size, "f4") for worker in range(workers - 1)}
-    streams = Streams(size, 1, segments)
-    return streams, {rank - 1: Progress(s.words(0), size) for rank, s in segments.items()}
+    server = Streams(size, 1, segments)
+    return server, {rank - 1: Progress(s.words(0), size) for rank, s in segments.items()}
 
 
 @pytest.fixture
@@ -129,6 +129,45 @@ def test_bad_words_are_their_worker_s(clock: list[float]) -> None:
     server.forget(1)
     workers[0].close(True, 1.0)
     assert server.follow() == Arrived(0, 0, SIZE, True, True, 1.0)
+
+
+def test_who_begins_anew_is_the_youngest(clock: list[float]) -> None:
+    server, workers = streams_of(3)
+    for worker in (0, 1, 0):
+        workers[worker].open()
+        server.begin(worker, 0)
+        workers[worker].close(True, 1.0)
+    assert [server.follow() for _ in range(2)] == [
+        Arrived(worker, 0, SIZE, True, True, 1.0) for worker in (1, 0)
+    ]
+
+
+def test_who_has_written_just_now_has_not_paused(clock: list[float]) -> None:
+    server, workers = streams_of(3)
+    for worker in (0, 1):
+        workers[worker].open()
+        server.begin(worker, 0)
+    clock[0] = 1.0
+    for worker in (0, 1):
+        workers[worker].advance(100)
+    assert server.follow() == Arrived(0, 0, 100, False, True, 0.0)
+    assert server.follow() is None  # and nothing of the younger one
+    clock[0] = 2.0
+    assert server.follow() == Arrived(1, 0, 100, False, True, 0.0)
+
+
+def test_who_takes_a_worker_s_place_has_words_of_its_own() -> None:
+    before, after = (Segment.create(SLOTS, SIZE, "f4") for _ in range(2))
+    segments = {1: before}
+    server = Streams(SIZE, 1, segments)
+    old = server.progress(0, 0)
+    server.forget(0)
+    segments[1] = after
+    Progress(after.words(0), SIZE).advance(7)
+    new = server.progress(0, 0)
+    assert old is not None
+    assert new is not None
+    assert (old.read(0), new.read(0)) == (0, 7)
 
 
 def test_who_shares_no_memory_has_no_words() -> None:

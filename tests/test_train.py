@@ -651,7 +651,8 @@ def test_other_ranks_keep_silent_about_usage(
 
 
 def test_importing_psframe_loads_no_face() -> None:
-    program = "import sys, psframe; print([m for m in ('tyro', 'rich', 'safetensors', 'mpi4py') "
+    program = "import sys\nfrom psframe import *\n"
+    program += "print([m for m in ('tyro', 'rich', 'safetensors', 'mpi4py') "
     program += "if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60

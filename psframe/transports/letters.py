@@ -30,9 +30,9 @@ _BOARD_LINE, _BOARD_LINES = 40, 16
 _WORKERS_MAX = 8 * _BOARD_LINES
 _NUMBER = slice(HEADER_BYTES, HEADER_BYTES + 8)
 
-# Looks in one go, of some 100 ns each, a little longer than an answer takes; where ranks exceed
-# cores each follows a yield. Then other messages are looked for, as they are after so many letters
-# one after the other.
+# Looks in one go, of some 100 ns each, so that it takes a little longer than an answer; where ranks
+# exceed cores each follows a yield. Then other messages are looked for, as they are after so many
+# letters one after the other.
 _LOOKS, _LOOKS_CROWDED, _NONE = range(200), range(10), range(0)
 _IN_A_ROW = 8
 
@@ -149,7 +149,8 @@ class Desk:
         self._asked: dict[int, int] = {}  # by worker, the request whose answer will be a letter
         self._bells = bells
         self._on_ring = on_ring
-        self._looks = _LOOKS_CROWDED if crowded else _LOOKS
+        # A look at many numbers takes longer.
+        self._looks = _LOOKS_CROWDED if crowded else _LOOKS[: len(_LOOKS) // (1 + top // 16)]
         self._crowded = crowded
         self.alone = alone
         self._in_a_row = 0

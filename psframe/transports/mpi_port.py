@@ -401,6 +401,7 @@ class MpiServerPort:
             return None
         if arriving:
             self._streams.begin(worker, slot)
+            desk.busy = False  # what is being written is waited for, too
         push = Push(worker, seq, slot, version, True, 0.0, True, RELEASE_HOLD, 0, arriving)
         if not self._inbox.held:
             return push
