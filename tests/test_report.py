@@ -114,7 +114,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("workers", [1, 3, 16, 64, 1000])
+@pytest.mark.parametrize("workers", [pytest.param(64, marks=pytest.mark.slow), 1, 3, 16, 1000])
 def test_a_whole_run_has_every_figure(tmp_path: Path, workers: int) -> None:
     lines = 64 if workers == 1000 else 150
     run = write_run(
