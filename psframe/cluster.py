@@ -214,30 +214,29 @@ class _ClusterRun:
             return None, wrong
         watch = self._watch = keep_watch(mesh, neighbours, plan.timeout_s)
         self._share_signals(watch)
-        with contextlib.closing(Pulse(watch, self.abort, cards.adopt_thread)):
-            go = self._lead if mesh.rank == 0 else self._accompany
-            outcome = go(plan, neighbours, cards, watch)
-        cards.free()
-        return outcome
+        with self.interrupts.held():  # the others wait for this rank
+            with contextlib.closing(Pulse(watch, self.abort, cards.adopt_thread)):
+                go = self._lead if mesh.rank == 0 else self._accompany
+                result, error = go(plan, neighbours, cards, watch)
+            cards.free()
+        return result, error or self._late_interrupt()
 
     def _accompany(
         self, plan: Plan, neighbours: Neighbours, cards: Cards, watch: Watch
     ) -> tuple[Result | None, BaseException | None]:
         """Serve or work, and hear how the run has ended."""
         mesh, ending = self.mesh, Ending(self.mesh)
-        with self.interrupts.held():  # rank 0 has been told
-            if mesh.rank < plan.servers:
-                self._follow(plan, neighbours, cards, watch)
-            else:
-                self._take_part(plan, neighbours, cards, watch, ending)
-            ending.wait()
+        if mesh.rank < plan.servers:
+            self._follow(plan, neighbours, cards, watch)
+        else:
+            self._take_part(plan, neighbours, cards, watch, ending)
+        ending.wait()
         summary, counted_out = json.loads(ending.summary), json.loads(ending.last_word)
         why = counted_out.get(str(mesh.rank))
         if why is not None:
             raise CountedOut(f"this rank ({mesh.name}) counts as lost: {why}")
         self._count_out(counted_out, watch)
-        error = self._outcome(summary, plan) or self._late_interrupt()
-        return make_result(plan, summary, None, None), error
+        return make_result(plan, summary, None, None), self._outcome(summary, plan)
 
     def _share_signals(self, watch: Watch) -> None:
         """Have rank 0 hear of the signals to all."""
@@ -288,11 +287,11 @@ class _ClusterRun:
     def _lead(
         self, plan: Plan, neighbours: Neighbours, cards: Cards, watch: Watch
     ) -> tuple[Result, BaseException | None]:
-        port = MpiServerPort(self.mesh, plan.layout, neighbours, plan.codec)
-        leader = self._build_server(plan, port, cards, self._respawn(plan, neighbours))
+        with self.interrupts.released():  # what is restored may be large
+            port = MpiServerPort(self.mesh, plan.layout, neighbours, plan.codec)
+            leader = self._build_server(plan, port, cards, self._respawn(plan, neighbours))
         assert isinstance(leader, Leader)
-        with self.interrupts.held():
-            self.host.begin()
+        self.host.begin()
         self.interrupts.check()
         watch.last_message = lambda rank: (
             leader.last_request(rank - plan.servers) if rank >= plan.servers else -1
@@ -300,21 +299,19 @@ class _ClusterRun:
         watch.tell(lambda rank, why: self._lose(rank, why, plan, port, watch))
         if not (plan.trace or plan.spans):  # somebody wants to hear of each push
             port.push_pull = leader.push_pull
-        with self.interrupts.held():  # the others wait for this rank
-            with self._replacements(plan, leader, port, neighbours) as replacements:
+        with self._replacements(plan, leader, port, neighbours) as replacements:
 
-                def look() -> None:
-                    watch.tick()
-                    if replacements is not None:
-                        replacements.tick()
-
-                grace = Grace(leader, self.interrupts, look)
-                serve_first(grace, port, self.host, plan)
-                cards.close()
+            def look() -> None:
+                watch.tick()
                 if replacements is not None:
-                    replacements.leave()
-            result, error = self._conclude(plan, leader, port, cards, watch, grace)
-        return result, error or self._late_interrupt()
+                    replacements.tick()
+
+            grace = Grace(leader, self.interrupts, look)
+            serve_first(grace, port, self.host, plan)
+            cards.close()
+            if replacements is not None:
+                replacements.leave()
+        return self._conclude(plan, leader, port, cards, watch, grace)
 
     def _conclude(
         self,
