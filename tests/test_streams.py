@@ -62,11 +62,15 @@ def test_a_verdict_that_cannot_be_is_an_error(finite: int, norm: float) -> None:
 # ---- many -----------------------------------------------------------------------------------
 
 
-def streams_of(workers: int, size: int = SIZE) -> tuple[Streams, dict[int, Progress]]:
-    """A server's end, and those of workers with memory of their own; the last of them has none."""
-    segments = {1 + worker: Segment.create(SLOTS, size, "f4") for worker in range(workers - 1)}
+def streams_of(*begun: int, size: int = SIZE) -> tuple[Streams, dict[int, Progress]]:
+    """A server's end and those of workers 0 and 1, who have begun in this order."""
+    segments = {1 + worker: Segment.create(SLOTS, size, "f4") for worker in range(2)}
     server = Streams(size, 1, segments)
-    return server, {rank - 1: Progress(s.words(0), size) for rank, s in segments.items()}
+    workers = {worker: Progress(segments[1 + worker].words(0), size) for worker in range(2)}
+    for worker in begun:
+        workers[worker].open()
+        server.begin(worker, 0)
+    return server, workers
 
 
 @pytest.fixture
@@ -78,11 +82,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_the_oldest_is_followed_to_its_end(clock: list[float]) -> None:
     size = 2 * STEP + 1
-    server, workers = streams_of(3, size)
-    for worker in (1, 0):
-        workers[worker].open()
-        server.begin(worker, 0)
-        workers[worker].close(True, 2.0)
+    server, workers = streams_of(1, 0, size=size)
+    for worker in workers.values():
+        worker.close(True, 2.0)
     seen = [server.follow() for _ in range(6)]
     assert seen == [
         Arrived(worker, 0, end, end == size, True, 2.0 if end == size else 0.0)
@@ -94,10 +96,7 @@ def test_the_oldest_is_followed_to_its_end(clock: list[float]) -> None:
 
 
 def test_a_younger_one_is_followed_where_the_older_has_paused(clock: list[float]) -> None:
-    server, workers = streams_of(3)
-    for worker in (0, 1):
-        workers[worker].open()
-        server.begin(worker, 0)
+    server, workers = streams_of(0, 1)
     workers[1].advance(100)
     assert server.follow() is None
     clock[0] = 1.0
@@ -105,9 +104,7 @@ def test_a_younger_one_is_followed_where_the_older_has_paused(clock: list[float]
 
 
 def test_what_the_machine_has_followed_itself_is_over(clock: list[float]) -> None:
-    server, workers = streams_of(2)
-    workers[0].open()
-    server.begin(0, 0)
+    server, workers = streams_of(0)
     workers[0].close(True, 1.0)
     there = server.progress(0, 0)
     assert there is not None
@@ -117,10 +114,7 @@ def test_what_the_machine_has_followed_itself_is_over(clock: list[float]) -> Non
 
 
 def test_bad_words_are_their_worker_s(clock: list[float]) -> None:
-    server, workers = streams_of(3)
-    for worker in (0, 1):
-        workers[worker].open()
-        server.begin(worker, 0)
+    server, workers = streams_of(0, 1)
     clock[0] = 1.0
     workers[1].words[0] = SIZE + 1
     with pytest.raises(BadStream, match=f"has {SIZE + 1} elements") as caught:
@@ -132,24 +126,19 @@ def test_bad_words_are_their_worker_s(clock: list[float]) -> None:
 
 
 def test_who_begins_anew_is_the_youngest(clock: list[float]) -> None:
-    server, workers = streams_of(3)
-    for worker in (0, 1, 0):
-        workers[worker].open()
-        server.begin(worker, 0)
-        workers[worker].close(True, 1.0)
+    server, workers = streams_of(0, 1, 0)
+    for worker in workers.values():
+        worker.close(True, 1.0)
     assert [server.follow() for _ in range(2)] == [
         Arrived(worker, 0, SIZE, True, True, 1.0) for worker in (1, 0)
     ]
 
 
 def test_who_has_written_just_now_has_not_paused(clock: list[float]) -> None:
-    server, workers = streams_of(3)
-    for worker in (0, 1):
-        workers[worker].open()
-        server.begin(worker, 0)
+    server, workers = streams_of(0, 1)
     clock[0] = 1.0
-    for worker in (0, 1):
-        workers[worker].advance(100)
+    for worker in workers.values():
+        worker.advance(100)
     assert server.follow() == Arrived(0, 0, 100, False, True, 0.0)
     assert server.follow() is None  # and nothing of the younger one
     clock[0] = 2.0
@@ -171,9 +160,9 @@ def test_who_takes_a_worker_s_place_has_words_of_its_own() -> None:
 
 
 def test_who_shares_no_memory_has_no_words() -> None:
-    server, _ = streams_of(2)
+    server, _ = streams_of()
     assert server.progress(0, 1) is server.progress(0, 1) is not None
-    assert server.progress(1, 0) is None
+    assert server.progress(2, 0) is None
 
 
 RULES = [
